@@ -1,0 +1,85 @@
+"""SwinUNETR: MONAI's modules and keys behind the encoder / decoder contract."""
+
+from typing import Annotated
+
+from monai.networks.blocks import UnetOutBlock
+from monai.networks.nets.swin_unetr import SwinUNETR as MonaiSwinUNETR
+from pydantic import Field, PositiveInt, model_validator
+from torch import Tensor
+
+from harness import Backbone, Pyramid, Settings
+
+Stages = Annotated[tuple[PositiveInt, ...], Field(min_length=4, max_length=4)]
+
+
+class SwinUNETR(Backbone):
+    """Swin transformer encoder with a convolutional decoder, stride 32 (keys of MONAI's SwinUNETR).
+
+    Level 0 of the pyramid is the image itself: the convolutions on the skip connections (`encoder1`..`encoder4`,
+    `encoder10`) belong to the decoder, so that partial decoding does not pay for them on the whole volume.
+    """
+
+    name = "swinunetr"
+    reference = "Hatamizadeh et al. 2022, arXiv:2201.01266; MONAI SwinUNETR"
+    presets = {
+        # Windows of 4 divide the token grids of the demo crops; with 7 two thirds of a step is padding.
+        "demo": {"backbone.feature_size": 12, "backbone.window_size": 4},
+        "small": {"backbone.feature_size": 24},
+    }
+    parts = {
+        "encoder": ("swinViT",),
+        "decoder": (
+            *("encoder1", "encoder2", "encoder3", "encoder4", "encoder10"),
+            *("decoder5", "decoder4", "decoder3", "decoder2", "decoder1"),
+        ),
+        "head": ("out",),
+    }
+    strides = tuple((2**level,) * 3 for level in range(6))
+
+    class Config(Settings):
+        feature_size: int = Field(48, gt=0, multiple_of=12, description="channels after the patch embedding; MONAI's 48")
+        window_size: PositiveInt = Field(7, description="attention window in tokens; the paper's 7")
+        depths: Stages = Field((2, 2, 2, 2), description="blocks per stage; the paper's 2")
+        num_heads: Stages = Field((3, 6, 12, 24), description="attention heads per stage; the paper's")
+        dropout: float = Field(0.1, ge=0, lt=1, description="on the deepest features, after the trunk; SimCSE's 0.1")
+        drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth inside the trunk; MONAI's 0")
+
+        @model_validator(mode="after")
+        def _heads_fit(self) -> "SwinUNETR.Config":
+            for stage, heads in enumerate(self.num_heads):
+                if self.feature_size * 2**stage % heads:
+                    raise ValueError(f"{heads} heads do not divide the {self.feature_size * 2**stage} channels of a stage")
+            return self
+
+    def __init__(self, config: Config, in_channels: int) -> None:
+        super().__init__(config, in_channels, dropout=config.dropout)
+        size = config.feature_size
+        self.channels = (in_channels, size, 2 * size, 4 * size, 8 * size, 16 * size)
+        self.width = size
+        self.dropout_inside = config.drop_path > 0
+        network = MonaiSwinUNETR(
+            in_channels=in_channels,
+            out_channels=1,
+            depths=config.depths,
+            num_heads=config.num_heads,
+            window_size=config.window_size,
+            feature_size=size,
+            dropout_path_rate=config.drop_path,
+        )
+        for name, child in network.named_children():
+            if name not in self.parts["head"]:
+                self.add_module(name, child)
+
+    def set_head(self, num_outputs: int) -> None:
+        self.out = UnetOutBlock(spatial_dims=3, in_channels=self.width, out_channels=num_outputs)
+
+    def trunk(self, image: Tensor) -> Pyramid:
+        return [image, *self.swinViT(image, True)]
+
+    def decode(self, pyramid: Pyramid) -> Tensor:
+        image, tokens_2, tokens_4, tokens_8, tokens_16, tokens_32 = pyramid
+        features = self.decoder5(self.encoder10(tokens_32), tokens_16)
+        features = self.decoder4(features, self.encoder4(tokens_8))
+        features = self.decoder3(features, self.encoder3(tokens_4))
+        features = self.decoder2(features, self.encoder2(tokens_2))
+        return self.decoder1(features, self.encoder1(image))

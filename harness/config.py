@@ -1,0 +1,161 @@
+"""One frozen, validated configuration of a run: preset, then the plugins' own presets, then the user's `--set`."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import resources
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, SerializeAsAny, model_validator
+
+from harness.errors import UserError, unknown
+from harness.registry import Registry
+from harness.settings import Settings, Size3, build
+from harness.task import Task
+
+SECTIONS = ("method", "backbone", "pretrain", "finetune", "evaluate")
+
+
+class Training(Settings):
+    """Budget and optimizer of a training stage: AdamW, cosine schedule with linear warm-up (section IV-C)."""
+
+    steps: PositiveInt | None = Field(None, description="optimizer steps; give steps or epochs")
+    epochs: PositiveInt | None = Field(None, description="passes over the training cases; give steps or epochs")
+    crop: Size3 = Field(description="extent of a training crop in voxels")
+    batch_size: PositiveInt = Field(description="crops per step and process")
+    lr: float = Field(gt=0, description="peak learning rate of AdamW")
+    weight_decay: float = Field(ge=0, description="of AdamW; biases and norms are left out")
+    warmup_steps: NonNegativeInt = Field(0, description="linear warm-up in steps")
+    warmup_epochs: NonNegativeInt = Field(0, description="linear warm-up in passes over the training cases")
+    clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
+    workers: NonNegativeInt = Field(0, description="loader processes; 0 loads in the main process")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware computes in it")
+    channels_last: bool = Field(True, description="channels-last memory layout of the network")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "Training":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs, and set the other to none")
+        return self
+
+    def schedule(self, num_cases: int, num_processes: int) -> tuple[int, int]:
+        """Total steps and warm-up steps for a number of training cases.
+
+        Raises:
+            UserError: the warm-up is longer than the training.
+        """
+        per_epoch = -(-num_cases // (self.batch_size * num_processes))
+        steps = self.steps if self.steps is not None else (self.epochs or 0) * per_epoch
+        warmup = self.warmup_steps + self.warmup_epochs * per_epoch
+        if warmup >= steps:
+            raise UserError(
+                f"a warm-up of {warmup} steps does not fit {steps} training steps ({num_cases} cases, {per_epoch} steps "
+                "an epoch): set fewer warmup_steps or warmup_epochs, or more steps"
+            )
+        return steps, warmup
+
+
+class Finetune(Training):
+    """Fine-tuning: DiceCE and the paper's light augmentation (section IV-C)."""
+
+    foreground: float = Field(0.5, ge=0, le=1, description="share of crops centred on a labelled voxel")
+    flip: float = Field(0.2, ge=0, le=1, description="probability of a flip, per axis; section IV-C")
+    rotate: float = Field(0.2, ge=0, le=1, description="probability of a rotation by 90 degrees; section IV-C")
+    scale: float = Field(0.1, ge=0, le=1, description="probability of an intensity scaling by 0.9..1.1; section IV-C")
+    shift: float = Field(0.1, ge=0, le=1, description="probability of an intensity shift by -0.1..0.1; section IV-C")
+
+
+class Evaluate(Settings):
+    """Sliding-window inference."""
+
+    overlap: float = Field(0.5, ge=0, lt=1, description="of neighbouring windows, as a share of the window")
+
+
+class RunConfig(Settings):
+    """Everything that determines a run's result, but for the data itself."""
+
+    method: str
+    backbone: str
+    task: str
+    mode: Literal["task-specific"] = "task-specific"
+    protocol: Literal["finetune"] = "finetune"
+    preset: str
+    overrides: dict[str, str]
+    label_fraction: float = Field(1.0, gt=0, le=1, description="share of the training labels used in fine-tuning")
+    seed: NonNegativeInt = 0
+    method_settings: SerializeAsAny[Settings]
+    backbone_settings: SerializeAsAny[Settings]
+    pretrain: Training
+    finetune: Finetune
+    evaluate: Evaluate
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets."""
+    folder = resources.files("harness") / "presets"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+@cache
+def read_preset(name: str) -> dict[str, Any]:
+    """A preset as written: `description` and a table per section."""
+    if name not in preset_names():
+        raise unknown("preset", name, preset_names())
+    return tomllib.loads((resources.files("harness") / "presets" / f"{name}.toml").read_text())
+
+
+def parse_overrides(pairs: Sequence[str]) -> dict[str, str]:
+    """`["method.mask_ratio=0.6"]` -> `{"method.mask_ratio": "0.6"}`. Raises UserError for anything else."""
+    overrides = {}
+    for pair in pairs:
+        key, sign, value = pair.partition("=")
+        section, dot, field = key.strip().partition(".")
+        if not (sign and dot and field):
+            raise UserError(f"--set {pair!r} is not of the form section.field=value, for instance pretrain.steps=200")
+        if section not in SECTIONS:
+            raise unknown("section of --set", section, SECTIONS)
+        overrides[f"{section}.{field}"] = value.strip()
+    return overrides
+
+
+def resolve(
+    registry: Registry,
+    task: Task,
+    *,
+    method: str,
+    backbone: str,
+    preset: str,
+    overrides: Mapping[str, str],
+    seed: int = 0,
+    label_fraction: float = 1.0,
+) -> RunConfig:
+    """Lay task, backbone, method and `--set` over the preset, in this order, and validate the whole.
+
+    Raises:
+        UserError: an unknown name or setting, or a value that is out of range.
+    """
+    method_class, backbone_class = registry.load("method", method), registry.load("backbone", backbone)
+    written = read_preset(preset)
+    values: dict[str, dict[str, Any]] = {section: dict(written.get(section, {})) for section in SECTIONS}
+    for layer in (task.presets, backbone_class.presets, method_class.presets, {preset: overrides}):
+        for key, value in layer.get(preset, {}).items():
+            section, _, field = key.partition(".")
+            other = {"steps": "epochs", "epochs": "steps"}.get(field)
+            if other and section in ("pretrain", "finetune"):
+                values[section].pop(other, None)
+            values[section][field] = value
+    run = {
+        "method": method,
+        "backbone": backbone,
+        "task": task.name,
+        "preset": preset,
+        "overrides": dict(sorted(overrides.items())),
+        "label_fraction": label_fraction,
+        "seed": seed,
+        "method_settings": build(method_class.Config, values["method"], "method"),
+        "backbone_settings": build(backbone_class.Config, values["backbone"], "backbone"),
+        "pretrain": build(Training, values["pretrain"], "pretrain"),
+        "finetune": build(Finetune, values["finetune"], "finetune"),
+        "evaluate": build(Evaluate, values["evaluate"], "evaluate"),
+    }
+    return build(RunConfig, run, "run")

@@ -1,0 +1,199 @@
+"""What a method and a backbone are. A plugin needs this module and torch, nothing else of the engine."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.distributed
+import torch.distributed.nn
+from torch import Tensor, nn
+
+from harness.settings import Settings
+
+Batch = dict[str, Tensor]
+"""`image` (N, C, x, y, z) in [0, 1], plus whatever the method's transform adds."""
+
+Pyramid = list[Tensor]
+"""Features fine to coarse; level l is (N, channels[l], x / strides[l][0], ...)."""
+
+Transform = Callable[[dict[str, Any], np.random.Generator], dict[str, Any]]
+"""Per-sample CPU work: `{"image": (C, x, y, z) float32}` and the sample's own generator -> the sample."""
+
+Stride = tuple[int, int, int]
+
+
+class Backbone(nn.Module):
+    """A segmentation network in three parts: encoder, decoder, head.
+
+    A subclass sets `strides`, `channels` and `width` and implements `trunk`, `decode` and `set_head`. The head does
+    not exist before `set_head`, so that a pretext task that has no use for it trains no dead parameters.
+
+    Attributes:
+        strides: per pyramid level, per axis, cumulative, fine to coarse.
+        channels: per pyramid level.
+        width: channels that leave the decoder.
+        parts: names of the child modules that make up each part; networks with published weights keep their own
+            child names and map them here, so that those state dicts load as they are.
+        abilities: optional abilities that a method may ask for in its `needs`.
+        dropout_inside: whether the trunk itself draws dropout. If not, two encodings share one trunk pass.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[str] = "1"
+    reference: ClassVar[str] = ""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "encoder": ("encoder",),
+        "decoder": ("decoder",),
+        "head": ("head",),
+    }
+    abilities: frozenset[str] = frozenset()
+    dropout_inside: bool = True
+    strides: tuple[Stride, ...]
+    channels: tuple[int, ...]
+    width: int
+
+    class Config(Settings):
+        """Settings of the network; a subclass defines its own."""
+
+    def __init__(self, config: Settings, in_channels: int, dropout: float = 0.0) -> None:
+        """`dropout` acts on the deepest features, after the trunk, in training only."""
+        super().__init__()
+        self.config = config
+        self.in_channels = in_channels
+        self.dropout = nn.Dropout(dropout)
+
+    def trunk(self, image: Tensor) -> Pyramid:
+        """(N, in_channels, x, y, z) -> pyramid, before the dropout on the deepest level."""
+        raise NotImplementedError(f"{type(self).__name__} must implement trunk(image)")
+
+    def decode(self, pyramid: Pyramid) -> Tensor:
+        """Pyramid, whole or cropped -> (N, width, x, y, z) at the resolution of level 0."""
+        raise NotImplementedError(f"{type(self).__name__} must implement decode(pyramid)")
+
+    def set_head(self, num_outputs: int) -> None:
+        """Attach a new, randomly initialised head: width -> num_outputs."""
+        raise NotImplementedError(f"{type(self).__name__} must implement set_head(num_outputs)")
+
+    def head(self, features: Tensor) -> Tensor:
+        """(N, width, ...) -> logits (N, num_outputs, ...); `set_head` comes first."""
+        (name,) = self.parts["head"]
+        logits: Tensor = getattr(self, name)(features)
+        return logits
+
+    @property
+    def stride(self) -> Stride:
+        """Cumulative stride of the deepest level."""
+        return self.strides[-1]
+
+    def encode(self, image: Tensor) -> Pyramid:
+        """(N, in_channels, x, y, z) -> pyramid, fine to coarse."""
+        return self._drop(self.trunk(image))
+
+    def encode_twice(self, image: Tensor) -> tuple[Pyramid, Pyramid]:
+        """Two encodings of one batch under independent dropout, at the least cost that keeps the distribution.
+
+        With dropout after the trunk only, the trunk is deterministic: one pass and two draws are the same
+        distribution as two passes. With dropout inside, one doubled batch is encoded.
+        """
+        if not self.dropout_inside:
+            shared = self.trunk(image)
+            return self._drop(shared), self._drop(shared)
+        both = self.encode(torch.cat([image, image]))
+        half = len(image)
+        return [level[:half] for level in both], [level[half:] for level in both]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, in_channels, x, y, z) -> logits (N, num_outputs, x, y, z)."""
+        return self.head(self.decode(self.encode(image)))
+
+    def part_of(self, key: str) -> str:
+        """The part ("encoder", "decoder" or "head") that owns the parameter or buffer named `key`."""
+        child = key.split(".")[0]
+        for part, children in self.parts.items():
+            if child in children:
+                return part
+        raise KeyError(f"{type(self).__name__}.parts does not say which part owns {key!r}")
+
+    def _drop(self, pyramid: Pyramid) -> Pyramid:
+        return [*pyramid[:-1], self.dropout(pyramid[-1])]
+
+
+class Method(nn.Module):
+    """One pretext task bound to one backbone.
+
+    Attributes:
+        trains: backbone parts that it updates and hands over; the rest is frozen. Empty: there is nothing to
+            pre-train and the harness goes straight to fine-tuning.
+        needs: optional abilities that the backbone must offer.
+        generator: the run's own source of randomness on the training device; the harness sets it.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[str] = "1"
+    reference: ClassVar[str] = ""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    trains: ClassVar[tuple[str, ...]] = ("encoder", "decoder")
+    needs: ClassVar[frozenset[str]] = frozenset()
+    generator: torch.Generator | None = None
+
+    class Config(Settings):
+        """Settings of the pretext task; a subclass defines its own, every field with its source."""
+
+    def __init__(self, config: Settings, backbone: Backbone) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = backbone
+
+    @classmethod
+    def transform(cls, config: Any) -> Transform | None:
+        """Per-sample CPU work done in loader workers; picklable, never holds the model. None: the plain crop."""
+        return None
+
+    def check(self, crop: Stride, batch_size: int) -> None:
+        """Raise UserError where the settings do not fit the crop, the batch or the backbone; no data is read before."""
+
+    def prepare(self, volumes: Sequence[Any]) -> Sequence[Any]:
+        """Once before training, for methods that discover something in the data; its time is part of the cost."""
+        return volumes
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Named, weighted loss terms; the harness minimises their sum."""
+        raise NotImplementedError(f"{type(self).__name__} must implement forward(batch)")
+
+    def after_step(self, step: int) -> None:
+        """After each optimizer step: EMA teachers, queues."""
+
+
+def crop(pyramid: Pyramid, strides: Sequence[Stride], origin: Stride, size: Stride) -> Pyramid:
+    """Crop every level to one region of the image, so that `decode` runs only there (HybridMIM section III-B).
+
+    Args:
+        pyramid: features, fine to coarse.
+        strides: the backbone's, one per level.
+        origin, size: of the region, in voxels of the image.
+
+    Raises:
+        ValueError: the region is not a multiple of the deepest stride, or leaves the image.
+    """
+    deepest = strides[-1]
+    extent = tuple(side * stride for side, stride in zip(pyramid[-1].shape[2:], deepest, strict=True))
+    for start, length, stride, limit in zip(origin, size, deepest, extent, strict=True):
+        if start % stride or length % stride:
+            raise ValueError(f"region {origin} + {size} is not a multiple of the deepest stride {tuple(deepest)}")
+        if start < 0 or length <= 0 or start + length > limit:
+            raise ValueError(f"region {origin} + {size} leaves the image of {extent}")
+    cropped = []
+    for features, stride in zip(pyramid, strides, strict=True):
+        spans = [slice(o // s, (o + n) // s) for o, n, s in zip(origin, size, stride, strict=True)]
+        cropped.append(features[(slice(None), slice(None), *spans)])
+    return cropped
+
+
+def gather(codes: Tensor) -> Tensor:
+    """Codes (N, D) of all processes, (N * world, D) in the order of their ranks; gradients flow to every process."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return codes
+    parts: tuple[Tensor, ...] = torch.distributed.nn.all_gather(codes)
+    return torch.cat(parts)

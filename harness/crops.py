@@ -1,0 +1,104 @@
+"""Random crops from prepared volumes. Sample i is a function of (seed, i) alone: workers and resuming change nothing."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from harness.config import Finetune
+from harness.contracts import Transform
+from harness.task import Task
+from harness.volumes import Volume
+
+
+class CropDataset(Dataset[dict[str, Any]]):
+    """`length` crops; every case comes up once per pass, in a new order each time.
+
+    Args:
+        size: extent of a crop in voxels; volumes that are smaller are placed at random in zeros.
+        transform: applied to each sample with the sample's own generator.
+        task: given for labelled crops, which then carry `target`.
+        foreground: share of crops centred on a labelled voxel (targets drawn evenly).
+    """
+
+    def __init__(
+        self,
+        volumes: Sequence[Volume],
+        size: tuple[int, int, int],
+        length: int,
+        seed: int,
+        transform: Transform | None = None,
+        task: Task | None = None,
+        foreground: float = 0.0,
+    ) -> None:
+        self.volumes, self.size, self.length, self.seed = volumes, size, length, seed
+        self.transform, self.task, self.foreground = transform, task, foreground
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = np.random.default_rng((self.seed, index))
+        turn, place = divmod(index, len(self.volumes))
+        volume = self.volumes[_order(self.seed, turn, len(self.volumes))[place]]
+        image = volume.image
+        origin = self._origin(volume, image.shape[1:], rng)
+        sample: dict[str, Any] = {"image": cut(image, origin, self.size)}
+        if self.task is not None:
+            sample["target"] = self.task.training_target(cut(volume.label[None], origin, self.size)[0])
+        return self.transform(sample, rng) if self.transform else sample
+
+    def _origin(self, volume: Volume, shape: tuple[int, ...], rng: np.random.Generator) -> list[int]:
+        low = [min(0, extent - edge) for extent, edge in zip(shape, self.size, strict=True)]
+        high = [max(0, extent - edge) for extent, edge in zip(shape, self.size, strict=True)]
+        if self.foreground and rng.random() < self.foreground and len(points := volume.points):
+            rows = points[points[:, 0] == rng.choice(np.unique(points[:, 0]))]
+            centre = rows[rng.integers(len(rows)), 1:] - np.asarray(self.size) // 2
+            return [int(value) for value in np.clip(centre, low, high)]
+        return [int(rng.integers(a, b + 1)) for a, b in zip(low, high, strict=True)]
+
+
+def cut(array: NDArray[Any], origin: Sequence[int], size: Sequence[int]) -> NDArray[Any]:
+    """(C, x, y, z) -> a copy (C, *size) that starts at `origin`; zeros where that is outside."""
+    crop = np.zeros((len(array), *size), dtype=array.dtype)
+    source, target = [], []
+    for start, edge, extent in zip(origin, size, array.shape[1:], strict=True):
+        first, last = max(start, 0), min(start + edge, extent)
+        source.append(slice(first, last))
+        target.append(slice(first - start, last - start))
+    crop[(slice(None), *target)] = array[(slice(None), *source)]
+    return crop
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, turn: int, number: int) -> list[int]:
+    # A third number keeps this stream apart from the samples' (seed, index).
+    return [int(place) for place in np.random.default_rng((seed, turn, 1)).permutation(number)]
+
+
+class Augment:
+    """Fine-tuning augmentation of section IV-C: flip, rotation by 90 degrees, intensity scaling and shift."""
+
+    def __init__(self, settings: Finetune) -> None:
+        self.settings = settings
+
+    def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """`image` and `target` (C, x, y, z) -> the same, turned alike; intensities change in the image only."""
+        image, target, settings = sample["image"], sample["target"], self.settings
+        for axis in (1, 2, 3):
+            if rng.random() < settings.flip:
+                image, target = np.flip(image, axis), np.flip(target, axis)
+        # Only planes whose sides are equal keep the crop's shape.
+        planes = [(a, b) for a, b in combinations((1, 2, 3), 2) if image.shape[a] == image.shape[b]]
+        if planes and rng.random() < settings.rotate:
+            plane, turns = planes[rng.integers(len(planes))], int(rng.integers(1, 4))
+            image, target = np.rot90(image, turns, plane), np.rot90(target, turns, plane)
+        if rng.random() < settings.scale:
+            image = image * np.float32(rng.uniform(0.9, 1.1))
+        if rng.random() < settings.shift:
+            image = image + np.float32(rng.uniform(-0.1, 0.1))
+        return {"image": np.ascontiguousarray(image), "target": np.ascontiguousarray(target)}

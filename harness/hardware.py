@@ -1,0 +1,85 @@
+"""What the machine is and what it is good at."""
+
+import platform
+import resource
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether bf16 arithmetic is native there; emulated, it is tens of times slower than fp32 (AVX2 CPUs)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # No public query exists yet; without these instructions oneDNN falls back to reference kernels.
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False
+
+
+def precision(wanted: str, device: torch.device) -> str:
+    """`auto`, `fp32` or `bf16` -> what is used on this device."""
+    if wanted != "auto":
+        return wanted
+    return "bf16" if computes_in_bf16(device) else "fp32"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware of a run, for its record."""
+    cuda = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "gpu": torch.cuda.get_device_name(device) if cuda else None,
+        "packages": {name: _version(name) for name in ("monai", "accelerate", "timm", "nibabel", "numpy", "scipy")},
+        "harness": _version("ssl-seg-harness"),
+        "git": git_state(),
+    }
+
+
+def memory(device: torch.device) -> dict[str, float | None]:
+    """Peak memory so far in GiB: of this process, and of the device where it has memory of its own."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    on_device = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    return {"host_peak_gib": round(peak, 3), "device_peak_gib": on_device}
+
+
+def git_state() -> dict[str, Any]:
+    """Revision of the source tree and whether it has uncommitted changes; both None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # A package that lies in site-packages below some other repository is not that repository.
+    if not (root / "pyproject.toml").exists():
+        return {"revision": None, "dirty": None}
+    status = git("status", "--porcelain")
+    return {"revision": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

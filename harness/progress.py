@@ -1,0 +1,26 @@
+"""Progress on stderr, so that stdout stays for results."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+
+def progress(items: Iterable[Any] | None, what: str, total: int | None = None) -> Any:
+    """A bar on a terminal; where stderr is a file or a pipe, a line at most every 15 seconds."""
+    return tqdm(
+        items,
+        desc=what,
+        total=total,
+        file=sys.stderr,
+        mininterval=0.5 if sys.stderr.isatty() else 15,
+        leave=True,
+        ascii=not sys.stderr.isatty(),
+        bar_format="{desc:<12} {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+    )
+
+
+def say(text: str) -> None:
+    """One line of what is going on."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,206 @@
+"""The three stages of a run: pre-train, fine-tune, evaluate. Each takes prepared volumes and leaves files behind."""
+
+import csv
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.inferers import sliding_window_inference
+from monai.losses import DiceLoss
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from harness import hardware, metrics, picture
+from harness.config import RunConfig
+from harness.contracts import Backbone, Batch, Method
+from harness.crops import Augment, CropDataset
+from harness.files import write_atomic
+from harness.images import load_label
+from harness.progress import progress
+from harness.task import Task
+from harness.training import Trained, new_accelerator, train
+from harness.transfer import part_weights, transfer
+from harness.volumes import Volume
+
+
+@dataclass(frozen=True)
+class Plugins:
+    """The classes of a run, resolved."""
+
+    method: type[Method]
+    backbone: type[Backbone]
+
+    def new_backbone(self, config: RunConfig, task: Task) -> Backbone:
+        """A randomly initialised backbone for the task's channels."""
+        return self.backbone(config.backbone_settings, len(task.channels))
+
+
+def seed_for(seed: int, purpose: str) -> int:
+    """An independent seed for each use of randomness in a run."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{purpose}".encode(), digest_size=4).digest(), "big") >> 1
+
+
+def pretrain(config: RunConfig, plugins: Plugins, task: Task, volumes: Sequence[Volume], folder: Path) -> dict[str, Any]:
+    """Run the pretext task and leave `weights.safetensors`, `history.jsonl` and, last, `stage.json` in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "history.jsonl").unlink(missing_ok=True)
+    accelerator = new_accelerator()
+    torch.manual_seed(seed_for(config.seed, "pretrain init"))
+    method = plugins.method(config.method_settings, plugins.new_backbone(config, task))
+    for key, parameter in method.backbone.named_parameters():
+        parameter.requires_grad_(method.backbone.part_of(key) in method.trains)
+    # Dropout and masks differ between processes, as their crops do.
+    rank = accelerator.process_index
+    torch.manual_seed(seed_for(config.seed, f"pretrain dropout {rank}"))
+    method.generator = torch.Generator(accelerator.device).manual_seed(seed_for(config.seed, f"pretrain method {rank}"))
+    started = time.perf_counter()
+    discovered = method.prepare(volumes)
+    prepare_seconds = time.perf_counter() - started
+    settings = config.pretrain
+    steps, warmup = settings.schedule(len(volumes), accelerator.num_processes)
+    data = CropDataset(
+        discovered,
+        settings.crop,
+        steps * settings.batch_size * accelerator.num_processes,
+        seed_for(config.seed, "pretrain crops"),
+        transform=plugins.method.transform(config.method_settings),
+    )
+    history = folder / "history.jsonl"
+    trained = train(method, data, settings, steps, warmup, accelerator, history, "pretrain", method.after_step)
+    save_file(part_weights(method.backbone, plugins.method.trains), folder / "weights.safetensors")
+    stage = asdict(trained) | {"prepare_seconds": prepare_seconds, "memory": hardware.memory(accelerator.device)}
+    write_atomic(folder / "stage.json", json.dumps(stage))
+    return stage
+
+
+class Segmenter(nn.Module):
+    """A backbone with a head under the Dice and cross-entropy losses.
+
+    MONAI's DiceCELoss is not used because it takes a softmax cross-entropy over any number of channels, which is
+    wrong for targets that overlap; those get the binary one.
+    """
+
+    def __init__(self, backbone: Backbone, overlapping: bool) -> None:
+        super().__init__()
+        self.backbone, self.overlapping = backbone, overlapping
+        # Over the batch, so that a crop without a target does not count as a failure.
+        self.dice = DiceLoss(sigmoid=overlapping, softmax=not overlapping, to_onehot_y=not overlapping, batch=True)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """`image` (N, C, ...), `target` (N, targets, ...) or class indices (N, 1, ...) -> two loss terms."""
+        logits, target = self.backbone(batch["image"]).float(), batch["target"]
+        if self.overlapping:
+            entropy = F.binary_cross_entropy_with_logits(logits, target)
+        else:
+            entropy = F.cross_entropy(logits, target[:, 0])
+        return {"dice": self.dice(logits, target), "cross_entropy": entropy}
+
+
+def finetune(
+    config: RunConfig, plugins: Plugins, task: Task, volumes: Sequence[Volume], weights: Path | None, folder: Path
+) -> tuple[Backbone, Trained, dict[str, Any]]:
+    """Fresh backbone, transfer, new head, supervised training; leaves `weights.safetensors` in `folder`.
+
+    The initial values and the crops depend on the seed only, so that `scratch` is a matched control.
+    """
+    accelerator = new_accelerator()
+    torch.manual_seed(seed_for(config.seed, "finetune init"))
+    backbone = plugins.new_backbone(config, task)
+    report = transfer(backbone, load_file(weights) if weights is not None else {})
+    backbone.set_head(task.num_outputs)
+    torch.manual_seed(seed_for(config.seed, f"finetune dropout {accelerator.process_index}"))
+    settings = config.finetune
+    steps, warmup = settings.schedule(len(volumes), accelerator.num_processes)
+    data = CropDataset(
+        volumes,
+        settings.crop,
+        steps * settings.batch_size * accelerator.num_processes,
+        seed_for(config.seed, "finetune crops"),
+        transform=Augment(settings),
+        task=task,
+        foreground=settings.foreground,
+    )
+    segmenter = Segmenter(backbone, task.overlapping)
+    trained = train(segmenter, data, settings, steps, warmup, accelerator, folder / "history.jsonl", "finetune")
+    save_file(part_weights(backbone, ("encoder", "decoder", "head")), folder / "weights.safetensors")
+    return backbone, trained, report.as_record() | {"text": str(report)}
+
+
+@torch.inference_mode()
+def evaluate(
+    config: RunConfig, task: Task, backbone: Backbone, volumes: Sequence[Volume], folder: Path, title: str
+) -> dict[str, Any]:
+    """Score every test case in its native grid; leaves `cases.csv` and `figures/segmentation.png` in `folder`."""
+    device = next(backbone.parameters()).device
+    dtype = hardware.precision(config.finetune.precision, device)
+    backbone.eval()
+    rows: list[dict[str, Any]] = []
+    panels = []
+    for volume in progress(volumes, "evaluate"):
+        probabilities = _predict(config, task, backbone, volume, device, dtype == "bf16")
+        geometry = volume.geometry
+        predicted = task.decide(geometry.to_native(probabilities))
+        label, affine = load_label(task, volume.case)
+        spacing = np.linalg.norm(affine[:3, :3], axis=0)
+        scores = []
+        for target, prediction, reference in zip(task.targets, predicted, task.masks(label), strict=True):
+            scored = metrics.score(prediction, reference, spacing)
+            scores.append(scored.dice)
+            row = {"case": volume.case.id, "target": target, "dice": scored.dice, "hd95_mm": scored.hd95_mm}
+            rows.append(row | {"status": scored.status})
+        panels.append((picture.mean_dice(scores), volume, predicted))
+    with (folder / "cases.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    picture.segmentation(task, panels, folder / "figures" / "segmentation.png", title)
+    return summarise(task, rows)
+
+
+def _predict(
+    config: RunConfig, task: Task, backbone: Backbone, volume: Volume, device: torch.device, bf16: bool
+) -> NDArray[np.float32]:
+    """Probabilities (outputs, x, y, z) on the prepared grid."""
+    image = torch.from_numpy(np.array(volume.image))[None].to(device)
+    layout = torch.channels_last_3d if config.finetune.channels_last else torch.contiguous_format
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        logits = sliding_window_inference(
+            image,
+            roi_size=config.finetune.crop,
+            sw_batch_size=2,
+            predictor=lambda window: backbone(window.to(memory_format=layout)).float(),
+            overlap=config.evaluate.overlap,
+            mode="gaussian",
+        )
+    assert isinstance(logits, Tensor)
+    probabilities = logits.sigmoid() if task.overlapping else logits.softmax(dim=1)
+    found: NDArray[np.float32] = probabilities[0].float().cpu().numpy()
+    return found
+
+
+def summarise(task: Task, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Per-target means over the scored cases, and the average over targets; None where nothing can be averaged."""
+    summary: dict[str, Any] = {}
+    for target in task.targets:
+        mine = [row for row in rows if row["target"] == target]
+        counted = [row for row in mine if row["status"] != "empty"]
+        status = [row["status"] for row in mine]
+        summary[target] = {
+            "dice": float(np.mean([row["dice"] for row in counted])) if counted else None,
+            "hd95": float(np.mean([row["hd95_mm"] for row in counted])) if counted else None,
+            "n_cases": len(counted),
+            "n_missed": status.count("missed"),
+            "n_spurious": status.count("spurious"),
+            "n_empty": status.count("empty"),
+        }
+    scored = [values for values in summary.values() if values["n_cases"]]
+    average = {key: float(np.mean([values[key] for values in scored])) if scored else None for key in ("dice", "hd95")}
+    return {**summary, "average": average}

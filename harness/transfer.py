@@ -1,0 +1,56 @@
+"""Pre-trained weights into a fresh backbone, with a report; never a silent partial load."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from harness.contracts import Backbone
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What became of every tensor.
+
+    Attributes:
+        loaded: names taken over.
+        skipped: names in the weights that the backbone lacks or has in another shape.
+        reinitialised: names of the backbone that keep their random values.
+        encoder_fraction: share of the encoder's parameters (counted in numbers, not tensors) that was loaded.
+    """
+
+    loaded: list[str]
+    skipped: list[str]
+    reinitialised: list[str]
+    encoder_fraction: float
+
+    def as_record(self) -> dict[str, Any]:
+        """Counts and names for the record; the loaded names are counted only, they are the rest."""
+        return asdict(self) | {"loaded": len(self.loaded), "num_tensors": len(self.loaded) + len(self.reinitialised)}
+
+    def __str__(self) -> str:
+        return (
+            f"transfer: {len(self.loaded)} tensors loaded, {len(self.skipped)} skipped, {len(self.reinitialised)} "
+            f"re-initialised, {self.encoder_fraction:.0%} of the encoder's parameters"
+        )
+
+
+def part_weights(backbone: Backbone, parts: tuple[str, ...]) -> dict[str, Tensor]:
+    """The backbone's tensors that belong to `parts`, on the CPU, under their own names."""
+    state = backbone.state_dict()
+    return {key: value.detach().cpu().contiguous() for key, value in state.items() if backbone.part_of(key) in parts}
+
+
+def transfer(backbone: Backbone, weights: Mapping[str, Tensor]) -> Transfer:
+    """Copy what fits by name and shape into `backbone`, in place, and report everything."""
+    own = backbone.state_dict()
+    fits = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
+    backbone.load_state_dict({**own, **fits})
+    encoder = {key: value.numel() for key, value in backbone.named_parameters() if backbone.part_of(key) == "encoder"}
+    return Transfer(
+        loaded=sorted(fits),
+        skipped=sorted(set(weights) - set(fits)),
+        reinitialised=sorted(set(own) - set(fits)),
+        encoder_fraction=sum(number for key, number in encoder.items() if key in fits) / max(1, sum(encoder.values())),
+    )

@@ -1,0 +1,1 @@
+"""Run records -> tables, statistics. Reads what runs wrote; knows no torch and no engine."""

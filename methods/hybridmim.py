@@ -1,0 +1,259 @@
+"""HybridMIM: hybrid masked image modelling at pixel, region and sample level (Xing et al. 2023)."""
+
+from math import floor, prod
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from harness import Backbone, Batch, Method, Settings, Size3, UserError, crop, gather
+
+Triple = tuple[int, int, int]
+
+
+class HybridMIM(Method):
+    """Two-level masking with partial reconstruction, patch-masking perception and dropout contrast.
+
+    Source: Xing, Zhu, Yu, Xing, Wan, "HybridMIM: A Hybrid Masked Image Modeling Framework for 3D Medical Image
+    Segmentation", sections III and IV-C; equations are its numbers. Repository: ge-xing/HybridMIM.
+
+    Where the released code differs from the paper, the paper is the default; the differences are:
+      * Labels. The code groups 8 consecutive patches in raster order, but predicts from features pooled over 2x2x2
+        blocks; here bit k of sub-volume r is the patch that lies there (section III-C).
+      * Reconstruction. Equation 1 is the unsquared L2 norm per sub-volume; the code has the mean squared error over
+        all masked voxels. `distance` offers both. Both: sigmoid output, masked voxels of the region only.
+      * Region. The paper's lies around the centre, the code's in a corner.
+      * Consistency. The paper's squared error is on probabilities and trains the location head; the code thresholds
+        first, which leaves that half without a gradient. `consistency_on` offers both.
+      * Contrast. The code detaches the second view; here both views have gradients.
+    Where the paper is not definite:
+      * Equation 5 sums over sub-volumes while 2 and 4 average; here all three average, so that the weights do not
+        depend on the crop.
+      * Equation 6 leaves the positive out of the denominator, its text does not; here as in the text (and the code).
+      * Section III-A sets SwinUNETR's token to the patch; here, as in the code, the token stays 2 voxels, so that
+        the network is the one that is fine-tuned.
+    """
+
+    name = "hybridmim"
+    reference = "Xing et al. 2023, HybridMIM; github.com/ge-xing/HybridMIM"
+    trains = ("encoder", "decoder")
+
+    class Config(Settings):
+        mask_ratio: float = Field(0.4, gt=0, lt=1, description="share of patches masked; section IV-C")
+        sub_volume: Size3 = Field((32, 32, 32), description="first-level edge in voxels; section IV-C")
+        patch: Size3 = Field((16, 16, 16), description="second-level edge in voxels; section IV-C")
+        region: Size3 | None = Field(
+            None,
+            description="extent reconstructed, in voxels; none: the largest multiple of the backbone's stride within "
+            "3/4 of the crop, which is section IV-C's 96 of 128 and 64 of 96",
+        )
+        reconstruction: float = Field(1.0, ge=0, description="weight of L_PR, 0 switches it off; equation 7")
+        number: float = Field(0.1, ge=0, description="weight of L_Num, 0 switches it off; equation 7")
+        location: float = Field(0.1, ge=0, description="weight of L_Loc, 0 switches it off; equation 7")
+        consistency: float = Field(0.01, ge=0, description="weight of L_Con, 0 switches it off; equation 7")
+        contrastive: float = Field(0.1, ge=0, description="weight of L_CL, 0 switches it off; equation 7")
+        distance: Literal["norm", "mse"] = Field("norm", description="norm: equation 1; mse: released code")
+        consistency_on: Literal["probabilities", "bits"] = Field(
+            "probabilities", description="what equation 5 sums; probabilities: the paper, bits: released code"
+        )
+        temperature: float = Field(0.5, gt=0, description="of the contrast; released code")
+        projection: int = Field(384, gt=0, description="dimensions of the contrasted code; released code")
+
+    config: Config
+
+    def __init__(self, config: Config, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        deepest = backbone.channels[-1]
+        self.num_patches = prod(s // p for s, p in zip(config.sub_volume, config.patch, strict=True))
+        # A head exists only where a term uses it: an unused one would be a dead parameter under DDP.
+        if config.reconstruction:
+            self.reconstruct = nn.Conv3d(backbone.width, backbone.in_channels, kernel_size=1)
+        if config.number or config.consistency:
+            self.count = nn.Linear(deepest, self.num_patches + 1)
+        if config.location or config.consistency:
+            self.locate = nn.Linear(deepest, self.num_patches)
+        if config.contrastive:
+            self.project = nn.Linear(deepest, config.projection)
+
+    def check(self, crop: Triple, batch_size: int) -> None:
+        config, stride = self.config, self.backbone.stride
+        for axis, extent in enumerate(crop):
+            sub, patch = config.sub_volume[axis], config.patch[axis]
+            if extent % sub:
+                raise UserError(
+                    f"method.sub_volume={_text(config.sub_volume)} does not divide the crop {_text(crop)}: "
+                    "set pretrain.crop to a multiple of it, or another method.sub_volume"
+                )
+            if sub % patch or sub == patch:
+                raise UserError(
+                    f"method.patch={_text(config.patch)} must divide method.sub_volume={_text(config.sub_volume)} "
+                    "into at least two along every axis"
+                )
+            if sub % stride[axis]:
+                raise UserError(
+                    f"method.sub_volume={_text(config.sub_volume)} is not a multiple of the deepest stride "
+                    f"{_text(stride)} of backbone {self.backbone.name!r}, so it has no features of its own: "
+                    "set it to a multiple"
+                )
+        if config.reconstruction:
+            self._region(crop)
+        if not any((config.reconstruction, config.number, config.location, config.consistency, config.contrastive)):
+            raise UserError("hybridmim has every loss term switched off: give at least one method.* weight above 0")
+        if config.contrastive and batch_size < 2:
+            raise UserError(
+                f"hybridmim's contrastive term has no negatives in a batch of {batch_size}: set pretrain.batch_size=2 "
+                "or more, or method.contrastive=0"
+            )
+        if config.contrastive and not self.backbone.dropout_inside and self.backbone.dropout.p == 0:
+            raise UserError(
+                "hybridmim's contrastive term needs dropout, without it the two encodings are the same: "
+                "set backbone.dropout=0.1, or method.contrastive=0"
+            )
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """`image` (N, C, x, y, z) -> the weighted terms of equation 7 that are switched on."""
+        config, image = self.config, batch["image"]
+        mask = self.draw_mask(image)
+        masked = image * ~self._voxels(mask)
+        if config.contrastive:
+            first, second = self.backbone.encode_twice(masked)
+        else:
+            first, second = self.backbone.encode(masked), []
+        terms: dict[str, Tensor] = {}
+        if config.reconstruction:
+            terms["reconstruction"] = config.reconstruction * self.reconstruction_loss(first, image, mask)
+        terms |= self._region_terms(first[-1], mask)
+        if config.contrastive:
+            codes = [self.project(view[-1].mean(dim=(2, 3, 4))) for view in (first, second)]
+            terms["contrastive"] = config.contrastive * contrastive_loss(*codes, config.temperature)
+        return terms
+
+    def draw_mask(self, image: Tensor) -> Tensor:
+        """Patches masked in each sample, (N, patches x, y, z) bool: the same number, drawn independently.
+
+        216 patches at ratio 0.4: 129 kept, 87 masked, as in the released code.
+        """
+        grid = [extent // edge for extent, edge in zip(image.shape[2:], self.config.patch, strict=True)]
+        # The small term keeps a product such as 0.6 * 5 = 2.9999999999999996 from losing one patch.
+        kept = floor(prod(grid) * (1 - self.config.mask_ratio) + 1e-9)
+        scores = torch.rand(len(image), prod(grid), device=image.device, generator=self.generator)
+        return (scores.argsort(dim=1).argsort(dim=1) >= kept).view(len(image), *grid)
+
+    def bits(self, mask: Tensor) -> Tensor:
+        """Patch mask (N, x, y, z) -> (N, sub-volumes, patches per sub-volume) bool, both in raster order."""
+        x, y, z = (s // p for s, p in zip(self.config.sub_volume, self.config.patch, strict=True))
+        n, gx, gy, gz = mask.shape
+        cells = mask.view(n, gx // x, x, gy // y, y, gz // z, z).permute(0, 1, 3, 5, 2, 4, 6)
+        return cells.reshape(n, -1, x * y * z)
+
+    def region_features(self, deepest: Tensor) -> Tensor:
+        """Deepest features averaged over each sub-volume's footprint, (N, sub-volumes, channels) in raster order."""
+        footprint = [s // t for s, t in zip(self.config.sub_volume, self.backbone.stride, strict=True)]
+        return F.avg_pool3d(deepest, footprint).flatten(2).transpose(1, 2)
+
+    def reconstruction_loss(self, pyramid: list[Tensor], image: Tensor, mask: Tensor) -> Tensor:
+        """Equation 1: distance over the masked voxels of the target region, decoded there only."""
+        origin, size = self._region(tuple(image.shape[2:]))
+        features = self.backbone.decode(crop(pyramid, self.backbone.strides, origin, size))
+        spans = [slice(start, start + length) for start, length in zip(origin, size, strict=True)]
+        target = image[(slice(None), slice(None), *spans)]
+        hidden = self._voxels(mask)[(slice(None), slice(None), *spans)]
+        restored = torch.sigmoid(self.reconstruct(features).float())
+        squared = (restored - target).square().mean(dim=1) * hidden[:, 0]
+        if self.config.distance == "mse":
+            return squared.sum() / hidden.sum().clamp_min(1)
+        cells = self._sum_over_sub_volumes(squared, origin)
+        counts = self._sum_over_sub_volumes(hidden[:, 0].to(squared.dtype), origin)
+        # The norm of nothing has no gradient at 0, and a sub-volume without a masked voxel has nothing to restore.
+        norms = cells.clamp_min(1e-12).sqrt() * (counts > 0)
+        return norms.sum() / (counts > 0).sum().clamp_min(1)
+
+    def _region_terms(self, deepest: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Equations 2, 4 and 5."""
+        config, terms = self.config, {}
+        if not (config.number or config.location or config.consistency):
+            return terms
+        features, bits = self.region_features(deepest), self.bits(mask)
+        count = self.count(features).float() if config.number or config.consistency else None
+        locate = self.locate(features).float() if config.location or config.consistency else None
+        if config.number:
+            terms["number"] = config.number * F.cross_entropy(count.flatten(0, 1), bits.sum(dim=2).flatten())
+        if config.location:
+            per_bit = F.binary_cross_entropy_with_logits(locate, bits.to(locate.dtype), reduction="none")
+            terms["location"] = config.location * per_bit.sum(dim=2).mean()
+        if config.consistency:
+            on_bits = config.consistency_on == "bits"
+            terms["consistency"] = config.consistency * consistency_loss(count, locate, on_bits)
+        return terms
+
+    def _region(self, extent: Triple) -> tuple[Triple, Triple]:
+        """Origin and size of the target region: on the deepest stride's grid, as near the centre as that allows."""
+        stride, wanted = self.backbone.stride, self.config.region
+        if wanted is None:
+            wanted = tuple(max(t, e * 3 // 4 // t * t) for e, t in zip(extent, stride, strict=True))
+        for length, t, e in zip(wanted, stride, extent, strict=True):
+            if length % t or length > e:
+                raise UserError(
+                    f"method.region={_text(wanted)} must be a multiple of the deepest stride {_text(stride)} of backbone "
+                    f"{self.backbone.name!r} and fit the crop {_text(extent)}"
+                )
+        origin = tuple((e - length) // 2 // t * t for e, length, t in zip(extent, wanted, stride, strict=True))
+        return origin, wanted
+
+    def _voxels(self, mask: Tensor) -> Tensor:
+        """Patch mask (N, x, y, z) -> voxel mask (N, 1, x, y, z)."""
+        for axis, edge in enumerate(self.config.patch, start=1):
+            mask = mask.repeat_interleave(edge, dim=axis)
+        return mask[:, None]
+
+    def _sum_over_sub_volumes(self, values: Tensor, origin: Triple) -> Tensor:
+        """(N, region) -> (N, sub-volumes that the region touches): the region need not lie on their grid."""
+        for axis, (start, edge) in enumerate(zip(origin, self.config.sub_volume, strict=True), start=1):
+            length = values.shape[axis]
+            owner = (torch.arange(length, device=values.device) + start) // edge - start // edge
+            cells = (start + length - 1) // edge - start // edge + 1
+            shape = [*values.shape[:axis], cells, *values.shape[axis + 1 :]]
+            values = values.new_zeros(shape).index_add(axis, owner, values)
+        return values.flatten(1)
+
+
+def consistency_loss(count: Tensor, locate: Tensor, on_bits: bool = False) -> Tensor:
+    """Equation 5: the number and the locations that are predicted for a sub-volume must agree.
+
+    Args:
+        count: logits of the number, (N, R, K + 1).
+        locate: logits of the locations, (N, R, K).
+        on_bits: sum thresholded bits instead of probabilities (released code; no gradient for the location head).
+    """
+    probabilities = locate.sigmoid()
+    bits = probabilities > 0.5
+    number_follows = F.cross_entropy(count.flatten(0, 1), bits.sum(dim=2).flatten())
+    total = bits.to(locate.dtype).sum(dim=2) if on_bits else probabilities.sum(dim=2)
+    location_follows = F.mse_loss(total, count.argmax(dim=2).to(total.dtype))
+    return (number_follows + location_follows) / 2
+
+
+def contrastive_loss(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """Equation 6 over the global batch: two codes of a sample attract, the other 2N - 2 repel.
+
+    Args:
+        first, second: codes of the two encodings, (N, D) each, on every process.
+
+    Raises:
+        ValueError: one sample in the global batch, for which there are no negatives.
+    """
+    first, second = gather(first.float()), gather(second.float())
+    number = len(first)
+    if number < 2:
+        raise ValueError("the contrastive loss has no negatives for one sample: use a batch of two or more")
+    codes = F.normalize(torch.cat([first, second]), dim=1)
+    similarity = codes @ codes.T / temperature
+    itself = torch.eye(2 * number, dtype=torch.bool, device=codes.device)
+    partner = torch.arange(2 * number, device=codes.device).roll(number)
+    return F.cross_entropy(similarity.masked_fill(itself, float("-inf")), partner)
+
+
+def _text(size: Triple) -> str:
+    return ",".join(map(str, size))

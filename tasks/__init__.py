@@ -1,0 +1,1 @@
+"""Data sets, one file per family, and their case lists."""
