@@ -5,7 +5,7 @@ from typing import Annotated
 from monai.networks.blocks import UnetOutBlock
 from monai.networks.nets.swin_unetr import SwinUNETR as MonaiSwinUNETR
 from pydantic import Field, PositiveInt, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness import Backbone, Pyramid, Settings
 
@@ -36,8 +36,23 @@ class SwinUNETR(Backbone):
     }
     strides = tuple((2**level,) * 3 for level in range(6))
 
+    # MONAI's modules, under MONAI's names; `__init__` takes them over.
+    swinViT: nn.Module  # noqa: N815
+    encoder1: nn.Module
+    encoder2: nn.Module
+    encoder3: nn.Module
+    encoder4: nn.Module
+    encoder10: nn.Module
+    decoder5: nn.Module
+    decoder4: nn.Module
+    decoder3: nn.Module
+    decoder2: nn.Module
+    decoder1: nn.Module
+
     class Config(Settings):
-        feature_size: int = Field(48, gt=0, multiple_of=12, description="channels after the patch embedding; MONAI's 48")
+        feature_size: int = Field(
+            48, gt=0, multiple_of=12, description="channels after the patch embedding; MONAI's 48"
+        )
         window_size: PositiveInt = Field(7, description="attention window in tokens; the paper's 7")
         depths: Stages = Field((2, 2, 2, 2), description="blocks per stage; the paper's 2")
         num_heads: Stages = Field((3, 6, 12, 24), description="attention heads per stage; the paper's")
@@ -48,7 +63,9 @@ class SwinUNETR(Backbone):
         def _heads_fit(self) -> "SwinUNETR.Config":
             for stage, heads in enumerate(self.num_heads):
                 if self.feature_size * 2**stage % heads:
-                    raise ValueError(f"{heads} heads do not divide the {self.feature_size * 2**stage} channels of a stage")
+                    raise ValueError(
+                        f"{heads} heads do not divide the {self.feature_size * 2**stage} channels of a stage"
+                    )
             return self
 
     def __init__(self, config: Config, in_channels: int) -> None:
@@ -82,4 +99,5 @@ class SwinUNETR(Backbone):
         features = self.decoder4(features, self.encoder4(tokens_8))
         features = self.decoder3(features, self.encoder3(tokens_4))
         features = self.decoder2(features, self.encoder2(tokens_2))
-        return self.decoder1(features, self.encoder1(image))
+        whole: Tensor = self.decoder1(features, self.encoder1(image))
+        return whole

@@ -35,7 +35,8 @@ class UNet(Backbone):
 
     class Config(Settings):
         features: Annotated[tuple[PositiveInt, ...], Field(min_length=5, max_length=5)] = Field(
-            (64, 64, 128, 256, 512), description="channels of the five levels, fine to coarse; HybridMIM's released UNet"
+            (64, 64, 128, 256, 512),
+            description="channels of the five levels, fine to coarse; HybridMIM's released UNet",
         )
         dropout: float = Field(0.1, ge=0, lt=1, description="on the deepest features, after the trunk; SimCSE's 0.1")
         block_dropout: float = Field(0.0, ge=0, lt=1, description="inside every convolution block; BasicUNet's 0")

@@ -62,7 +62,11 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--seed", type=int, default=0, metavar="N")
     run.add_argument("--label-fraction", type=float, default=1.0, metavar="F", help="share of the training labels")
     run.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
         help="method.*, backbone.*, pretrain.*, finetune.*, evaluate.*; for instance pretrain.steps=200",
     )
     _add_data_option(run)
@@ -75,7 +79,9 @@ def _add_run(commands: Any) -> None:
 
 def _add_list(commands: Any) -> None:
     listing = commands.add_parser("list", help="methods, backbones, tasks, presets", allow_abbrev=False)
-    listing.add_argument("kind", nargs="?", metavar="KIND", help="methods, backbones, tasks or presets; all if left out")
+    listing.add_argument(
+        "kind", nargs="?", metavar="KIND", help="methods, backbones, tasks or presets; all if left out"
+    )
     _add_plugin_option(listing)
     listing.add_argument("--json", action="store_true")
     listing.set_defaults(command=_list)
@@ -122,21 +128,31 @@ def _add_data(commands: Any) -> None:
 
 def _add_data_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", type=Path, default=os.environ.get("HARNESS_DATA"), metavar="DIR",
+        "--data",
+        type=Path,
+        default=os.environ.get("HARNESS_DATA"),
+        metavar="DIR",
         help="the task's folder or the one that contains it (default: $HARNESS_DATA, else a phantom)",
     )
 
 
 def _add_runs_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--runs", type=Path, default=os.environ.get("HARNESS_RUNS", "runs"), metavar="DIR",
+        "--runs",
+        type=Path,
+        default=os.environ.get("HARNESS_RUNS", "runs"),
+        metavar="DIR",
         help="where runs and caches are kept (default: $HARNESS_RUNS, else ./runs)",
     )
 
 
 def _add_plugin_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--plugin", action="append", default=[], metavar="FILE|MODULE", dest="plugins",
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE|MODULE",
+        dest="plugins",
         help="Python file or module with methods, backbones or tasks of your own; its code is run",
     )
 
@@ -198,7 +214,7 @@ def _dry_run(request: Any, as_json: bool) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    from harness.config import preset_names, read_preset
+    from harness.presets import preset_names, read_preset
     from harness.registry import KINDS, Registry
 
     registry = Registry(arguments.plugins)
@@ -228,8 +244,12 @@ def _show(arguments: argparse.Namespace) -> None:
     from leaderboards import records, table
 
     named = Path(arguments.run)
-    folders = [named] if (named / "record.json").exists() else sorted(
-        path.parent for path in arguments.runs.glob("*/record.json") if path.parent.name.startswith(arguments.run)
+    folders = (
+        [named]
+        if (named / "record.json").exists()
+        else sorted(
+            path.parent for path in arguments.runs.glob("*/record.json") if path.parent.name.startswith(arguments.run)
+        )
     )
     if len(folders) != 1:
         known = [path.parent.name for path in arguments.runs.glob("*/record.json")]
@@ -244,7 +264,17 @@ def _show(arguments: argparse.Namespace) -> None:
         print(json.dumps(run.record, indent=1))
         return
     print(table.render(table.build([run])))
-    shown = ("run_id", "config", "data", "transfer", "timing", "memory", "computed_with", "environment", "metric_policy")
+    shown = (
+        "run_id",
+        "config",
+        "data",
+        "transfer",
+        "timing",
+        "memory",
+        "computed_with",
+        "environment",
+        "metric_policy",
+    )
     print(_lines({name: run.record.get(name) for name in shown}))
 
 

@@ -1,14 +1,12 @@
 """One frozen, validated configuration of a run: preset, then the plugins' own presets, then the user's `--set`."""
 
-import tomllib
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib import resources
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, SerializeAsAny, model_validator
 
 from harness.errors import UserError, unknown
+from harness.presets import read_preset
 from harness.registry import Registry
 from harness.settings import Settings, Size3, build
 from harness.task import Task
@@ -29,7 +27,9 @@ class Training(Settings):
     warmup_epochs: NonNegativeInt = Field(0, description="linear warm-up in passes over the training cases")
     clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
     workers: NonNegativeInt = Field(0, description="loader processes; 0 loads in the main process")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware computes in it")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 where the hardware computes in it"
+    )
     channels_last: bool = Field(True, description="channels-last memory layout of the network")
 
     @model_validator(mode="after")
@@ -88,20 +88,6 @@ class RunConfig(Settings):
     pretrain: Training
     finetune: Finetune
     evaluate: Evaluate
-
-
-def preset_names() -> list[str]:
-    """Names of the shipped presets."""
-    folder = resources.files("harness") / "presets"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
-
-
-@cache
-def read_preset(name: str) -> dict[str, Any]:
-    """A preset as written: `description` and a table per section."""
-    if name not in preset_names():
-        raise unknown("preset", name, preset_names())
-    return tomllib.loads((resources.files("harness") / "presets" / f"{name}.toml").read_text())
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, str]:

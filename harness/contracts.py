@@ -179,8 +179,8 @@ def crop(pyramid: Pyramid, strides: Sequence[Stride], origin: Stride, size: Stri
     """
     deepest = strides[-1]
     extent = tuple(side * stride for side, stride in zip(pyramid[-1].shape[2:], deepest, strict=True))
-    for start, length, stride, limit in zip(origin, size, deepest, extent, strict=True):
-        if start % stride or length % stride:
+    for start, length, step, limit in zip(origin, size, deepest, extent, strict=True):
+        if start % step or length % step:
             raise ValueError(f"region {origin} + {size} is not a multiple of the deepest stride {tuple(deepest)}")
         if start < 0 or length <= 0 or start + length > limit:
             raise ValueError(f"region {origin} + {size} leaves the image of {extent}")
@@ -195,5 +195,5 @@ def gather(codes: Tensor) -> Tensor:
     """Codes (N, D) of all processes, (N * world, D) in the order of their ranks; gradients flow to every process."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return codes
-    parts: tuple[Tensor, ...] = torch.distributed.nn.all_gather(codes)
+    parts: tuple[Tensor, ...] = torch.distributed.nn.all_gather(codes)  # type: ignore[no-untyped-call]
     return torch.cat(parts)

@@ -38,7 +38,8 @@ def load_case(task: Task, case: Case) -> Loaded:
         UserError: a file that cannot be read, images and label whose shapes or affines differ, NaN or infinite
             voxels, a label value that the task does not know.
     """
-    volumes, affine = [], np.empty(0)
+    volumes: list[NDArray[Any]] = []
+    affine = np.empty(0)
     for path in case.images:
         voxels, its_affine = read_nifti(path)
         if volumes:
@@ -83,7 +84,7 @@ def read_nifti(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
         UserError: missing, truncated, not an image, not 3D or 4D, or an affine that cannot be inverted.
     """
     try:
-        image = nib.load(path)
+        image: Any = nib.load(path)
         voxels = np.asanyarray(image.dataobj)
     except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): restore the file") from None
@@ -102,7 +103,12 @@ def _label_path(case: Case) -> Path:
 
 
 def _same_grid(
-    first: Path, shape: tuple[int, ...], affine: NDArray[Any], second: Path, other: tuple[int, ...], other_affine: NDArray[Any]
+    first: Path,
+    shape: tuple[int, ...],
+    affine: NDArray[Any],
+    second: Path,
+    other: tuple[int, ...],
+    other_affine: NDArray[Any],
 ) -> None:
     shape = shape[:3] if len(shape) < 4 else shape[1:]
     if tuple(shape) != tuple(other):

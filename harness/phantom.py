@@ -1,6 +1,7 @@
 """Phantoms: small anatomy-like volumes in a task's exact layout, so that everything runs before any data is there."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,7 @@ def make_phantom(task: Task, rng: np.random.Generator) -> tuple[NDArray[np.float
 
 
 def _ellipsoid(
-    axes: list[NDArray[np.float32]], centre: object, radius: object, rng: np.random.Generator, wobble: float
+    axes: Sequence[NDArray[np.float32]], centre: object, radius: object, rng: np.random.Generator, wobble: float
 ) -> NDArray[np.bool_]:
     """A filled ellipsoid whose outline varies smoothly by about `wobble` of its radius."""
     squares = [((x - c) / r) ** 2 for x, c, r in zip(axes, np.asarray(centre), np.asarray(radius), strict=True)]

@@ -69,7 +69,10 @@ def _row(task: Task, row: NDArray[np.object_], volume: Volume, predicted: NDArra
             flat = mask[::-1, ::-1, middle].T
             colour = ListedColormap([COLOURS[number % len(COLOURS)]])
             axis.imshow(
-                np.ma.masked_where(~flat, flat), cmap=colour, alpha=0.55, aspect=spacing[1] / spacing[0],
+                np.ma.masked_where(~flat, flat),
+                cmap=colour,
+                alpha=0.55,
+                aspect=spacing[1] / spacing[0],
                 interpolation="nearest",
             )
         axis.set_xticks([])

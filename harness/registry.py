@@ -105,7 +105,9 @@ class Registry:
             assert isinstance(found, Task), f"task {name!r} is a {type(found).__name__}, not a harness.Task"
             return found
         if not folder.is_dir():
-            raise UserError(f"task folder {folder} does not exist: give a folder or one of {', '.join(self.names('task'))}")
+            raise UserError(
+                f"task folder {folder} does not exist: give a folder or one of {', '.join(self.names('task'))}"
+            )
         for family in dict.fromkeys(type(self.load("task", known)) for known in self.names("task")):
             made: Task | None = family.from_folder(folder)
             if made is not None:
@@ -213,9 +215,10 @@ def _objects(module: ModuleType) -> list[tuple[str, Any]]:
     for value in vars(module).values():
         if isinstance(value, Task):
             found.append(("task", value))
-        elif inspect.isclass(value) and value.__module__ == module.__name__:
-            if issubclass(value, Method | Backbone) and "name" in vars(value):
-                found.append(("method" if issubclass(value, Method) else "backbone", value))
+            continue
+        here = inspect.isclass(value) and value.__module__ == module.__name__
+        if here and issubclass(value, Method | Backbone) and "name" in vars(value):
+            found.append(("method" if issubclass(value, Method) else "backbone", value))
     if not found:
         raise UserError(
             f"--plugin {module.__name__} defines no plugin: it needs a subclass of harness.Method or harness.Backbone "

@@ -13,10 +13,11 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.config import RunConfig, parse_overrides, read_preset, resolve
+from harness.config import RunConfig, parse_overrides, resolve
 from harness.errors import UserError
 from harness.files import digest, digest_tree, write_atomic
 from harness.phantom import PHANTOM, is_phantom, write_phantom
+from harness.presets import read_preset
 from harness.progress import say
 from harness.registry import Registry
 from harness.task import Case, Task
@@ -160,6 +161,11 @@ def check_fit(config: RunConfig, plugins: "Plugins", task: Task) -> None:
             raise UserError(
                 f"{section}.crop={','.join(map(str, crop))} is not a multiple of the deepest stride "
                 f"{','.join(map(str, backbone.stride))} of backbone {config.backbone!r}: set {section}.crop to one"
+            )
+        if crop == backbone.stride:
+            raise UserError(
+                f"{section}.crop={','.join(map(str, crop))} leaves a single voxel of the deepest features of backbone "
+                f"{config.backbone!r}, which cannot be normalised: set it to at least twice as much along one axis"
             )
     if plugins.method.trains:
         processes = int(os.environ.get("WORLD_SIZE", "1"))

@@ -48,7 +48,9 @@ def seed_for(seed: int, purpose: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}:{purpose}".encode(), digest_size=4).digest(), "big") >> 1
 
 
-def pretrain(config: RunConfig, plugins: Plugins, task: Task, volumes: Sequence[Volume], folder: Path) -> dict[str, Any]:
+def pretrain(
+    config: RunConfig, plugins: Plugins, task: Task, volumes: Sequence[Volume], folder: Path
+) -> dict[str, Any]:
     """Run the pretext task and leave `weights.safetensors`, `history.jsonl` and, last, `stage.json` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "history.jsonl").unlink(missing_ok=True)

@@ -138,7 +138,9 @@ def train(
             if after_step is not None:
                 after_step(step)
             clock.lap()
-            unread.append((step, optimizer.param_groups[0]["lr"], {name: term.detach() for name, term in terms.items()}))
+            unread.append(
+                (step, optimizer.param_groups[0]["lr"], {name: term.detach() for name, term in terms.items()})
+            )
             if step % READ_EVERY == 0 or step == steps:
                 last = _read(unread, stage, lines)
                 clock.read()
@@ -162,7 +164,9 @@ def train(
 
 def new_accelerator() -> Accelerator:
     """One per stage. Every process takes its own batches, so that the global batch is batch_size * processes."""
-    return Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False), step_scheduler_with_optimizer=False)
+    return Accelerator(
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False), step_scheduler_with_optimizer=False
+    )
 
 
 def _read(unread: list[Any], stage: str, lines: Any) -> float:

@@ -160,9 +160,7 @@ def _prepare_one(task: Task, volume: Volume) -> None:
     write_atomic(Path(f"{volume.stem}.json"), json.dumps(asdict(geometry)))
 
 
-def prepare_arrays(
-    task: Task, loaded: Loaded, source: str
-) -> tuple[NDArray[np.float32], NDArray[np.uint8], Geometry]:
+def prepare_arrays(task: Task, loaded: Loaded, source: str) -> tuple[NDArray[np.float32], NDArray[np.uint8], Geometry]:
     """Native arrays -> prepared image (C, x, y, z) in [0, 1], label (x, y, z) and geometry. No file is touched.
 
     Raises:
@@ -184,7 +182,10 @@ def prepare_arrays(
         image = np.stack([resample(channel, extent, order=3).clip(0, 1) for channel in image])
         label = _resample_label(label, extent)
     geometry = Geometry(
-        shape=loaded.label.shape, affine=loaded.affine.tolist(), box=box, spacing=tuple(float(value) for value in target)
+        shape=loaded.label.shape,
+        affine=loaded.affine.tolist(),
+        box=box,
+        spacing=(float(target[0]), float(target[1]), float(target[2])),
     )
     return np.ascontiguousarray(image, dtype=np.float32), np.ascontiguousarray(label), geometry
 
@@ -228,12 +229,11 @@ def _resample_label(label: NDArray[np.uint8], extent: Sequence[int]) -> NDArray[
 
 def _foreground(image: NDArray[np.float32], task: Task) -> tuple[tuple[int, int], ...]:
     """Smallest box around what is not background in any channel; the whole image if that is nothing."""
-    floor = task.normalisation.low if isinstance(task.normalisation, Window) else 0
-    inside = (image > floor).any(axis=0) if isinstance(task.normalisation, Window) else (image != floor).any(axis=0)
+    present = image > task.normalisation.low if isinstance(task.normalisation, Window) else image != 0
+    inside = np.asarray(present.any(axis=0))
     box = []
     for axis in range(3):
-        others = tuple(other for other in range(3) if other != axis)
-        where = np.flatnonzero(inside.any(axis=others))
+        where = np.flatnonzero(np.moveaxis(inside, axis, 0).any(axis=(1, 2)))
         box.append((int(where[0]), int(where[-1]) + 1) if len(where) else (0, image.shape[axis + 1]))
     return tuple(box)
 

@@ -94,7 +94,9 @@ def load_run(folder: Path) -> Run:
             raise RecordError(f"{path}: lacks {', '.join(lacking)}")
         targets = tuple(name for name in record["metrics"] if name != "average")
         rows = pd.read_csv(folder / "cases.csv", dtype={"case": str, "target": str, "status": str})
-        values = {name: rows.pivot(index="case", columns="target", values=name)[list(targets)] for name in ("dice", "hd95_mm")}
+        values = {
+            name: rows.pivot(index="case", columns="target", values=name)[list(targets)] for name in ("dice", "hd95_mm")
+        }
         status = rows.pivot(index="case", columns="target", values="status")[list(targets)]
         run = Run(
             folder=folder,
@@ -112,6 +114,9 @@ def load_run(folder: Path) -> Run:
 
 
 def _label(name: str, overrides: dict[str, str], sections: tuple[str, ...]) -> str:
-    changed = [f"{key.partition('.')[2] if len(sections) == 1 else key}={value}" for key, value in overrides.items()
-               if key.partition(".")[0] in sections]
+    changed = [
+        f"{key.partition('.')[2] if len(sections) == 1 else key}={value}"
+        for key, value in overrides.items()
+        if key.partition(".")[0] in sections
+    ]
     return f"{name}{{{', '.join(changed)}}}" if changed else name

@@ -78,9 +78,7 @@ def _seeds(rng: np.random.Generator, values: Values) -> Values:
     return values[rng.integers(len(values), size=len(values))]
 
 
-def _bootstrap(
-    num_cases: int, statistic: Callable[[np.random.Generator, NDArray[np.intp]], float | None]
-) -> Interval:
+def _bootstrap(num_cases: int, statistic: Callable[[np.random.Generator, NDArray[np.intp]], float | None]) -> Interval:
     if num_cases < MIN_CASES:
         return None
     # A fixed generator: the same records give the same table.

@@ -38,7 +38,9 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
     """The CSV, by rename; text that a spreadsheet would take for a formula is escaped with an apostrophe."""
     safe = frame.copy()
     for column in safe.columns[safe.dtypes.map(lambda kind: not pd.api.types.is_numeric_dtype(kind))]:
-        safe[column] = safe[column].map(lambda text: f"'{text}" if isinstance(text, str) and text[:1] in "=+-@\t\r" else text)
+        safe[column] = safe[column].map(
+            lambda text: f"'{text}" if isinstance(text, str) and text[:1] in "=+-@\t\r" else text
+        )
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     safe.to_csv(partial, index=False, float_format="%.6g")
@@ -51,8 +53,8 @@ def render(frame: pd.DataFrame) -> str:
         return "no finished runs"
     parts = []
     for key, rows in frame.groupby(TABLE, sort=False):
-        task, data, preset, mode, protocol, fraction = key if isinstance(key, tuple) else (key,)
-        mark = "PHANTOM DATA, says nothing about any method - " if str(data).startswith("phantom") else ""
+        task, data, preset, mode, protocol, fraction = map(str, key if isinstance(key, tuple) else (key,))
+        mark = "PHANTOM DATA, says nothing about any method - " if data.startswith("phantom") else ""
         heading = f"{mark}{task}, {data}, preset {preset}, {mode}, {protocol}, {float(fraction):.0%} of the labels"
         parts.append("\n".join([heading, *_grid(rows)]))
     return "\n\n".join(parts)
@@ -127,20 +129,40 @@ def _ends(name: str, interval: statistics.Interval) -> dict[str, float | None]:
 
 def _grid(rows: pd.DataFrame) -> list[str]:
     targets = [target for target in rows["target"].unique() if target != "average"]
-    heading = ["rank", "method", "backbone", "seeds", "Dice [95 % CI]", "vs scratch [95 % CI]", "HD95 mm", *targets,
-               "cases", "missed", "pretrain s", "ms/step"]
+    heading = [
+        "rank",
+        "method",
+        "backbone",
+        "seeds",
+        "Dice [95 % CI]",
+        "vs scratch [95 % CI]",
+        "HD95 mm",
+        *targets,
+        "cases",
+        "missed",
+        "pretrain s",
+        "ms/step",
+    ]
     lines = [heading]
     average = rows[rows["target"] == "average"].sort_values(["rank", "method"])
     for _, row in average.iterrows():
         same = rows[(rows["method"] == row["method"]) & (rows["backbone"] == row["backbone"])].set_index("target")
-        lines.append([
-            _number(row["rank"], ".0f"), row["method"], row["backbone"], str(row["n_seeds"]),
-            _with_interval(row, "dice", "dice_ci", ".4f"),
-            _with_interval(row, "delta_dice_vs_scratch", "delta_ci", "+.4f"),
-            _number(row["hd95_mm"], ".2f"), *(_number(same.loc[target, "dice"], ".4f") for target in targets),
-            str(row["n_cases"]), str(row["n_missed"]), _number(row["pretrain_seconds"], ".0f"),
-            _number(row["step_ms_p50"], ".0f"),
-        ])
+        lines.append(
+            [
+                _number(row["rank"], ".0f"),
+                row["method"],
+                row["backbone"],
+                str(row["n_seeds"]),
+                _with_interval(row, "dice", "dice_ci", ".4f"),
+                _with_interval(row, "delta_dice_vs_scratch", "delta_ci", "+.4f"),
+                _number(row["hd95_mm"], ".2f"),
+                *(_number(same.loc[target, "dice"], ".4f") for target in targets),
+                str(row["n_cases"]),
+                str(row["n_missed"]),
+                _number(row["pretrain_seconds"], ".0f"),
+                _number(row["step_ms_p50"], ".0f"),
+            ]
+        )
     widths = [max(len(line[column]) for line in lines) for column in range(len(heading))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
 

@@ -1,5 +1,6 @@
 """HybridMIM: hybrid masked image modelling at pixel, region and sample level (Xing et al. 2023)."""
 
+from collections.abc import Sequence
 from math import floor, prod
 from typing import Literal
 
@@ -47,7 +48,7 @@ class HybridMIM(Method):
         region: Size3 | None = Field(
             None,
             description="extent reconstructed, in voxels; none: the largest multiple of the backbone's stride within "
-            "3/4 of the crop, which is section IV-C's 96 of 128 and 64 of 96",
+            "3/4 of the crop, which is section IV-C's 96 of 128 and 64 of 96; the whole crop where that is one stride",
         )
         reconstruction: float = Field(1.0, ge=0, description="weight of L_PR, 0 switches it off; equation 7")
         number: float = Field(0.1, ge=0, description="weight of L_Num, 0 switches it off; equation 7")
@@ -126,8 +127,8 @@ class HybridMIM(Method):
             terms["reconstruction"] = config.reconstruction * self.reconstruction_loss(first, image, mask)
         terms |= self._region_terms(first[-1], mask)
         if config.contrastive:
-            codes = [self.project(view[-1].mean(dim=(2, 3, 4))) for view in (first, second)]
-            terms["contrastive"] = config.contrastive * contrastive_loss(*codes, config.temperature)
+            here, there = (self.project(view[-1].mean(dim=(2, 3, 4))) for view in (first, second))
+            terms["contrastive"] = config.contrastive * contrastive_loss(here, there, config.temperature)
         return terms
 
     def draw_mask(self, image: Tensor) -> Tensor:
@@ -155,7 +156,7 @@ class HybridMIM(Method):
 
     def reconstruction_loss(self, pyramid: list[Tensor], image: Tensor, mask: Tensor) -> Tensor:
         """Equation 1: distance over the masked voxels of the target region, decoded there only."""
-        origin, size = self._region(tuple(image.shape[2:]))
+        origin, size = self._region(image.shape[2:])
         features = self.backbone.decode(crop(pyramid, self.backbone.strides, origin, size))
         spans = [slice(start, start + length) for start, length in zip(origin, size, strict=True)]
         target = image[(slice(None), slice(None), *spans)]
@@ -172,12 +173,15 @@ class HybridMIM(Method):
 
     def _region_terms(self, deepest: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Equations 2, 4 and 5."""
-        config, terms = self.config, {}
+        config = self.config
+        terms: dict[str, Tensor] = {}
         if not (config.number or config.location or config.consistency):
             return terms
         features, bits = self.region_features(deepest), self.bits(mask)
-        count = self.count(features).float() if config.number or config.consistency else None
-        locate = self.locate(features).float() if config.location or config.consistency else None
+        if config.number or config.consistency:
+            count = self.count(features).float()
+        if config.location or config.consistency:
+            locate = self.locate(features).float()
         if config.number:
             terms["number"] = config.number * F.cross_entropy(count.flatten(0, 1), bits.sum(dim=2).flatten())
         if config.location:
@@ -188,19 +192,27 @@ class HybridMIM(Method):
             terms["consistency"] = config.consistency * consistency_loss(count, locate, on_bits)
         return terms
 
-    def _region(self, extent: Triple) -> tuple[Triple, Triple]:
+    def _region(self, extent: Sequence[int]) -> tuple[Triple, Triple]:
         """Origin and size of the target region: on the deepest stride's grid, as near the centre as that allows."""
         stride, wanted = self.backbone.stride, self.config.region
         if wanted is None:
-            wanted = tuple(max(t, e * 3 // 4 // t * t) for e, t in zip(extent, stride, strict=True))
-        for length, t, e in zip(wanted, stride, extent, strict=True):
-            if length % t or length > e:
-                raise UserError(
-                    f"method.region={_text(wanted)} must be a multiple of the deepest stride {_text(stride)} of backbone "
-                    f"{self.backbone.name!r} and fit the crop {_text(extent)}"
-                )
-        origin = tuple((e - length) // 2 // t * t for e, length, t in zip(extent, wanted, stride, strict=True))
-        return origin, wanted
+            size = [max(t, length * 3 // 4 // t * t) for length, t in zip(extent, stride, strict=True)]
+            # Instance norm has no statistics over one voxel, which is all that such a region leaves of the deepest map.
+            size = list(extent) if size == list(stride) else size
+        else:
+            size = list(wanted)
+        if any(edge % t or edge > length for edge, t, length in zip(size, stride, extent, strict=True)):
+            raise UserError(
+                f"method.region={_text(size)} must be a multiple of the deepest stride {_text(stride)} of backbone "
+                f"{self.backbone.name!r} and fit the crop {_text(extent)}"
+            )
+        if size == list(stride):
+            raise UserError(
+                f"method.region={_text(size)} is a single voxel of the deepest features of backbone "
+                f"{self.backbone.name!r}, which cannot be normalised: set it to at least twice the stride along one axis"
+            )
+        x, y, z = ((length - edge) // 2 // t * t for length, edge, t in zip(extent, size, stride, strict=True))
+        return (x, y, z), (size[0], size[1], size[2])
 
     def _voxels(self, mask: Tensor) -> Tensor:
         """Patch mask (N, x, y, z) -> voxel mask (N, 1, x, y, z)."""
@@ -255,5 +267,5 @@ def contrastive_loss(first: Tensor, second: Tensor, temperature: float) -> Tenso
     return F.cross_entropy(similarity.masked_fill(itself, float("-inf")), partner)
 
 
-def _text(size: Triple) -> str:
+def _text(size: Sequence[int]) -> str:
     return ",".join(map(str, size))

@@ -51,7 +51,10 @@ class MSDTask(Task):
         import nibabel as nib
 
         name = f"{self.title.lower()}_{number:03d}.nii.gz"
-        for sub, voxels in (("imagesTr", np.moveaxis(images, 0, -1) if len(images) > 1 else images[0]), ("labelsTr", label)):
+        for sub, voxels in (
+            ("imagesTr", np.moveaxis(images, 0, -1) if len(images) > 1 else images[0]),
+            ("labelsTr", label),
+        ):
             (root / sub).mkdir(parents=True, exist_ok=True)
             nib.save(nib.Nifti1Image(voxels, affine), root / sub / name)
         path = root / "dataset.json"
@@ -137,7 +140,8 @@ def _replace_spacing(task: MSDTask, folder: Path) -> MSDTask:
 
     import nibabel as nib
 
-    spacings = [nib.load(case.images[0]).header.get_zooms()[:3] for case in task.cases(folder)]
+    headers: list[Any] = [nib.load(case.images[0]).header for case in task.cases(folder)]
+    spacings = [header.get_zooms()[:3] for header in headers]
     median = [round(float(value), 4) for value in np.median(spacings, axis=0)]
     return replace(task, spacing=(median[0], median[1], median[2]))
 

@@ -1,0 +1,133 @@
+"""The backbone contract over the whole registry, and equality with MONAI's networks for MONAI's weights."""
+
+import pytest
+import torch
+from monai.networks.nets import BasicUNet
+from monai.networks.nets import SwinUNETR as MonaiSwinUNETR
+from torch.utils.flop_counter import FlopCounterMode
+
+from backbones.swinunetr import SwinUNETR
+from backbones.unet import UNet
+from harness import crop
+from harness.registry import Registry
+from harness.settings import build
+
+SMALL = {"unet": {"features": (4, 4, 8, 8, 16)}, "swinunetr": {"feature_size": 12, "window_size": 4}}
+NAMES = Registry().names("backbone")
+
+
+def make(name: str, in_channels: int = 2):
+    cls = Registry().load("backbone", name)
+    torch.manual_seed(0)
+    return cls(build(cls.Config, SMALL.get(name, {}), "backbone"), in_channels)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pyramid_has_the_stated_shapes(name):
+    backbone = make(name)
+    pyramid = backbone.encode(torch.rand(1, 2, 64, 32, 32))
+    assert len(pyramid) == len(backbone.strides) == len(backbone.channels)
+    for level, stride, channels in zip(pyramid, backbone.strides, backbone.channels, strict=True):
+        assert level.shape == (1, channels, 64 // stride[0], 32 // stride[1], 32 // stride[2])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decode_whole_and_partial(name):
+    backbone = make(name)
+    pyramid = backbone.encode(torch.rand(1, 2, 64, 64, 32))
+    assert backbone.decode(pyramid).shape == (1, backbone.width, 64, 64, 32)
+    part = crop(pyramid, backbone.strides, (32, 0, 0), (32, 64, 32))
+    features = backbone.decode(part)
+    assert features.shape == (1, backbone.width, 32, 64, 32)
+    features.square().mean().backward()
+    for key, parameter in backbone.named_parameters():
+        assert parameter.grad is not None, key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_partial_decoding_costs_its_share(name):
+    backbone = make(name)
+    with torch.no_grad():
+        pyramid = backbone.encode(torch.rand(1, 2, 64, 64, 64))
+        cost = []
+        for size in ((64, 64, 64), (32, 64, 32)):
+            counter = FlopCounterMode(display=False)
+            with counter:
+                backbone.decode(crop(pyramid, backbone.strides, (0, 0, 0), size))
+            cost.append(counter.get_total_flops())
+    assert cost[0] / cost[1] == pytest.approx(4, rel=0.01)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_belongs_to_a_part(name):
+    backbone = make(name)
+    backbone.set_head(3)
+    parts = {backbone.part_of(key) for key in backbone.state_dict()}
+    assert parts == {"encoder", "decoder", "head"}
+    assert backbone(torch.rand(1, 2, 64, 32, 32)).shape == (1, 3, 64, 32, 32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dropout_is_really_called(name):
+    backbone = make(name)
+    image = torch.rand(1, 2, 32, 32, 32)
+    assert not torch.equal(backbone.encode(image)[-1], backbone.encode(image)[-1])
+    backbone.eval()
+    assert torch.equal(backbone.encode(image)[-1], backbone.encode(image)[-1])
+
+
+@pytest.mark.parametrize(
+    ("origin", "size"),
+    [((8, 0, 0), (32, 32, 32)), ((0, 0, 0), (40, 32, 32)), ((48, 0, 0), (32, 32, 32)), ((-16, 0, 0), (32, 32, 32))],
+)
+def test_crop_refuses_regions_off_the_grid_or_outside(origin, size):
+    backbone = make("unet")
+    pyramid = backbone.encode(torch.rand(1, 2, 64, 64, 64))
+    with pytest.raises(ValueError, match="region"):
+        crop(pyramid, backbone.strides, origin, size)
+
+
+def test_crop_cuts_every_level_at_the_same_place():
+    backbone = make("unet")
+    where = torch.arange(64.0).view(1, 1, 64, 1, 1).expand(1, 1, 64, 64, 64)
+    pyramid = [where[:, :, :: s[0], :: s[1], :: s[2]] for s in backbone.strides]
+    for level, (s, *_) in zip(
+        crop(pyramid, backbone.strides, (16, 0, 32), (32, 16, 16)), backbone.strides, strict=True
+    ):
+        assert level.shape[2:] == (32 // s, 16 // s, 16 // s)
+        assert level[0, 0, 0, 0, 0] == 16
+        assert level[0, 0, -1, 0, 0] == 48 - s
+
+
+def test_swinunetr_equals_monai_for_monais_state_dict():
+    torch.manual_seed(0)
+    theirs = MonaiSwinUNETR(in_channels=2, out_channels=3, feature_size=12).eval()
+    ours = SwinUNETR(SwinUNETR.Config(feature_size=12), in_channels=2).eval()
+    ours.set_head(3)
+    ours.load_state_dict(theirs.state_dict())
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    image = torch.rand(1, 2, 64, 32, 64)
+    torch.testing.assert_close(ours(image), theirs(image), rtol=0, atol=0)
+
+
+def test_swinunetr_has_monais_gradients():
+    torch.manual_seed(0)
+    theirs = MonaiSwinUNETR(in_channels=1, out_channels=2, feature_size=12)
+    ours = SwinUNETR(SwinUNETR.Config(feature_size=12, dropout=0.0), in_channels=1)
+    ours.set_head(2)
+    ours.load_state_dict(theirs.state_dict())
+    image = torch.rand(1, 1, 64, 32, 32)
+    for network in (ours, theirs):
+        network(image).square().mean().backward()
+    for (key, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, msg=key)
+
+
+def test_unet_equals_basicunet_for_its_state_dict():
+    torch.manual_seed(0)
+    theirs = BasicUNet(in_channels=2, out_channels=3, features=(4, 4, 8, 8, 16, 4)).eval()
+    ours = UNet(UNet.Config(features=(4, 4, 8, 8, 16)), in_channels=2).eval()
+    ours.set_head(3)
+    ours.load_state_dict(theirs.state_dict())
+    image = torch.rand(1, 2, 32, 48, 32)
+    torch.testing.assert_close(ours(image), theirs(image), rtol=0, atol=0)

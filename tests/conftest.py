@@ -1,0 +1,58 @@
+"""Shared fixtures: phantoms that are written once, and the real data where it is there."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from harness import Task
+from harness.phantom import write_phantom
+from harness.registry import Registry
+
+SHARED = Path(os.environ.get("HARNESS_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+# A network and budgets that take seconds; sizes still fit every backbone.
+TINY = {
+    "unet": ["backbone.features=4,4,8,8,8"],
+    "swinunetr": ["backbone.depths=1,1,1,1", "backbone.num_heads=1,1,1,1"],
+}
+TINY_BUDGET = [
+    *("pretrain.steps=2", "pretrain.warmup_steps=0", "pretrain.crop=32,32,32"),
+    *("finetune.steps=2", "finetune.warmup_steps=0", "finetune.crop=32,32,32"),
+]
+
+
+def small(task: Task) -> Task:
+    """The task with a phantom small enough for tests."""
+    return replace(task, phantom_size=(34, 36, 30), phantom_cases=4)
+
+
+@pytest.fixture(scope="session")
+def registry() -> Registry:
+    return Registry()
+
+
+@pytest.fixture(scope="session", params=["msd_hippocampus", "brats"])
+def phantom(request, registry, tmp_path_factory) -> tuple[Task, Path]:
+    """Each task with a phantom of four cases on disk."""
+    task = small(registry.task(request.param))
+    root = tmp_path_factory.mktemp("phantom") / request.param
+    write_phantom(task, root, task.phantom_cases, seed=0)
+    return task, root
+
+
+@pytest.fixture(scope="session")
+def hippocampus_phantom(registry, tmp_path_factory) -> Path:
+    task = small(registry.task("msd_hippocampus"))
+    root = tmp_path_factory.mktemp("phantom") / task.folder
+    write_phantom(task, root, task.phantom_cases, seed=0)
+    return root
+
+
+@pytest.fixture(scope="session")
+def real_hippocampus() -> Path:
+    root = SHARED / "Task04_Hippocampus"
+    if not root.is_dir():
+        pytest.skip(f"the real data set {root} is not here; HARNESS_TEST_DATA names another folder")
+    return root
