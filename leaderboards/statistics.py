@@ -4,8 +4,6 @@ Arrays are (seeds, cases, targets) with NaN where a case is empty for a target. 
 of the targets' means, in every resample too.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
@@ -21,26 +19,21 @@ Interval = tuple[float, float] | None
 
 def mean(values: Values) -> float | None:
     """(seeds, cases, targets) -> mean over seeds and cases per target, then over targets; None where all is empty."""
-    with np.errstate(invalid="ignore"):
-        counts = (~np.isnan(values)).sum(axis=(0, 1))
-        sums = np.nansum(values, axis=(0, 1))
-    kept = counts > 0
-    return float((sums[kept] / counts[kept]).mean()) if kept.any() else None
+    value = _means(values, np.ones((1, values.shape[0])), np.ones((1, values.shape[1])))[0]
+    return None if np.isnan(value) else float(value)
 
 
 def interval(values: Values) -> Interval:
-    """95 % bootstrap interval of `mean`: seeds are drawn first, then cases. None for fewer than two cases."""
-    return _bootstrap(values.shape[1], lambda rng, cases: mean(_seeds(rng, values)[:, cases]))
+    """95 % bootstrap interval of `mean`: seeds and cases are drawn. None for fewer than two cases."""
+    seeds, cases = _drawn(len(values), 0), _drawn(values.shape[1], 1)
+    return _percentiles(_means(values, seeds, cases), values.shape[1])
 
 
 def paired_interval(first: Values, second: Values) -> Interval:
     """95 % bootstrap interval of mean(first) - mean(second): the same cases are drawn for both."""
-
-    def difference(rng: np.random.Generator, cases: NDArray[np.intp]) -> float | None:
-        a, b = mean(_seeds(rng, first)[:, cases]), mean(_seeds(rng, second)[:, cases])
-        return None if a is None or b is None else a - b
-
-    return _bootstrap(first.shape[1], difference)
+    cases = _drawn(first.shape[1], 1)
+    mine, theirs = _means(first, _drawn(len(first), 0), cases), _means(second, _drawn(len(second), 2), cases)
+    return _percentiles(mine - theirs, first.shape[1])
 
 
 def p_value(first: Values, second: Values) -> float | None:
@@ -74,18 +67,25 @@ def _per_case(values: Values) -> NDArray[np.float64]:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def _seeds(rng: np.random.Generator, values: Values) -> Values:
-    return values[rng.integers(len(values), size=len(values))]
+def _drawn(number: int, stream: int) -> NDArray[np.float64]:
+    """How often each of `number` things is drawn, (RESAMPLES, number). Fixed: the same records give the same table."""
+    rng = np.random.default_rng((stream, number))
+    return rng.multinomial(number, np.full(number, 1 / number), size=RESAMPLES).astype(float)
 
 
-def _bootstrap(num_cases: int, statistic: Callable[[np.random.Generator, NDArray[np.intp]], float | None]) -> Interval:
-    if num_cases < MIN_CASES:
-        return None
-    # A fixed generator: the same records give the same table.
-    rng = np.random.default_rng(0)
-    drawn = (statistic(rng, rng.integers(num_cases, size=num_cases)) for _ in range(RESAMPLES))
-    kept = [value for value in drawn if value is not None]
-    if not kept:
+def _means(values: Values, seeds: NDArray[np.float64], cases: NDArray[np.float64]) -> NDArray[np.float64]:
+    """`mean` under weights of the seeds (resamples, seeds) and of the cases (resamples, cases), (resamples,)."""
+    there = ~np.isnan(values)
+    sums = np.einsum("bs,bn,snt->bt", seeds, cases, np.where(there, values, 0), optimize=True)
+    counts = np.einsum("bs,bn,snt->bt", seeds, cases, there.astype(float), optimize=True)
+    scored = (counts > 0).sum(axis=1)
+    totals = np.divide(sums, counts, out=np.zeros_like(sums), where=counts > 0).sum(axis=1)
+    return np.divide(totals, scored, out=np.full(len(totals), np.nan), where=scored > 0)
+
+
+def _percentiles(drawn: NDArray[np.float64], num_cases: int) -> Interval:
+    kept = drawn[~np.isnan(drawn)]
+    if num_cases < MIN_CASES or not len(kept):
         return None
     low, high = np.percentile(kept, LEVEL)
     return float(low), float(high)

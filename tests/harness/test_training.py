@@ -1,0 +1,108 @@
+"""The loop, the transfer and the configuration."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from backbones.unet import UNet
+from harness import UserError
+from harness.config import Training, resolve
+from harness.training import new_accelerator, train
+from harness.transfer import part_weights, transfer
+
+
+class Slope(nn.Module):
+    def __init__(self, bad=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.bad = bad
+
+    def forward(self, batch):
+        return {"fit": (self.weight - batch["image"].mean()).square().sum() * (float("nan") if self.bad else 1)}
+
+
+def settings(**changed):
+    return Training(**{"steps": 20, "crop": 32, "batch_size": 2, "lr": 0.1, "weight_decay": 0.0} | changed)
+
+
+def test_loop_minimises_and_writes_every_step(tmp_path):
+    module, history = Slope(), tmp_path / "history.jsonl"
+    data = [{"image": torch.ones(1, 2, 2, 2)}] * 40
+    seen = []
+    done = train(module, data, settings(), 20, 2, new_accelerator(), history, "pretrain", after_step=seen.append)
+    lines = [json.loads(line) for line in history.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 21)) == seen
+    assert lines[-1]["loss"] < 0.2 * lines[0]["loss"]
+    assert lines[0]["lr"] == pytest.approx(0.05)
+    assert max(line["lr"] for line in lines) <= 0.1
+    assert lines[-1]["lr"] < 0.01
+    assert done.steps == 20
+    assert done.clock["step"]["p50_ms"] > 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    data = [{"image": torch.ones(1, 2, 2, 2)}] * 40
+    with pytest.raises(UserError, match="not finite at step 1"):
+        train(Slope(bad=True), data, settings(), 20, 2, new_accelerator(), tmp_path / "h", "pretrain")
+
+
+def unet(first=4):
+    return UNet(UNet.Config(features=(first, 4, 8, 8, 16)), in_channels=1)
+
+
+def test_transfer_reports_every_tensor():
+    source, target = unet(), unet()
+    weights = part_weights(source, ("encoder", "decoder"))
+    report = transfer(target, weights)
+    assert (len(report.loaded), report.skipped, report.reinitialised) == (len(weights), [], [])
+    assert report.encoder_fraction == 1
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
+
+
+def test_transfer_of_a_part_and_of_other_shapes_says_so():
+    encoder = part_weights(unet(), ("encoder",))
+    report = transfer(unet(), encoder)
+    assert report.encoder_fraction == 1
+    assert all(key.startswith("upcat") for key in report.reinitialised)
+    other = transfer(unet(first=8), encoder | {"foreign.weight": torch.zeros(1)})
+    assert "foreign.weight" in other.skipped
+    assert "conv_0.conv_0.conv.weight" in other.skipped
+    assert 0 < other.encoder_fraction < 1
+
+
+def test_epochs_become_steps_and_a_long_warm_up_is_refused():
+    assert settings(steps=None, epochs=3, warmup_epochs=1).schedule(num_cases=9, num_processes=2) == (9, 3)
+    with pytest.raises(UserError, match="does not fit"):
+        settings(warmup_epochs=50).schedule(num_cases=9, num_processes=1)
+
+
+def resolved(registry, preset="demo", task="brats", **overrides):
+    names = {key.replace("__", "."): value for key, value in overrides.items()}
+    return resolve(registry, registry.task(task), method="hybridmim", backbone="unet", preset=preset, overrides=names)
+
+
+def test_presets_are_layered_and_overridden(registry):
+    config = resolved(registry, pretrain__crop="64", method__region="none", backbone__features="8,8,8,8,8")
+    assert config.pretrain.crop == (64, 64, 64)
+    assert config.method_settings.region is None
+    assert config.backbone_settings.features == (8,) * 5
+    assert resolved(registry, finetune__epochs="2").finetune.steps is None
+
+
+def test_paper_preset_is_section_4(registry):
+    config = resolved(registry, "paper")
+    assert (config.pretrain.steps, config.pretrain.crop, config.pretrain.batch_size) == (100_000, (128,) * 3, 2)
+    assert (config.pretrain.lr, config.pretrain.weight_decay, config.pretrain.warmup_epochs) == (1e-4, 1e-5, 50)
+    assert (config.finetune.epochs, config.finetune.lr) == (300, 1e-4)
+    hybrid = config.method_settings
+    assert (hybrid.mask_ratio, hybrid.sub_volume, hybrid.patch) == (0.4, (32,) * 3, (16,) * 3)
+    weights = (hybrid.reconstruction, hybrid.number, hybrid.location, hybrid.consistency, hybrid.contrastive)
+    assert weights == (1, 0.1, 0.1, 0.01, 0.1)
+    assert config.backbone_settings.features == (64, 64, 128, 256, 512)
+
+
+def test_configuration_is_frozen(registry):
+    with pytest.raises(ValueError, match="frozen"):
+        resolved(registry).seed = 3
