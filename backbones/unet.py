@@ -15,9 +15,10 @@ NORM = ("instance", {"affine": True})
 class UNet(Backbone):
     """Five-level 3D U-Net (MONAI BasicUNet's blocks and keys), stride 16.
 
-    Child names are BasicUNet's, so that its state dicts load as they are. HybridMIM's released network has widths
-    64, 64, 128, 256, 512 (ge-xing/HybridMIM, `deep_unet.py`); there its dropout layer is defined but never called,
-    here it acts on the deepest features in training.
+    Child names are BasicUNet's, so that its state dicts load as they are. The default widths are those of
+    HybridMIM's released network. That one defines a dropout layer and never calls it (its only dropout is inside the
+    convolution blocks) and its last pooling keeps the size; here dropout acts on the deepest features in training, and
+    every level halves.
     """
 
     name = "unet"

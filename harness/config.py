@@ -25,7 +25,7 @@ class Training(Settings):
     weight_decay: float = Field(ge=0, description="of AdamW; biases and norms are left out")
     warmup_steps: NonNegativeInt = Field(0, description="linear warm-up in steps")
     warmup_epochs: NonNegativeInt = Field(0, description="linear warm-up in passes over the training cases")
-    clip_norm: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
+    clip_norm: float = Field(0.0, ge=0, description="largest gradient norm; 0 does not clip, as in the paper")
     workers: NonNegativeInt = Field(0, description="loader processes; 0 loads in the main process")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 where the hardware computes in it"
@@ -58,7 +58,12 @@ class Training(Settings):
 class Finetune(Training):
     """Fine-tuning: DiceCE and the paper's light augmentation (section IV-C)."""
 
-    foreground: float = Field(0.5, ge=0, le=1, description="share of crops centred on a labelled voxel")
+    foreground: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of crops centred on a labelled voxel; not in the paper, which says random crops",
+    )
     flip: float = Field(0.2, ge=0, le=1, description="probability of a flip, per axis; section IV-C")
     rotate: float = Field(0.2, ge=0, le=1, description="probability of a rotation by 90 degrees; section IV-C")
     scale: float = Field(0.1, ge=0, le=1, description="probability of an intensity scaling by 0.9..1.1; section IV-C")
@@ -123,9 +128,18 @@ def resolve(
     method_class, backbone_class = registry.load("method", method), registry.load("backbone", backbone)
     written = read_preset(preset)
     values: dict[str, dict[str, Any]] = {section: dict(written.get(section, {})) for section in SECTIONS}
-    for layer in (task.presets, backbone_class.presets, method_class.presets, {preset: overrides}):
+    layers = [
+        (f"task {task.name!r}", task.presets, SECTIONS[2:]),
+        (f"backbone {backbone!r}", backbone_class.presets, ("backbone",)),
+        # A method that could change the fine-tuning would no longer be compared with a matched control.
+        (f"method {method!r}", method_class.presets, ("method", "pretrain")),
+        ("--set", {preset: overrides}, SECTIONS),
+    ]
+    for origin, layer, allowed in layers:
         for key, value in layer.get(preset, {}).items():
             section, _, field = key.partition(".")
+            if section not in allowed:
+                raise UserError(f"{origin} sets {key} in its preset {preset!r}; it may set {', '.join(allowed)} only")
             other = {"steps": "epochs", "epochs": "steps"}.get(field)
             if other and section in ("pretrain", "finetune"):
                 values[section].pop(other, None)

@@ -134,7 +134,7 @@ class Method(nn.Module):
     version: ClassVar[str] = "1"
     reference: ClassVar[str] = ""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    trains: ClassVar[tuple[str, ...]] = ("encoder", "decoder")
+    trains: tuple[str, ...] = ("encoder", "decoder")
     needs: ClassVar[frozenset[str]] = frozenset()
     generator: torch.Generator | None = None
 

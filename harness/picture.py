@@ -63,17 +63,18 @@ def _row(task: Task, row: NDArray[np.object_], volume: Volume, predicted: NDArra
     # Rows of the picture run from anterior to posterior, columns from the patient's right to left.
     image = image[::-1, ::-1, middle].T
     low, high = np.percentile(image, (0.5, 99.5))
+    aspect = spacing[1] / spacing[0]
     for axis, masks in zip(row, (None, reference, prediction), strict=True):
-        axis.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=spacing[1] / spacing[0], interpolation="nearest")
-        for number, mask in enumerate(masks if masks is not None else ()):
-            flat = mask[::-1, ::-1, middle].T
-            colour = ListedColormap([COLOURS[number % len(COLOURS)]])
+        axis.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="nearest")
+        if masks is not None:
+            # One colour a voxel: of targets that overlap, the last (the innermost) is shown.
+            shown = np.zeros(image.shape, dtype=np.uint8)
+            for number, mask in enumerate(masks, start=1):
+                shown[mask[::-1, ::-1, middle].T] = number
+            palette = ListedColormap([COLOURS[number % len(COLOURS)] for number in range(len(masks))])
+            overlay = np.ma.masked_equal(shown, 0)
             axis.imshow(
-                np.ma.masked_where(~flat, flat),
-                cmap=colour,
-                alpha=0.55,
-                aspect=spacing[1] / spacing[0],
-                interpolation="nearest",
+                overlay, cmap=palette, vmin=1, vmax=len(masks), alpha=0.55, aspect=aspect, interpolation="nearest"
             )
         axis.set_xticks([])
         axis.set_yticks([])

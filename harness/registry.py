@@ -151,10 +151,11 @@ def _describe_class(plugin: Plugin) -> dict[str, Any]:
         if isinstance(node, ast.ClassDef) and node.name == wanted:
             described: dict[str, Any] = {"description": (ast.get_docstring(node) or "").partition("\n")[0]}
             for statement in node.body:
-                if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-                    field = statement.targets[0].id
-                    if field in ("version", "reference", "trains", "needs"):
-                        described[field] = _literal(statement.value)
+                if not isinstance(statement, ast.Assign | ast.AnnAssign) or statement.value is None:
+                    continue
+                target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
+                if isinstance(target, ast.Name) and target.id in ("version", "reference", "trains", "needs"):
+                    described[target.id] = _literal(statement.value)
             return {"version": "1", "reference": ""} | described
     return {"description": f"cannot be read: {wanted} is not defined in {source}", "version": "", "reference": ""}
 

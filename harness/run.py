@@ -95,6 +95,8 @@ def run(request: Request) -> Finished:
     Raises:
         UserError: anything that the user can mend; stages that are finished stay finished.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("a run takes one process in this version, WORLD_SIZE says several: start it without a launcher")
     registry = Registry(request.plugins)
     task = registry.task(request.task)
     # Names are checked before a phantom is written or data is read.
@@ -168,10 +170,7 @@ def check_fit(config: RunConfig, plugins: "Plugins", task: Task) -> None:
                 f"{config.backbone!r}, which cannot be normalised: set it to at least twice as much along one axis"
             )
     if plugins.method.trains:
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        plugins.method(config.method_settings, backbone).check(
-            config.pretrain.crop, config.pretrain.batch_size * processes
-        )
+        plugins.method(config.method_settings, backbone).check(config.pretrain.crop, config.pretrain.batch_size)
 
 
 def find_data(task: Task, data: Path | None, runs: Path) -> Path:

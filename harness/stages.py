@@ -77,7 +77,7 @@ def pretrain(
     )
     history = folder / "history.jsonl"
     trained = train(method, data, settings, steps, warmup, accelerator, history, "pretrain", method.after_step)
-    save_file(part_weights(method.backbone, plugins.method.trains), folder / "weights.safetensors")
+    save_file(part_weights(method.backbone, method.trains), folder / "weights.safetensors")
     stage = asdict(trained) | {"prepare_seconds": prepare_seconds, "memory": hardware.memory(accelerator.device)}
     write_atomic(folder / "stage.json", json.dumps(stage))
     return stage

@@ -101,8 +101,9 @@ def train(
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = param_groups_weight_decay(module, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=device.type == "cuda")
+    # One more than there are steps: the cosine reaches 0 after the last one, not in it.
     schedule = CosineLRScheduler(
-        optimizer, t_initial=steps, warmup_t=warmup, warmup_lr_init=0.0, warmup_prefix=False, t_in_epochs=False
+        optimizer, t_initial=steps + 1, warmup_t=warmup, warmup_lr_init=0.0, warmup_prefix=False, t_in_epochs=False
     )
     loader = DataLoader(
         data,

@@ -105,7 +105,13 @@ def _measured(runs: Sequence[Run], number: int | None) -> dict[str, Any]:
 
 
 def _against(runs: Sequence[Run], control: Sequence[Run], number: int | None) -> dict[str, Any]:
-    mine, theirs = _stack(runs, "dice", number), _stack(control, "dice", number)
+    # Paired by seed as well: a seed that only one side has says nothing about the difference.
+    shared = {run.record["seed"] for run in runs} & {run.record["seed"] for run in control}
+    if not shared:
+        return {}
+    mine, theirs = (
+        _stack([run for run in side if run.record["seed"] in shared], "dice", number) for side in (runs, control)
+    )
     here, there = statistics.mean(mine), statistics.mean(theirs)
     return {
         "delta_dice_vs_scratch": None if here is None or there is None else here - there,

@@ -28,18 +28,27 @@ class HybridMIM(Method):
       * Region. The paper's lies around the centre, the code's in a corner.
       * Consistency. The paper's squared error is on probabilities and trains the location head; the code thresholds
         first, which leaves that half without a gradient. `consistency_on` offers both.
-      * Contrast. The code detaches the second view; here both views have gradients.
+      * Location. The code averages the binary cross-entropy over the bits of a sub-volume, equation 4 sums it.
+      * Contrast. The code detaches the second view; here both views have gradients. For SwinUNETR the code contrasts
+        one token; here, as for UNet, the spatial mean.
+      * Dropout. The code draws it inside the networks (`block_dropout`, `drop_path` come nearest); here it acts after
+        the trunk, so that two encodings cost one pass.
     Where the paper is not definite:
       * Equation 5 sums over sub-volumes while 2 and 4 average; here all three average, so that the weights do not
         depend on the crop.
+      * Equation 1 sums over whole sub-volumes. A region on the stride's grid may cut them (64 at 16 of 96): each piece
+        then counts as one sub-volume.
+      * Equation 3 calls p = 0 masked; here 1 is masked, as equation 5 and the code need.
       * Equation 6 leaves the positive out of the denominator, its text does not; here as in the text (and the code).
       * Section III-A sets SwinUNETR's token to the patch; here, as in the code, the token stays 2 voxels, so that
         the network is the one that is fine-tuned.
+    The mask is kept as a tensor, never found by comparing voxels with 0: the background of skull-stripped MR and the
+    padding of small volumes are 0 as well, so labels cannot be read from patches that lie wholly there.
     """
 
     name = "hybridmim"
     reference = "Xing et al. 2023, HybridMIM; github.com/ge-xing/HybridMIM"
-    trains = ("encoder", "decoder")
+    trains: tuple[str, ...] = ("encoder", "decoder")
 
     class Config(Settings):
         mask_ratio: float = Field(0.4, gt=0, lt=1, description="share of patches masked; section IV-C")
@@ -48,7 +57,7 @@ class HybridMIM(Method):
         region: Size3 | None = Field(
             None,
             description="extent reconstructed, in voxels; none: the largest multiple of the backbone's stride within "
-            "3/4 of the crop, which is section IV-C's 96 of 128 and 64 of 96; the whole crop where that is one stride",
+            "3/4 of the crop, which is section IV-C's 96 of 128 and 64 of 96; an axis of two strides or fewer stays whole",
         )
         reconstruction: float = Field(1.0, ge=0, description="weight of L_PR, 0 switches it off; equation 7")
         number: float = Field(0.1, ge=0, description="weight of L_Num, 0 switches it off; equation 7")
@@ -68,6 +77,9 @@ class HybridMIM(Method):
         super().__init__(config, backbone)
         deepest = backbone.channels[-1]
         self.num_patches = prod(s // p for s, p in zip(config.sub_volume, config.patch, strict=True))
+        if not config.reconstruction:
+            # Nothing reaches the decoder: handing it over would replace the control's initial values by others.
+            self.trains = ("encoder",)
         # A head exists only where a term uses it: an unused one would be a dead parameter under DDP.
         if config.reconstruction:
             self.reconstruct = nn.Conv3d(backbone.width, backbone.in_channels, kernel_size=1)
@@ -162,14 +174,12 @@ class HybridMIM(Method):
         target = image[(slice(None), slice(None), *spans)]
         hidden = self._voxels(mask)[(slice(None), slice(None), *spans)]
         restored = torch.sigmoid(self.reconstruct(features).float())
-        squared = (restored - target).square().mean(dim=1) * hidden[:, 0]
+        squared = (restored - target).square() * hidden
         if self.config.distance == "mse":
-            return squared.sum() / hidden.sum().clamp_min(1)
-        cells = self._sum_over_sub_volumes(squared, origin)
-        counts = self._sum_over_sub_volumes(hidden[:, 0].to(squared.dtype), origin)
-        # The norm of nothing has no gradient at 0, and a sub-volume without a masked voxel has nothing to restore.
-        norms = cells.clamp_min(1e-12).sqrt() * (counts > 0)
-        return norms.sum() / (counts > 0).sum().clamp_min(1)
+            return squared.sum() / (hidden.sum() * squared.shape[1]).clamp_min(1)
+        cells = self._sum_over_sub_volumes(squared.sum(dim=1), origin)
+        # A sub-volume without a masked voxel is at distance 0, where the root has no gradient.
+        return torch.where(cells > 0, cells.clamp_min(1e-12).sqrt(), 0).mean()
 
     def _region_terms(self, deepest: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Equations 2, 4 and 5."""
@@ -196,9 +206,11 @@ class HybridMIM(Method):
         """Origin and size of the target region: on the deepest stride's grid, as near the centre as that allows."""
         stride, wanted = self.backbone.stride, self.config.region
         if wanted is None:
-            size = [max(t, length * 3 // 4 // t * t) for length, t in zip(extent, stride, strict=True)]
-            # Instance norm has no statistics over one voxel, which is all that such a region leaves of the deepest map.
-            size = list(extent) if size == list(stride) else size
+            # Of two strides or fewer, what remains would lie in a corner and be a fraction of the axis.
+            size = [
+                length if length <= 2 * t else length * 3 // 4 // t * t
+                for length, t in zip(extent, stride, strict=True)
+            ]
         else:
             size = list(wanted)
         if any(edge % t or edge > length for edge, t, length in zip(size, stride, extent, strict=True)):

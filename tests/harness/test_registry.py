@@ -26,6 +26,7 @@ def test_descriptions_need_no_import_and_agree_with_the_classes(registry):
 def test_a_foreign_package_that_shadows_ours_is_recognisable(tmp_path):
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods" / "__init__.py").write_text("")
+    (tmp_path / "methods" / "scratch.py").write_text("")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
         "from harness.cli import main\n"

@@ -37,7 +37,7 @@ def test_loop_minimises_and_writes_every_step(tmp_path):
     assert lines[-1]["loss"] < 0.2 * lines[0]["loss"]
     assert lines[0]["lr"] == pytest.approx(0.05)
     assert max(line["lr"] for line in lines) <= 0.1
-    assert lines[-1]["lr"] < 0.01
+    assert 0 < lines[-1]["lr"] < 0.01
     assert done.steps == 20
     assert done.clock["step"]["p50_ms"] > 0
 
@@ -101,6 +101,12 @@ def test_paper_preset_is_section_4(registry):
     weights = (hybrid.reconstruction, hybrid.number, hybrid.location, hybrid.consistency, hybrid.contrastive)
     assert weights == (1, 0.1, 0.1, 0.01, 0.1)
     assert config.backbone_settings.features == (64, 64, 128, 256, 512)
+
+
+def test_a_method_cannot_change_the_fine_tuning(registry, monkeypatch):
+    monkeypatch.setattr(registry.load("method", "hybridmim"), "presets", {"demo": {"finetune.lr": 1.0}})
+    with pytest.raises(UserError, match="may set method, pretrain only"):
+        resolved(registry)
 
 
 def test_configuration_is_frozen(registry):

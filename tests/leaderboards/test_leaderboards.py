@@ -108,6 +108,16 @@ def test_p_value_needs_seeds_and_cases(tmp_path):
     assert frame.loc["better", "a"]["n_seeds"] == 2
 
 
+def test_the_difference_uses_the_seeds_that_both_have(tmp_path):
+    write_run(tmp_path, "scratch", 0)
+    write_run(tmp_path, "better", 0, dice=0.9)
+    write_run(tmp_path, "better", 1, dice=0.2)
+    write_run(tmp_path, "other", 5, dice=0.9)
+    frame = built(tmp_path).set_index(["method", "target"])
+    assert frame.loc["better", "a"]["delta_dice_vs_scratch"] == pytest.approx(0.1)
+    assert pd.isna(frame.loc["other", "a"]["delta_dice_vs_scratch"])
+
+
 def test_holm():
     assert statistics.holm([0.01, None, 0.04, 0.03]) == [
         pytest.approx(0.03),
