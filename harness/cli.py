@@ -1,6 +1,7 @@
 """The `harness` command. Torch is imported only by what needs it."""
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from harness.errors import UserError, unknown
+
+# Errors of the file system that are the user's to mend: no permission, read-only, full, a file where a folder is due.
+MENDABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,6 +38,13 @@ def main(words: Sequence[str] | None = None) -> int:
         # The reader (`head`, a pager) has left; nothing is wrong with the run.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        print(
+            f"harness: error: {error.strerror}: {error.filename or 'writing'}; mend it and ask again", file=sys.stderr
+        )
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,7 +70,7 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--preset", default="demo", metavar="P", help="`harness list presets` (default: demo)")
     run.add_argument("--mode", default="task-specific", choices=["task-specific"], help="what to pre-train on")
     run.add_argument("--protocol", default="finetune", choices=["finetune"], help="what is trained with labels")
-    run.add_argument("--seed", type=int, default=0, metavar="N")
+    run.add_argument("--seed", type=_seed, default=0, metavar="N")
     run.add_argument("--label-fraction", type=float, default=1.0, metavar="F", help="share of the training labels")
     run.add_argument(
         "--set",
@@ -119,7 +130,7 @@ def _add_data(commands: Any) -> None:
         if verb == "phantom":
             parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
             parser.add_argument("--cases", type=int, metavar="N", help="default: the task's own number")
-            parser.add_argument("--seed", type=int, default=0, metavar="N")
+            parser.add_argument("--seed", type=_seed, default=0, metavar="N")
         else:
             _add_data_option(parser)
             _add_runs_option(parser)
@@ -130,7 +141,7 @@ def _add_data_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         type=Path,
-        default=os.environ.get("HARNESS_DATA"),
+        default=os.environ.get("HARNESS_DATA") or None,
         metavar="DIR",
         help="the task's folder or the one that contains it (default: $HARNESS_DATA, else a phantom)",
     )
@@ -140,7 +151,7 @@ def _add_runs_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs",
         type=Path,
-        default=os.environ.get("HARNESS_RUNS", "runs"),
+        default=os.environ.get("HARNESS_RUNS") or "runs",
         metavar="DIR",
         help="where runs and caches are kept (default: $HARNESS_RUNS, else ./runs)",
     )
@@ -157,13 +168,17 @@ def _add_plugin_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
 def _run(arguments: argparse.Namespace) -> None:
     from harness.run import Request, run
 
     if not 0 < arguments.label_fraction <= 1:
         raise UserError(f"--label-fraction {arguments.label_fraction:g} is not in 0..1: give for instance 0.1")
-    if arguments.seed < 0:
-        raise UserError(f"--seed {arguments.seed} is negative: give 0 or more")
     request = Request(
         **{name: getattr(arguments, name) for name in ("method", "task", "backbone", "preset", "seed", "data", "runs")},
         label_fraction=arguments.label_fraction,
@@ -236,7 +251,7 @@ def _list(arguments: argparse.Namespace) -> None:
             print(f"  {row['name']}: {row['description']}")
             rest = {key: value for key, value in row.items() if key not in ("name", "description", "origin")}
             for key, value in rest.items():
-                if value not in ("", [], ()) or key == "trains":
+                if value not in ("", [], (), {}) or key == "trains":
                     print(f"      {key}: {_inline(value) or 'nothing'}")
 
 

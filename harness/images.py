@@ -86,7 +86,7 @@ def read_nifti(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
     try:
         image: Any = nib.load(path)
         voxels = np.asanyarray(image.dataobj)
-    except (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError) as error:
+    except (OSError, EOFError, ValueError, MemoryError, zlib.error, ImageFileError, HeaderDataError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): restore the file") from None
     if voxels.ndim not in (3, 4) or 0 in voxels.shape or voxels.dtype.kind not in "iuf":
         raise UserError(f"{path}: expected a 3D or 4D image of numbers, it is {voxels.shape} of {voxels.dtype}")

@@ -1,47 +1,71 @@
 """One picture of a run: image, reference and prediction side by side."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from harness.images import load_case
 from harness.task import Task
 from harness.volumes import Volume
 
 # Okabe-Ito: told apart with any colour vision and in print.
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
 
-Panel = tuple[float, Volume, NDArray[np.bool_]]
+
+@dataclass(frozen=True)
+class Panel:
+    """One axial slice of a case, on the prepared grid; a slice each, so that a whole test set fits in memory.
+
+    Attributes:
+        dice: mean over the targets that were scored, in the native grid; 0 where none was.
+        image: (x, y) of the first channel. reference, prediction: (x, y), 0 or the number of the target from 1.
+        aspect: voxel edge along y over the one along x.
+    """
+
+    case: str
+    dice: float
+    image: NDArray[np.float32]
+    reference: NDArray[np.uint8]
+    prediction: NDArray[np.uint8]
+    aspect: float
 
 
-def mean_dice(scores: Sequence[float | None]) -> float:
-    """Mean over the targets that were scored; 0 where none was."""
-    kept = [value for value in scores if value is not None]
-    return float(np.mean(kept)) if kept else 0.0
+def panel(task: Task, volume: Volume, probabilities: NDArray[np.float32], scores: Sequence[float | None]) -> Panel:
+    """The slice with the largest reference; `probabilities` (outputs, x, y, z) on the prepared grid."""
+    reference = task.masks(volume.label)
+    middle = int(reference.any(axis=0).sum(axis=(0, 1)).argmax())
+    scored = [value for value in scores if value is not None]
+    x, y, _ = volume.geometry.spacing
+    return Panel(
+        case=volume.case.id,
+        dice=float(np.mean(scored)) if scored else 0.0,
+        image=np.array(volume.image[0, :, :, middle]),
+        reference=_numbered(reference[..., middle]),
+        prediction=_numbered(task.decide(probabilities[..., middle : middle + 1])[..., 0]),
+        aspect=y / x,
+    )
 
 
 def segmentation(task: Task, panels: Sequence[Panel], path: Path, title: str) -> None:
-    """Worst, median and best test case by mean Dice, each at the axial slice with the largest reference.
-
-    Args:
-        panels: (mean Dice, volume, predicted masks (targets, x, y, z) on the native grid) of every test case.
-    """
-    ordered = sorted(panels, key=lambda panel: panel[0])
+    """Worst, median and best test case by mean Dice."""
+    ordered = sorted(panels, key=lambda panel: panel.dice)
     picked = {"worst": ordered[0], "median": ordered[len(ordered) // 2], "best": ordered[-1]}
     if len(ordered) < 3:
         picked = {"case": ordered[-1]}
     figure = Figure(figsize=(9, 3.1 * len(picked) + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(picked), 3, squeeze=False)
-    for row, (which, (dice, volume, predicted)) in zip(axes, picked.items(), strict=True):
-        _row(task, row, volume, predicted, f"{which}: {volume.case.id}\nmean Dice {dice:.3f}")
+    for row, (which, shown) in zip(axes, picked.items(), strict=True):
+        for axis, overlay in zip(row, (None, shown.reference, shown.prediction), strict=True):
+            _draw(axis, shown, overlay, len(task.targets))
+        row[0].set_ylabel(f"{which}: {shown.case}\nmean Dice {shown.dice:.3f}", fontsize=9)
     for axis, heading in zip(axes[0], ("image", "reference", "prediction"), strict=True):
         axis.set_title(heading)
     figure.suptitle(title)
@@ -51,31 +75,22 @@ def segmentation(task: Task, panels: Sequence[Panel], path: Path, title: str) ->
     figure.savefig(path, dpi=110)
 
 
-def _row(task: Task, row: NDArray[np.object_], volume: Volume, predicted: NDArray[np.bool_], text: str) -> None:
-    loaded = load_case(task, volume.case)
-    turn = nib.orientations.io_orientation(loaded.affine)
-    reference = task.masks(nib.orientations.apply_orientation(loaded.label, turn))
-    prediction = np.stack([nib.orientations.apply_orientation(mask, turn) for mask in predicted])
-    image = nib.orientations.apply_orientation(loaded.image[0], turn)
-    spacing = np.empty(3)
-    spacing[turn[:, 0].astype(int)] = loaded.spacing
-    middle = int(reference.any(axis=0).sum(axis=(0, 1)).argmax())
+def _draw(axis: Axes, panel: Panel, overlay: NDArray[np.uint8] | None, num_targets: int) -> None:
     # Rows of the picture run from anterior to posterior, columns from the patient's right to left.
-    image = image[::-1, ::-1, middle].T
-    low, high = np.percentile(image, (0.5, 99.5))
-    aspect = spacing[1] / spacing[0]
-    for axis, masks in zip(row, (None, reference, prediction), strict=True):
-        axis.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="nearest")
-        if masks is not None:
-            # One colour a voxel: of targets that overlap, the last (the innermost) is shown.
-            shown = np.zeros(image.shape, dtype=np.uint8)
-            for number, mask in enumerate(masks, start=1):
-                shown[mask[::-1, ::-1, middle].T] = number
-            palette = ListedColormap([COLOURS[number % len(COLOURS)] for number in range(len(masks))])
-            overlay = np.ma.masked_equal(shown, 0)
-            axis.imshow(
-                overlay, cmap=palette, vmin=1, vmax=len(masks), alpha=0.55, aspect=aspect, interpolation="nearest"
-            )
-        axis.set_xticks([])
-        axis.set_yticks([])
-    row[0].set_ylabel(text, fontsize=9)
+    low, high = np.percentile(panel.image, (0.5, 99.5))
+    style = {"aspect": panel.aspect, "interpolation": "nearest"}
+    axis.imshow(panel.image[::-1, ::-1].T, cmap="gray", vmin=low, vmax=high, **style)
+    if overlay is not None:
+        palette = ListedColormap([COLOURS[number % len(COLOURS)] for number in range(num_targets)])
+        shown = np.ma.masked_equal(overlay[::-1, ::-1].T, 0)
+        axis.imshow(shown, cmap=palette, vmin=1, vmax=num_targets, alpha=0.55, **style)
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def _numbered(masks: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """(targets, x, y) -> one number a voxel: of targets that overlap, the last (the innermost) is shown."""
+    numbered = np.zeros(masks.shape[1:], dtype=np.uint8)
+    for number, mask in enumerate(masks, start=1):
+        numbered[mask] = number
+    return numbered

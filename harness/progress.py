@@ -7,12 +7,13 @@ from typing import Any
 from tqdm import tqdm
 
 
-def progress(items: Iterable[Any] | None, what: str, total: int | None = None) -> Any:
+def progress(items: Iterable[Any] | None, what: str, total: int | None = None, shown: bool = True) -> Any:
     """A bar on a terminal; where stderr is a file or a pipe, a line at most every 15 seconds."""
     return tqdm(
         items,
         desc=what,
         total=total,
+        disable=not shown,
         file=sys.stderr,
         mininterval=0.5 if sys.stderr.isatty() else 15,
         leave=True,

@@ -139,6 +139,7 @@ def _describe_task(task: Task) -> dict[str, Any]:
         "version": task.version,
         "licence": task.licence,
         "reference": task.reference,
+        "presets": dict(task.presets),
     }
 
 
@@ -154,7 +155,7 @@ def _describe_class(plugin: Plugin) -> dict[str, Any]:
                 if not isinstance(statement, ast.Assign | ast.AnnAssign) or statement.value is None:
                     continue
                 target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
-                if isinstance(target, ast.Name) and target.id in ("version", "reference", "trains", "needs"):
+                if isinstance(target, ast.Name) and target.id in ("version", "reference", "trains", "needs", "presets"):
                     described[target.id] = _literal(statement.value)
             return {"version": "1", "reference": ""} | described
     return {"description": f"cannot be read: {wanted} is not defined in {source}", "version": "", "reference": ""}

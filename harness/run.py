@@ -66,6 +66,7 @@ class Setting:
     test: list[Case]
     digests: dict[str, str]
     fingerprint: str
+    sources: list[str]
 
     @property
     def label_cases(self) -> list[Case]:
@@ -79,7 +80,7 @@ class Setting:
         settings = self.config.model_dump(mode="json", include={"method_settings", "backbone_settings"})
         versions = [self.plugins.method.version, self.plugins.backbone.version, version("ssl-seg-harness")]
         data = [self.task.name, self.task.version, [self.digests[case.id] for case in self.train]]
-        return digest([parts, settings, versions, data])
+        return digest([parts, settings, versions, data, self.sources])
 
     @property
     def run_id(self) -> str:
@@ -141,7 +142,10 @@ def resolve_setting(request: Request, registry: Registry, task: Task, root: Path
     cases = task.cases(root)
     train, test = task.split(cases)
     digests = digest_cases(cases, request.runs / "cache")
-    return Setting(config, plugins, task, phantom, train, test, digests, fingerprint(digests))
+    # A plugin that is named as a file changes without a new version; installed ones state theirs.
+    named = [(kind, getattr(request, kind)) for kind in ("method", "backbone")]
+    sources = [registry.digest(*each) for each in named if registry.plugin(*each).entry_point is None]
+    return Setting(config, plugins, task, phantom, train, test, digests, fingerprint(digests), sources)
 
 
 def check_fit(config: RunConfig, plugins: "Plugins", task: Task) -> None:

@@ -158,7 +158,7 @@ def evaluate(
             scores.append(scored.dice)
             row = {"case": volume.case.id, "target": target, "dice": scored.dice, "hd95_mm": scored.hd95_mm}
             rows.append(row | {"status": scored.status})
-        panels.append((picture.mean_dice(scores), volume, predicted))
+        panels.append(picture.panel(task, volume, probabilities, scores))
     with (folder / "cases.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()

@@ -97,29 +97,15 @@ def train(
     """
     device, dtype = accelerator.device, precision(settings.precision, accelerator.device)
     layout = torch.channels_last_3d if settings.channels_last else torch.contiguous_format
-    module = module.to(device).to(memory_format=layout)
+    module, optimizer, schedule, loader = _set_up(
+        module.to(device).to(memory_format=layout), data, settings, steps, warmup, accelerator
+    )
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = param_groups_weight_decay(module, settings.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=device.type == "cuda")
-    # One more than there are steps: the cosine reaches 0 after the last one, not in it.
-    schedule = CosineLRScheduler(
-        optimizer, t_initial=steps + 1, warmup_t=warmup, warmup_lr_init=0.0, warmup_prefix=False, t_in_epochs=False
-    )
-    loader = DataLoader(
-        data,
-        settings.batch_size,
-        num_workers=settings.workers,
-        pin_memory=device.type == "cuda",
-        drop_last=True,
-        # The loader draws a seed for its workers: from its own generator, not from the one that dropout uses.
-        generator=torch.Generator(),
-    )
-    module, optimizer, loader = accelerator.prepare(module, optimizer, loader)
     module.train()
     autocast = torch.autocast(device.type, torch.bfloat16) if dtype == "bf16" else nullcontext()
     clock, unread, started = StepClock(device), [], time.perf_counter()
-    bar = progress(None, stage, total=steps) if accelerator.is_main_process else None
-    with history.open("a") as lines:
+    bar = progress(None, stage, total=steps, shown=accelerator.is_main_process)
+    with bar, history.open("a") as lines:
         clock.start()
         for step, batch in enumerate(loader, start=1):
             image = batch["image"]
@@ -145,13 +131,9 @@ def train(
             if step % READ_EVERY == 0 or step == steps:
                 last = _read(unread, stage, lines)
                 clock.read()
-                if bar is not None:
-                    bar.set_postfix_str(f"loss {last:.4f}", refresh=False)
-            if bar is not None:
-                bar.update()
+                bar.set_postfix_str(f"loss {last:.4f}", refresh=False)
+            bar.update()
             clock.start()
-    if bar is not None:
-        bar.close()
     used = {
         "precision": dtype,
         "channels_last": settings.channels_last,
@@ -159,8 +141,31 @@ def train(
         "processes": accelerator.num_processes,
         "batch_size_global": settings.batch_size * accelerator.num_processes,
     }
-    clock.marks.clear()
     return Trained(time.perf_counter() - started, steps, clock.summary(), used)
+
+
+def _set_up(
+    module: nn.Module, data: Dataset[Any], settings: Training, steps: int, warmup: int, accelerator: Accelerator
+) -> tuple[nn.Module, Any, CosineLRScheduler, Any]:
+    """AdamW with a cosine schedule, and the loader; prepared by Accelerate."""
+    on_gpu = accelerator.device.type == "cuda"
+    groups = param_groups_weight_decay(module, settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=on_gpu)
+    # One more than there are steps: the cosine reaches 0 after the last one, not in it.
+    schedule = CosineLRScheduler(
+        optimizer, t_initial=steps + 1, warmup_t=warmup, warmup_lr_init=0.0, warmup_prefix=False, t_in_epochs=False
+    )
+    loader = DataLoader(
+        data,
+        settings.batch_size,
+        num_workers=settings.workers,
+        pin_memory=on_gpu,
+        drop_last=True,
+        # The loader draws a seed for its workers: from its own generator, not from the one that dropout uses.
+        generator=torch.Generator(),
+    )
+    module, optimizer, loader = accelerator.prepare(module, optimizer, loader)
+    return module, optimizer, schedule, loader
 
 
 def new_accelerator() -> Accelerator:

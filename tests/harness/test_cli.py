@@ -250,6 +250,29 @@ def test_a_third_partys_method_in_one_file(data, tmp_path, capsys):
         *UNET,
     )
     assert "denoise{noise=0.2}" in capsys.readouterr().out
+    finished = set((tmp_path / "runs").glob("*/record.json"))
+    edited = tmp_path / "edited" / "denoise.py"
+    edited.parent.mkdir()
+    edited.write_text(PLUGIN.replace(".mean()}", ".mean() * 2}"))
+    harness(
+        "run",
+        "--method",
+        "denoise",
+        "--plugin",
+        edited,
+        "--task",
+        "msd_hippocampus",
+        "--set",
+        "method.noise=0.2",
+        "--data",
+        data / "msd_hippocampus",
+        "--runs",
+        tmp_path / "runs",
+        *BUDGET,
+        *UNET,
+    )
+    assert len(set((tmp_path / "runs").glob("*/record.json")) - finished) == 1
+    capsys.readouterr()
     harness("list", "methods", "--plugin", plugin, "--json")
     listed = json.loads(capsys.readouterr().out)["methods"]
     assert {"denoise", "hybridmim", "scratch"} == {row["name"] for row in listed}
@@ -303,7 +326,10 @@ RUN = ("run", "--method", "hybridmim", "--task", "msd_hippocampus")
         (("run", "--task", "brats"), "--method"),
         (("runn",), "invalid choice"),
         (("list", "method"), "did you mean 'methods'"),
-        ((*RUN, "--seed", "-1"), "negative"),
+        ((*RUN, "--seed", "-1"), "not a whole number"),
+        (("data", "phantom", "brats", "--out", "x", "--seed", "-1"), "not a whole number"),
+        (("data", "phantom", "brats", "--out", "x", "--cases", "1"), "at least 2 cases"),
+        (("data", "phantom", "brats", "--out", "/dev/null/x"), "Not a directory"),
         ((*RUN, "--label-fraction", "0"), "not in 0..1"),
         ((*RUN, "--plugin", "nowhere.py"), "no such file"),
         ((*RUN, "--data", "nowhere"), "not a folder"),
