@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -78,7 +79,7 @@ def segmentation(task: Task, panels: Sequence[Panel], path: Path, title: str) ->
 def _draw(axis: Axes, panel: Panel, overlay: NDArray[np.uint8] | None, num_targets: int) -> None:
     # Rows of the picture run from anterior to posterior, columns from the patient's right to left.
     low, high = np.percentile(panel.image, (0.5, 99.5))
-    style = {"aspect": panel.aspect, "interpolation": "nearest"}
+    style: dict[str, Any] = {"aspect": panel.aspect, "interpolation": "nearest"}
     axis.imshow(panel.image[::-1, ::-1].T, cmap="gray", vmin=low, vmax=high, **style)
     if overlay is not None:
         palette = ListedColormap([COLOURS[number % len(COLOURS)] for number in range(num_targets)])
