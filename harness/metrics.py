@@ -60,7 +60,15 @@ def hausdorff95(first: NDArray[np.bool_], second: NDArray[np.bool_], spacing: Se
 
 def surface(mask: NDArray[np.bool_]) -> NDArray[np.intp]:
     """Voxels of the mask (rows of indices) with a face neighbour outside it; beyond the array is outside."""
-    return np.argwhere(mask & ~ndimage.binary_erosion(mask))
+    # Six shifted views of a padded copy: several times faster than scipy's general erosion, and equal to it.
+    padded = np.pad(mask, 1)
+    inside = mask.copy()
+    for axis in range(3):
+        for step in (0, 2):
+            view = [slice(1, -1)] * 3
+            view[axis] = slice(step, step + mask.shape[axis])
+            inside &= padded[tuple(view)]
+    return np.argwhere(mask & ~inside)
 
 
 def _box(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
