@@ -22,7 +22,7 @@ class SwinUNETR(Backbone):
     name = "swinunetr"
     reference = "Hatamizadeh et al. 2022, arXiv:2201.01266; MONAI SwinUNETR"
     presets = {
-        # Windows of 4 divide the token grids of the demo crops; with 7 two thirds of a step is padding.
+        # Windows of 4 divide the token grids of the demo crops; those of 7 pad them.
         "demo": {"backbone.feature_size": 12, "backbone.window_size": 4},
         "small": {"backbone.feature_size": 24},
     }

@@ -141,6 +141,10 @@ def resolve_setting(request: Request, registry: Registry, task: Task, root: Path
     task = replace(task, test_ids=None) if phantom else task
     cases = task.cases(root)
     train, test = task.split(cases)
+    # A warm-up that does not fit fine-tuning is to be known before pre-training.
+    if plugins.method.trains:
+        config.pretrain.schedule(len(train), num_processes=1)
+    config.finetune.schedule(max(1, ceil(config.label_fraction * len(train))), num_processes=1)
     digests = digest_cases(cases, request.runs / "cache")
     # A plugin that is named as a file changes without a new version; installed ones state theirs.
     named = [(kind, getattr(request, kind)) for kind in ("method", "backbone")]

@@ -302,6 +302,7 @@ def test_wrong_words(words, says, capsys, tmp_path, monkeypatch):
         ("finetune.crop=16", "single voxel"),
         ("method.sub_volume=24", "does not divide the crop"),
         ("pretrain.warmup_steps=1000", "does not fit"),
+        ("finetune.warmup_steps=1000", "does not fit"),
         ("backbone.features=8,8", "at least 5"),
     ],
 )
