@@ -1,7 +1,8 @@
 """SwinUNETR: MONAI's modules and keys behind the encoder / decoder contract."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 from monai.networks.blocks import UnetOutBlock
 from monai.networks.nets.swin_unetr import SwinUNETR as MonaiSwinUNETR
 from pydantic import Field, PositiveInt, model_validator
@@ -34,10 +35,20 @@ class SwinUNETR(Backbone):
         ),
         "head": ("out",),
     }
+    abilities = frozenset({"tokens"})
+    aliases = (
+        # MONAI's self-supervised weights name the encoder `swin_vit`, or nothing; disruptive autoencoders `encoder`.
+        (r"^swin_vit\.", "swinViT."),
+        (r"^encoder\.(layers\d\.0\.)0\.", r"swinViT.\1"),
+        (r"^encoder\.(patch_embed\.)", r"swinViT.\1"),
+        (r"^(patch_embed|layers[1-4])\.", r"swinViT.\1."),
+        (r"\.mlp\.fc([12])\.", r".mlp.linear\1."),
+    )
     strides = tuple((2**level,) * 3 for level in range(6))
+    token_stride = 2
 
     # MONAI's modules, under MONAI's names; `__init__` takes them over.
-    swinViT: nn.Module  # noqa: N815
+    swinViT: Any  # noqa: N815
     encoder1: nn.Module
     encoder2: nn.Module
     encoder3: nn.Module
@@ -72,7 +83,7 @@ class SwinUNETR(Backbone):
         super().__init__(config, in_channels, dropout=config.dropout)
         size = config.feature_size
         self.channels = (in_channels, size, 2 * size, 4 * size, 8 * size, 16 * size)
-        self.width = size
+        self.width = self.token_width = size
         self.dropout_inside = config.drop_path > 0
         network = MonaiSwinUNETR(
             in_channels=in_channels,
@@ -91,7 +102,23 @@ class SwinUNETR(Backbone):
         self.out = UnetOutBlock(spatial_dims=3, in_channels=self.width, out_channels=num_outputs)
 
     def trunk(self, image: Tensor) -> Pyramid:
-        return [image, *self.swinViT(image, True)]
+        return self._stages(image, self.swinViT.patch_embed(image))
+
+    def encode_masked(self, image: Tensor, mask: Tensor, token: Tensor) -> Pyramid:
+        visible = image * ~mask
+        embedded = self.swinViT.patch_embed(visible)
+        embedded = torch.where(mask[:, :, ::2, ::2, ::2], token.view(1, -1, 1, 1, 1).to(embedded.dtype), embedded)
+        return self._drop(self._stages(visible, embedded))
+
+    def _stages(self, image: Tensor, features: Tensor) -> Pyramid:
+        """The four stages as MONAI's `SwinTransformer.forward` runs them; every level is normalised over channels."""
+        swin = self.swinViT
+        features = swin.pos_drop(features)
+        pyramid = [image, swin.proj_out(features, True)]
+        for (stage,) in (swin.layers1, swin.layers2, swin.layers3, swin.layers4):
+            features = stage(features.contiguous())
+            pyramid.append(swin.proj_out(features, True))
+        return pyramid
 
     def decode(self, pyramid: Pyramid) -> Tensor:
         image, tokens_2, tokens_4, tokens_8, tokens_16, tokens_32 = pyramid

@@ -8,8 +8,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from harness.contracts import Backbone, Batch, Method, Pyramid, Transform, crop, gather
+    from harness.arrays import cut
+    from harness.contracts import (
+        Backbone,
+        Batch,
+        Method,
+        Preparation,
+        Pyramid,
+        Source,
+        Transform,
+        VolumeSource,
+        crop,
+        gather,
+    )
     from harness.errors import UserError
+    from harness.masking import any_box, inside_boxes, num_masked, random_integers, random_patches, to_voxels
     from harness.settings import Settings, Size3
     from harness.task import Case, Percentiles, PhantomShape, Task, Window
 
@@ -17,13 +30,23 @@ _HOME = {
     "Backbone": "harness.contracts",
     "Batch": "harness.contracts",
     "Method": "harness.contracts",
+    "Preparation": "harness.contracts",
     "Pyramid": "harness.contracts",
+    "Source": "harness.contracts",
     "Transform": "harness.contracts",
+    "VolumeSource": "harness.contracts",
     "crop": "harness.contracts",
     "gather": "harness.contracts",
     "UserError": "harness.errors",
     "Settings": "harness.settings",
     "Size3": "harness.settings",
+    "cut": "harness.arrays",
+    "any_box": "harness.masking",
+    "inside_boxes": "harness.masking",
+    "num_masked": "harness.masking",
+    "random_integers": "harness.masking",
+    "random_patches": "harness.masking",
+    "to_voxels": "harness.masking",
     "Case": "harness.task",
     "Percentiles": "harness.task",
     "PhantomShape": "harness.task",
@@ -38,15 +61,25 @@ __all__ = [
     "Method",
     "Percentiles",
     "PhantomShape",
+    "Preparation",
     "Pyramid",
     "Settings",
     "Size3",
+    "Source",
     "Task",
     "Transform",
     "UserError",
+    "VolumeSource",
     "Window",
+    "any_box",
     "crop",
+    "cut",
     "gather",
+    "inside_boxes",
+    "num_masked",
+    "random_integers",
+    "random_patches",
+    "to_voxels",
 ]
 
 

@@ -217,7 +217,12 @@ def _dry_run(request: Any, as_json: bool) -> None:
     task = registry.task(request.task)
     names = {name: getattr(request, name) for name in ("method", "backbone", "preset", "seed", "label_fraction")}
     config = resolve(registry, task, overrides=parse_overrides(request.settings), **names)
-    check_fit(config, Plugins(registry.load("method", config.method), registry.load("backbone", config.backbone)), task)
+    check_fit(
+        registry,
+        config,
+        Plugins(registry.load("method", config.method), registry.load("backbone", config.backbone)),
+        task,
+    )
     found: dict[str, Any] = {"config": config.model_dump(mode="json"), "data": "phantom, written when it runs"}
     if request.data is not None:
         setting = resolve_setting(request, registry, task, task.find(request.data))
@@ -251,7 +256,7 @@ def _list(arguments: argparse.Namespace) -> None:
             print(f"  {row['name']}: {row['description']}")
             rest = {key: value for key, value in row.items() if key not in ("name", "description", "origin")}
             for key, value in rest.items():
-                if value not in ("", [], (), {}) or key == "trains":
+                if value not in ("", [], (), {}) or key in ("trains", "needs"):
                     print(f"      {key}: {_inline(value) or 'nothing'}")
 
 

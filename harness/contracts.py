@@ -1,7 +1,7 @@
 """What a method and a backbone are. A plugin needs this module and torch, nothing else of the engine."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,49 @@ Transform = Callable[[dict[str, Any], np.random.Generator], dict[str, Any]]
 Stride = tuple[int, int, int]
 
 
+class Source(Protocol):
+    """What pre-training draws samples from: a prepared volume, or whatever `Method.prepare` made of them."""
+
+    def sample(self, size: Stride, rng: np.random.Generator) -> dict[str, Any]:
+        """One sample, `{"image": (C, *size) float32, ...}`, drawn with the sample's own generator."""
+
+
+class VolumeSource(Source, Protocol):
+    """A prepared volume: `image` is (C, x, y, z) in [0, 1], a memory map of which only what is touched is read."""
+
+    @property
+    def image(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """(C, x, y, z) in [0, 1]."""
+
+
+class Preparation(Protocol):
+    """What the engine offers to `Method.prepare`. Its time, cached or not, is part of the method's cost.
+
+    Attributes:
+        seed: of this method's preparation; every draw in `prepare` comes from it.
+        device: where `train` trains.
+        crop: extent of the pre-training crop in voxels.
+    """
+
+    seed: int
+    device: torch.device
+    crop: Stride
+
+    def train(
+        self, module: nn.Module, sources: Sequence[Source], *, size: Stride, steps: int, batch_size: int, lr: float
+    ) -> None:
+        """Minimise the named terms that `module(batch)` returns, by the engine's own loop."""
+
+    def remember(self, name: str, depends_on: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+        """`compute()`, or what it gave before: the same for this method's source, data, seed and `depends_on`.
+
+        What it gives must be JSON. The settings that do not enter `depends_on` may change without a new computation.
+        """
+
+    def report(self, message: str, **values: Any) -> None:
+        """One line to the user, and `values` into the run's record."""
+
+
 class Backbone(nn.Module):
     """A segmentation network in three parts: encoder, decoder, head.
 
@@ -35,7 +78,11 @@ class Backbone(nn.Module):
         width: channels that leave the decoder.
         parts: names of the child modules that make up each part; networks with published weights keep their own
             child names and map them here, so that those state dicts load as they are.
-        abilities: optional abilities that a method may ask for in its `needs`.
+        abilities: optional abilities that a method may ask for in its `needs`. "tokens": `encode_masked` puts the
+            mask token in the place of embedded patches, not of voxels.
+        token_width: channels of a mask token; `None` stands for the image's channels.
+        token_stride: edge in voxels of what one token stands for; masks must be multiples of it.
+        aliases: (pattern, replacement) pairs for `re.sub` that turn the key names of published weights into ours.
         dropout_inside: whether the trunk itself draws dropout. If not, two encodings share one trunk pass.
     """
 
@@ -48,7 +95,10 @@ class Backbone(nn.Module):
         "decoder": ("decoder",),
         "head": ("head",),
     }
-    abilities: frozenset[str] = frozenset()
+    abilities: ClassVar[frozenset[str]] = frozenset()
+    aliases: ClassVar[tuple[tuple[str, str], ...]] = ()
+    token_width: int | None = None
+    token_stride: int = 1
     dropout_inside: bool = True
     strides: tuple[Stride, ...]
     channels: tuple[int, ...]
@@ -91,6 +141,18 @@ class Backbone(nn.Module):
         """(N, in_channels, x, y, z) -> pyramid, fine to coarse."""
         return self._drop(self.trunk(image))
 
+    def encode_masked(self, image: Tensor, mask: Tensor, token: Tensor) -> Pyramid:
+        """Encode with a learnable token in the place of what is masked; the token belongs to the method.
+
+        Convolutional networks have no tokens: it takes the place of masked voxels. Networks with the ability "tokens"
+        put it after their patch embedding (as SimMIM and MAE do) and see no masked voxel anywhere else.
+
+        Args:
+            mask: (N, 1, x, y, z) bool, True is masked; whole multiples of `token_stride`.
+            token: (token_width or in_channels,).
+        """
+        return self.encode(torch.where(mask, token.view(1, -1, 1, 1, 1).to(image.dtype), image))
+
     def encode_twice(self, image: Tensor) -> tuple[Pyramid, Pyramid]:
         """Two encodings of one batch under independent dropout, at the least cost that keeps the distribution.
 
@@ -116,6 +178,11 @@ class Backbone(nn.Module):
                 return part
         raise KeyError(f"{type(self).__name__}.parts does not say which part owns {key!r}")
 
+    def part_weights(self, parts: tuple[str, ...]) -> dict[str, Tensor]:
+        """The tensors that belong to `parts`, on the CPU, under their own names."""
+        state = self.state_dict()
+        return {key: value.detach().cpu().contiguous() for key, value in state.items() if self.part_of(key) in parts}
+
     def _drop(self, pyramid: Pyramid) -> Pyramid:
         return [*pyramid[:-1], self.dropout(pyramid[-1])]
 
@@ -125,7 +192,7 @@ class Method(nn.Module):
 
     Attributes:
         trains: backbone parts that it updates and hands over; the rest is frozen. Empty: there is nothing to
-            pre-train and the harness goes straight to fine-tuning.
+            pre-train and the harness goes straight to fine-tuning, from whatever `weights` gives.
         needs: optional abilities that the backbone must offer.
         generator: the run's own source of randomness on the training device; the harness sets it.
     """
@@ -139,7 +206,10 @@ class Method(nn.Module):
     generator: torch.Generator | None = None
 
     class Config(Settings):
-        """Settings of the pretext task; a subclass defines its own, every field with its source."""
+        """Settings of the pretext task; a subclass defines its own, every field with its source.
+
+        The content of a file that a `pathlib.Path` field names is part of what identifies a run.
+        """
 
     def __init__(self, config: Settings, backbone: Backbone) -> None:
         super().__init__()
@@ -154,8 +224,11 @@ class Method(nn.Module):
     def check(self, crop: Stride, batch_size: int) -> None:
         """Raise UserError where the settings do not fit the crop, the batch or the backbone; no data is read before."""
 
-    def prepare(self, volumes: Sequence[Any]) -> Sequence[Any]:
-        """Once before training, for methods that discover something in the data; its time is part of the cost."""
+    def prepare(self, volumes: Sequence[VolumeSource], preparation: Preparation) -> Sequence[Source]:
+        """Once before training, for methods that discover something in the data: volumes -> what to sample from.
+
+        Modules whose size depends on what is found are made here. Raises UserError where the data does not suffice.
+        """
         return volumes
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -164,6 +237,10 @@ class Method(nn.Module):
 
     def after_step(self, step: int) -> None:
         """After each optimizer step: EMA teachers, queues."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """What fine-tuning starts from, under the backbone's names: the parts in `trains`, as they are now."""
+        return self.backbone.part_weights(self.trains)
 
 
 def crop(pyramid: Pyramid, strides: Sequence[Stride], origin: Stride, size: Stride) -> Pyramid:

@@ -6,9 +6,9 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from harness.arrays import cut, origins, random_origin
 from harness.config import Finetune
 from harness.contracts import Transform
 from harness.task import Task
@@ -16,9 +16,10 @@ from harness.volumes import Volume
 
 
 class CropDataset(Dataset[dict[str, Any]]):
-    """`length` crops; every case comes up once per pass, in a new order each time.
+    """`length` crops; every source comes up once per pass, in a new order each time.
 
     Args:
+        sources: prepared volumes, or whatever else has `sample` (see `harness.contracts.Source`).
         size: extent of a crop in voxels; volumes that are smaller are placed at random in zeros.
         transform: applied to each sample with the sample's own generator.
         task: given for labelled crops, which then carry `target`.
@@ -27,7 +28,7 @@ class CropDataset(Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        volumes: Sequence[Volume],
+        sources: Sequence[Any],
         size: tuple[int, int, int],
         length: int,
         seed: int,
@@ -35,7 +36,7 @@ class CropDataset(Dataset[dict[str, Any]]):
         task: Task | None = None,
         foreground: float = 0.0,
     ) -> None:
-        self.volumes, self.size, self.length, self.seed = volumes, size, length, seed
+        self.sources, self.size, self.length, self.seed = sources, size, length, seed
         self.transform, self.task, self.foreground = transform, task, foreground
 
     def __len__(self) -> int:
@@ -43,35 +44,30 @@ class CropDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng((self.seed, index))
-        turn, place = divmod(index, len(self.volumes))
-        volume = self.volumes[_order(self.seed, turn, len(self.volumes))[place]]
-        image = volume.image
-        origin = self._origin(volume, image.shape[1:], rng)
-        sample: dict[str, Any] = {"image": cut(image, origin, self.size)}
-        if self.task is not None:
-            sample["target"] = self.task.training_target(cut(volume.label[None], origin, self.size)[0])
+        turn, place = divmod(index, len(self.sources))
+        source = self.sources[_order(self.seed, turn, len(self.sources))[place]]
+        sample = (
+            _labelled(source, self.task, self.size, self.foreground, rng)
+            if self.task is not None
+            else source.sample(self.size, rng)
+        )
         return self.transform(sample, rng) if self.transform else sample
 
-    def _origin(self, volume: Volume, shape: tuple[int, ...], rng: np.random.Generator) -> list[int]:
-        low = [min(0, extent - edge) for extent, edge in zip(shape, self.size, strict=True)]
-        high = [max(0, extent - edge) for extent, edge in zip(shape, self.size, strict=True)]
-        if self.foreground and rng.random() < self.foreground and len(points := volume.points):
-            rows = points[points[:, 0] == rng.choice(np.unique(points[:, 0]))]
-            centre = rows[rng.integers(len(rows)), 1:] - np.asarray(self.size) // 2
-            return [int(value) for value in np.clip(centre, low, high)]
-        return [int(rng.integers(a, b + 1)) for a, b in zip(low, high, strict=True)]
 
-
-def cut(array: NDArray[Any], origin: Sequence[int], size: Sequence[int]) -> NDArray[Any]:
-    """(C, x, y, z) -> a copy (C, *size) that starts at `origin`; zeros where that is outside."""
-    crop = np.zeros((len(array), *size), dtype=array.dtype)
-    source, target = [], []
-    for start, edge, extent in zip(origin, size, array.shape[1:], strict=True):
-        first, last = max(start, 0), min(start + edge, extent)
-        source.append(slice(first, last))
-        target.append(slice(first - start, last - start))
-    crop[(slice(None), *target)] = array[(slice(None), *source)]
-    return crop
+def _labelled(
+    volume: Volume, task: Task, size: tuple[int, int, int], foreground: float, rng: np.random.Generator
+) -> dict[str, Any]:
+    """A crop with its target; with probability `foreground` centred on a labelled voxel, targets drawn evenly."""
+    image, points = volume.image, volume.points if foreground and rng.random() < foreground else None
+    if points is not None and len(points):
+        low, high = origins(image.shape[1:], size)
+        rows = points[points[:, 0] == rng.choice(np.unique(points[:, 0]))]
+        centre = rows[rng.integers(len(rows)), 1:] - np.asarray(size) // 2
+        origin = [int(value) for value in np.clip(centre, low, high)]
+    else:
+        origin = random_origin(image.shape[1:], size, rng)
+    target = task.training_target(cut(volume.label[None], origin, size)[0])
+    return {"image": cut(image, origin, size), "target": target}
 
 
 @lru_cache(maxsize=4)

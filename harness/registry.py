@@ -21,6 +21,7 @@ from harness.errors import UserError, unknown
 from harness.task import Task
 
 KINDS = ("method", "backbone", "task")
+STATED = ("version", "reference", "trains", "needs", "abilities", "presets")
 
 
 @dataclass(frozen=True)
@@ -155,9 +156,13 @@ def _describe_class(plugin: Plugin) -> dict[str, Any]:
                 if not isinstance(statement, ast.Assign | ast.AnnAssign) or statement.value is None:
                     continue
                 target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
-                if isinstance(target, ast.Name) and target.id in ("version", "reference", "trains", "needs", "presets"):
+                if isinstance(target, ast.Name) and target.id in STATED:
                     described[target.id] = _literal(statement.value)
-            return {"version": "1", "reference": ""} | described
+            # What a class does not state it inherits from the contract.
+            inherited = (
+                {"trains": ["encoder", "decoder"], "needs": []} if plugin.kind == "method" else {"abilities": []}
+            )
+            return {"version": "1", "reference": "", **inherited} | described
     return {"description": f"cannot be read: {wanted} is not defined in {source}", "version": "", "reference": ""}
 
 

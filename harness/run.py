@@ -6,7 +6,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from math import ceil
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.config import RunConfig, parse_overrides, resolve
 from harness.errors import UserError
-from harness.files import digest, digest_tree, write_atomic
+from harness.files import digest, digest_file, digest_tree, write_atomic
 from harness.phantom import PHANTOM, is_phantom, write_phantom
 from harness.presets import read_preset
 from harness.progress import say
@@ -23,6 +23,8 @@ from harness.registry import Registry
 from harness.task import Case, Task
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from harness.stages import Plugins
     from harness.volumes import Volume
 
@@ -67,6 +69,7 @@ class Setting:
     digests: dict[str, str]
     fingerprint: str
     sources: list[str]
+    files: dict[str, str]
 
     @property
     def label_cases(self) -> list[Case]:
@@ -79,8 +82,24 @@ class Setting:
         parts = self.config.model_dump(mode="json", include={"method", "backbone", "seed", "mode", "pretrain"})
         settings = self.config.model_dump(mode="json", include={"method_settings", "backbone_settings"})
         versions = [self.plugins.method.version, self.plugins.backbone.version, version("ssl-seg-harness")]
-        data = [self.task.name, self.task.version, [self.digests[case.id] for case in self.train]]
-        return digest([parts, settings, versions, data, self.sources])
+        return digest([parts, settings, versions, self._pretrain_data, self.sources, self.files])
+
+    @property
+    def discovery(self) -> list[Any]:
+        """All that whatever a method discovers depends on; the settings it depends on it states itself."""
+        method = self.plugins.method
+        return [
+            method.name,
+            method.version,
+            version("ssl-seg-harness"),
+            self.sources,
+            self._pretrain_data,
+            self.config.seed,
+        ]
+
+    @property
+    def _pretrain_data(self) -> list[Any]:
+        return [self.task.name, self.task.version, [self.digests[case.id] for case in self.train]]
 
     @property
     def run_id(self) -> str:
@@ -135,7 +154,7 @@ def resolve_setting(request: Request, registry: Registry, task: Task, root: Path
     from harness.volumes import digest_cases, fingerprint
 
     plugins = Plugins(registry.load("method", request.method), registry.load("backbone", request.backbone))
-    check_fit(config, plugins, task)
+    check_fit(registry, config, plugins, task)
     phantom = is_phantom(root)
     # A phantom's cases have the names of real ones, the shipped test list does not speak of them.
     task = replace(task, test_ids=None) if phantom else task
@@ -149,10 +168,12 @@ def resolve_setting(request: Request, registry: Registry, task: Task, root: Path
     # A plugin that is named as a file changes without a new version; installed ones state theirs.
     named = [(kind, getattr(request, kind)) for kind in ("method", "backbone")]
     sources = [registry.digest(*each) for each in named if registry.plugin(*each).entry_point is None]
-    return Setting(config, plugins, task, phantom, train, test, digests, fingerprint(digests), sources)
+    # Paths say where a file lies, not what is in it.
+    files = {name: digest_file(path) for name, path in config.method_settings if isinstance(path, Path)}
+    return Setting(config, plugins, task, phantom, train, test, digests, fingerprint(digests), sources, files)
 
 
-def check_fit(config: RunConfig, plugins: "Plugins", task: Task) -> None:
+def check_fit(registry: Registry, config: RunConfig, plugins: "Plugins", task: Task) -> None:
     """Whether method, backbone, crops and batch fit each other; builds the modules, reads no data.
 
     Raises:
@@ -162,9 +183,15 @@ def check_fit(config: RunConfig, plugins: "Plugins", task: Task) -> None:
     backbone = plugins.new_backbone(config, task)
     missing = plugins.method.needs - backbone.abilities
     if missing:
+        able = [
+            name
+            for name in registry.names("backbone")
+            if registry.load("backbone", name).abilities >= plugins.method.needs
+        ]
         raise UserError(
             f"method {config.method!r} needs a backbone with {', '.join(sorted(missing))}, {config.backbone!r} has "
-            f"{', '.join(sorted(backbone.abilities)) or 'no optional ability'}: choose another --backbone"
+            f"{', '.join(sorted(backbone.abilities)) or 'no optional ability'}: choose --backbone from "
+            f"{', '.join(able) or 'none of those installed'}"
         )
     for section, crop in (("pretrain", config.pretrain.crop), ("finetune", config.finetune.crop)):
         if any(edge % stride for edge, stride in zip(crop, backbone.stride, strict=True)):
@@ -177,8 +204,7 @@ def check_fit(config: RunConfig, plugins: "Plugins", task: Task) -> None:
                 f"{section}.crop={','.join(map(str, crop))} leaves a single voxel of the deepest features of backbone "
                 f"{config.backbone!r}, which cannot be normalised: set it to at least twice as much along one axis"
             )
-    if plugins.method.trains:
-        plugins.method(config.method_settings, backbone).check(config.pretrain.crop, config.pretrain.batch_size)
+    plugins.method(config.method_settings, backbone).check(config.pretrain.crop, config.pretrain.batch_size)
 
 
 def find_data(task: Task, data: Path | None, runs: Path) -> Path:
@@ -226,8 +252,8 @@ def _execute(setting: Setting, runs: Path, folder: Path) -> None:
     seconds = {"prepare": time.perf_counter() - started}
     weights, stage = _pretrained(setting, runs, train)
     (folder / "history.jsonl").unlink(missing_ok=True)
-    if weights is not None:
-        shutil.copyfile(weights.parent / "history.jsonl", folder / "history.jsonl")
+    if stage:
+        shutil.copyfile(stage["history"], folder / "history.jsonl")
         seconds |= {"pretrain": stage["seconds"], "method_prepare": stage["prepare_seconds"]}
     backbone, trained, transfer = finetune(
         config, setting.plugins, task, train[: len(setting.label_cases)], weights, folder
@@ -249,19 +275,25 @@ def _execute(setting: Setting, runs: Path, folder: Path) -> None:
     write_atomic(folder / "record.json", json.dumps(record, indent=1, allow_nan=False))
 
 
-def _pretrained(setting: Setting, runs: Path, train: "Sequence[Volume]") -> tuple[Path | None, dict[str, Any]]:
-    """Weights of the pretext task, from an earlier run where everything that determines them is the same."""
+def _pretrained(
+    setting: Setting, runs: Path, train: "Sequence[Volume]"
+) -> "tuple[Mapping[str, Tensor], dict[str, Any]]":
+    """What fine-tuning starts from, and the pre-training stage; an earlier one where all that determines it is the same."""
+    from safetensors.torch import load_file
+
     from harness.stages import pretrain
 
-    if not setting.plugins.method.trains:
-        return None, {}
-    folder = runs / "cache" / "pretrain" / f"{setting.config.method}-{setting.pretrain_key[:16]}"
+    config, plugins = setting.config, setting.plugins
+    if not plugins.method.trains:
+        return plugins.method(config.method_settings, plugins.new_backbone(config, setting.task)).weights(), {}
+    folder = runs / "cache" / "pretrain" / f"{config.method}-{setting.pretrain_key[:16]}"
     if (folder / "stage.json").exists():
         say(f"pre-training found in {folder}")
         stage = json.loads((folder / "stage.json").read_text())
     else:
-        stage = pretrain(setting.config, setting.plugins, setting.task, train, folder)
-    return folder / "weights.safetensors", stage
+        discovery = (setting.discovery, runs / "cache" / "prepared-by-methods" / config.method)
+        stage = pretrain(config, plugins, setting.task, train, folder, discovery)
+    return load_file(folder / "weights.safetensors"), stage | {"history": folder / "history.jsonl"}
 
 
 def _record(
@@ -311,6 +343,8 @@ def _record(
         "memory": {"pretrain": stage.get("memory"), "run": hardware.memory(device)},
         "environment": hardware.environment(device),
         "transfer": transfer,
+        "method_prepare": stage.get("prepared", {}),
+        "files": setting.files,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -318,6 +352,8 @@ def _record(
 def _digest_request(request: Request, registry: Registry, root: Path) -> str:
     """Recognises a request that was answered before without importing torch: names, sources and data unchanged."""
     asked = asdict(request) | {"runs": None, "data": str(root.resolve())}
+    named = [Path(pair.partition("=")[2]) for pair in request.settings]
+    asked["files"] = [digest_file(path) for path in named if path.is_file()]
     engine = digest_tree(Path(__file__).parent)
     plugins = [registry.digest(kind, getattr(request, kind)) for kind in ("method", "backbone")]
     return digest([asked, engine, plugins, digest_tree(root), platform.node()])

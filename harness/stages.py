@@ -4,7 +4,7 @@ import csv
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,24 @@ import torch.nn.functional as F
 from monai.inferers import sliding_window_inference
 from monai.losses import DiceLoss
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness import hardware, metrics, picture
 from harness.config import RunConfig
-from harness.contracts import Backbone, Batch, Method
+from harness.contracts import Backbone, Batch, Method, Source
 from harness.crops import Augment, CropDataset
 from harness.files import write_atomic
 from harness.images import load_label
+from harness.preparation import Workshop
 from harness.progress import progress
 from harness.task import Task
 from harness.training import Trained, new_accelerator, train
-from harness.transfer import part_weights, transfer
+from harness.transfer import transfer
 from harness.volumes import Volume
+
+Discovery = tuple[Any, Path]
+"""What a method's preparation depends on, and the folder that keeps what it found."""
 
 
 @dataclass(frozen=True)
@@ -49,27 +53,21 @@ def seed_for(seed: int, purpose: str) -> int:
 
 
 def pretrain(
-    config: RunConfig, plugins: Plugins, task: Task, volumes: Sequence[Volume], folder: Path
+    config: RunConfig, plugins: Plugins, task: Task, volumes: Sequence[Volume], folder: Path, discovery: Discovery
 ) -> dict[str, Any]:
     """Run the pretext task and leave `weights.safetensors`, `history.jsonl` and, last, `stage.json` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "history.jsonl").unlink(missing_ok=True)
     accelerator = new_accelerator()
-    torch.manual_seed(seed_for(config.seed, "pretrain init"))
-    method = plugins.method(config.method_settings, plugins.new_backbone(config, task))
-    for key, parameter in method.backbone.named_parameters():
-        parameter.requires_grad_(method.backbone.part_of(key) in method.trains)
+    method, sources, prepared = _prepared(config, plugins, task, volumes, discovery, accelerator.device)
     # Dropout and masks differ between processes, as their crops do.
     rank = accelerator.process_index
     torch.manual_seed(seed_for(config.seed, f"pretrain dropout {rank}"))
     method.generator = torch.Generator(accelerator.device).manual_seed(seed_for(config.seed, f"pretrain method {rank}"))
-    started = time.perf_counter()
-    discovered = method.prepare(volumes)
-    prepare_seconds = time.perf_counter() - started
     settings = config.pretrain
     steps, warmup = settings.schedule(len(volumes), accelerator.num_processes)
     data = CropDataset(
-        discovered,
+        sources,
         settings.crop,
         steps * settings.batch_size * accelerator.num_processes,
         seed_for(config.seed, "pretrain crops"),
@@ -77,10 +75,38 @@ def pretrain(
     )
     history = folder / "history.jsonl"
     trained = train(method, data, settings, steps, warmup, accelerator, history, "pretrain", method.after_step)
-    save_file(part_weights(method.backbone, method.trains), folder / "weights.safetensors")
-    stage = asdict(trained) | {"prepare_seconds": prepare_seconds, "memory": hardware.memory(accelerator.device)}
+    save_file(method.weights(), folder / "weights.safetensors")
+    stage = asdict(trained) | prepared | {"memory": hardware.memory(accelerator.device)}
     write_atomic(folder / "stage.json", json.dumps(stage))
     return stage
+
+
+def _prepared(
+    config: RunConfig,
+    plugins: Plugins,
+    task: Task,
+    volumes: Sequence[Volume],
+    discovery: Discovery,
+    device: torch.device,
+) -> tuple[Method, Sequence[Source], dict[str, Any]]:
+    """The method with what it froze and prepared, what to sample from, and what preparing cost and found."""
+    torch.manual_seed(seed_for(config.seed, "pretrain init"))
+    method = plugins.method(config.method_settings, plugins.new_backbone(config, task))
+    freeze(method)
+    identity, kept = discovery
+    seed = seed_for(config.seed, "method prepare")
+    workshop = Workshop(seed, device, config.pretrain.crop, config.pretrain, identity, kept)
+    torch.manual_seed(seed)
+    began = time.perf_counter()
+    sources = method.prepare(volumes, workshop)
+    seconds = time.perf_counter() - began + workshop.remembered
+    return method, sources, {"prepare_seconds": seconds, "prepared": workshop.values}
+
+
+def freeze(method: Method) -> None:
+    """Backbone parts that the method does not train get no gradient, and no optimizer state."""
+    for key, parameter in method.backbone.named_parameters():
+        parameter.requires_grad_(method.backbone.part_of(key) in method.trains)
 
 
 class Segmenter(nn.Module):
@@ -107,7 +133,12 @@ class Segmenter(nn.Module):
 
 
 def finetune(
-    config: RunConfig, plugins: Plugins, task: Task, volumes: Sequence[Volume], weights: Path | None, folder: Path
+    config: RunConfig,
+    plugins: Plugins,
+    task: Task,
+    volumes: Sequence[Volume],
+    weights: Mapping[str, Tensor],
+    folder: Path,
 ) -> tuple[Backbone, Trained, dict[str, Any]]:
     """Fresh backbone, transfer, new head, supervised training; leaves `weights.safetensors` in `folder`.
 
@@ -116,7 +147,7 @@ def finetune(
     accelerator = new_accelerator()
     torch.manual_seed(seed_for(config.seed, "finetune init"))
     backbone = plugins.new_backbone(config, task)
-    report = transfer(backbone, load_file(weights) if weights is not None else {})
+    report = transfer(backbone, weights)
     backbone.set_head(task.num_outputs)
     torch.manual_seed(seed_for(config.seed, f"finetune dropout {accelerator.process_index}"))
     settings = config.finetune
@@ -132,7 +163,7 @@ def finetune(
     )
     segmenter = Segmenter(backbone, task.overlapping)
     trained = train(segmenter, data, settings, steps, warmup, accelerator, folder / "history.jsonl", "finetune")
-    save_file(part_weights(backbone, ("encoder", "decoder", "head")), folder / "weights.safetensors")
+    save_file(backbone.part_weights(("encoder", "decoder", "head")), folder / "weights.safetensors")
     return backbone, trained, report.as_record() | {"text": str(report)}
 
 

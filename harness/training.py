@@ -108,8 +108,9 @@ def train(
     with bar, history.open("a") as lines:
         clock.start()
         for step, batch in enumerate(loader, start=1):
-            image = batch["image"]
-            batch["image"] = image.to(memory_format=layout) if image.ndim == 5 else image
+            batch = {
+                name: value.to(memory_format=layout) if value.ndim == 5 else value for name, value in batch.items()
+            }
             schedule.step_update(step)
             clock.lap()
             with autocast:

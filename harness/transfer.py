@@ -31,15 +31,14 @@ class Transfer:
 
     def __str__(self) -> str:
         return (
-            f"transfer: {len(self.loaded)} tensors loaded, {len(self.skipped)} skipped, {len(self.reinitialised)} "
-            f"re-initialised, {self.encoder_fraction:.0%} of the encoder's parameters"
+            f"transfer: {len(self.loaded)} tensors loaded, {_named(self.skipped)} skipped, "
+            f"{_named(self.reinitialised)} re-initialised, {self.encoder_fraction:.1%} of the encoder's parameters"
         )
 
 
-def part_weights(backbone: Backbone, parts: tuple[str, ...]) -> dict[str, Tensor]:
-    """The backbone's tensors that belong to `parts`, on the CPU, under their own names."""
-    state = backbone.state_dict()
-    return {key: value.detach().cpu().contiguous() for key, value in state.items() if backbone.part_of(key) in parts}
+def _named(keys: list[str], most: int = 4) -> str:
+    shown = ", ".join(keys[:most]) + (", ..." if len(keys) > most else "")
+    return f"{len(keys)} ({shown})" if keys else "0"
 
 
 def transfer(backbone: Backbone, weights: Mapping[str, Tensor]) -> Transfer:

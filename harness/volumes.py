@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from harness.arrays import cut, random_origin
 from harness.errors import UserError
 from harness.files import digest, digest_file, write_atomic
 from harness.images import Loaded, load_case
@@ -80,6 +81,11 @@ class Volume:
         """Up to 2000 voxels of every target, rows of (target number, x, y, z)."""
         rows: NDArray[np.int32] = np.load(f"{self.stem}.points.npy")
         return rows
+
+    def sample(self, size: tuple[int, int, int], rng: np.random.Generator) -> dict[str, Any]:
+        """A random crop, `image` (C, *size); zeros where the volume is smaller."""
+        image = self.image
+        return {"image": cut(image, random_origin(image.shape[1:], size, rng), size)}
 
     @property
     def geometry(self) -> Geometry:

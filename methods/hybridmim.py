@@ -1,7 +1,7 @@
 """HybridMIM: hybrid masked image modelling at pixel, region and sample level (Xing et al. 2023)."""
 
 from collections.abc import Sequence
-from math import floor, prod
+from math import prod
 from typing import Literal
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from harness import Backbone, Batch, Method, Settings, Size3, UserError, crop, gather
+from harness import Backbone, Batch, Method, Settings, Size3, UserError, crop, gather, random_patches, to_voxels
 
 Triple = tuple[int, int, int]
 
@@ -129,7 +129,7 @@ class HybridMIM(Method):
         """`image` (N, C, x, y, z) -> the weighted terms of equation 7 that are switched on."""
         config, image = self.config, batch["image"]
         mask = self.draw_mask(image)
-        masked = image * ~self._voxels(mask)
+        masked = image * ~to_voxels(mask, config.patch)
         if config.contrastive:
             first, second = self.backbone.encode_twice(masked)
         else:
@@ -148,11 +148,7 @@ class HybridMIM(Method):
 
         216 patches at ratio 0.4: 129 kept, 87 masked, as in the released code.
         """
-        grid = [extent // edge for extent, edge in zip(image.shape[2:], self.config.patch, strict=True)]
-        # The small term keeps a product such as 0.6 * 5 = 2.9999999999999996 from losing one patch.
-        kept = floor(prod(grid) * (1 - self.config.mask_ratio) + 1e-9)
-        scores = torch.rand(len(image), prod(grid), device=image.device, generator=self.generator)
-        return (scores.argsort(dim=1).argsort(dim=1) >= kept).view(len(image), *grid)
+        return random_patches(image, self.config.patch, self.config.mask_ratio, self.generator)
 
     def bits(self, mask: Tensor) -> Tensor:
         """Patch mask (N, x, y, z) -> (N, sub-volumes, patches per sub-volume) bool, both in raster order."""
@@ -172,7 +168,7 @@ class HybridMIM(Method):
         features = self.backbone.decode(crop(pyramid, self.backbone.strides, origin, size))
         spans = [slice(start, start + length) for start, length in zip(origin, size, strict=True)]
         target = image[(slice(None), slice(None), *spans)]
-        hidden = self._voxels(mask)[(slice(None), slice(None), *spans)]
+        hidden = to_voxels(mask, self.config.patch)[(slice(None), slice(None), *spans)]
         restored = torch.sigmoid(self.reconstruct(features).float())
         squared = (restored - target).square() * hidden
         if self.config.distance == "mse":
@@ -225,12 +221,6 @@ class HybridMIM(Method):
             )
         x, y, z = ((length - edge) // 2 // t * t for length, edge, t in zip(extent, size, stride, strict=True))
         return (x, y, z), (size[0], size[1], size[2])
-
-    def _voxels(self, mask: Tensor) -> Tensor:
-        """Patch mask (N, x, y, z) -> voxel mask (N, 1, x, y, z)."""
-        for axis, edge in enumerate(self.config.patch, start=1):
-            mask = mask.repeat_interleave(edge, dim=axis)
-        return mask[:, None]
 
     def _sum_over_sub_volumes(self, values: Tensor, origin: Triple) -> Tensor:
         """(N, region) -> (N, sub-volumes that the region touches): the region need not lie on their grid."""

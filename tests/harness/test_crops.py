@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from harness.arrays import cut
 from harness.config import Finetune
-from harness.crops import Augment, CropDataset, cut
+from harness.crops import Augment, CropDataset
 from harness.volumes import digest_cases, prepare
 
 

@@ -10,7 +10,7 @@ from backbones.unet import UNet
 from harness import UserError
 from harness.config import Training, resolve
 from harness.training import new_accelerator, train
-from harness.transfer import part_weights, transfer
+from harness.transfer import transfer
 
 
 class Slope(nn.Module):
@@ -54,7 +54,7 @@ def unet(first=4):
 
 def test_transfer_reports_every_tensor():
     source, target = unet(), unet()
-    weights = part_weights(source, ("encoder", "decoder"))
+    weights = source.part_weights(("encoder", "decoder"))
     report = transfer(target, weights)
     assert (len(report.loaded), report.skipped, report.reinitialised) == (len(weights), [], [])
     assert report.encoder_fraction == 1
@@ -62,7 +62,7 @@ def test_transfer_reports_every_tensor():
 
 
 def test_transfer_of_a_part_and_of_other_shapes_says_so():
-    encoder = part_weights(unet(), ("encoder",))
+    encoder = unet().part_weights(("encoder",))
     report = transfer(unet(), encoder)
     assert report.encoder_fraction == 1
     assert all(key.startswith("upcat") for key in report.reinitialised)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from backbones.swinunetr import SwinUNETR
 from backbones.unet import UNet
-from harness import UserError
+from harness import UserError, to_voxels
 from methods.hybridmim import HybridMIM, consistency_loss, contrastive_loss
 
 TERMS = ("reconstruction", "number", "location", "consistency", "contrastive")
@@ -135,7 +135,7 @@ def test_reconstruction_counts_masked_voxels_of_the_region_only(distance):
     pyramid = made.backbone.encode(image)
     before = made.reconstruction_loss(pyramid, image, mask)
     (start, *_), (size, *_) = made._region((64, 64, 64))
-    hidden = made._voxels(mask)
+    hidden = to_voxels(mask, made.config.patch)
     inside = torch.zeros_like(hidden)
     inside[..., start : start + size, start : start + size, start : start + size] = True
     elsewhere = torch.where(hidden & inside, image, torch.rand_like(image))
@@ -156,7 +156,7 @@ def test_reconstruction_is_equation_1_for_a_region_off_the_sub_volume_grid():
         for level, (s, *_) in zip(pyramid, made.backbone.strides, strict=True)
     ]
     restored = torch.sigmoid(made.reconstruct(made.backbone.decode(cropped)))[0, 0]
-    hidden = made._voxels(mask)[0, 0]
+    hidden = to_voxels(mask, made.config.patch)[0, 0]
     norms = []
     for x in range(3):
         for y in range(3):
@@ -186,7 +186,7 @@ def test_losses_are_those_of_the_equations():
     bits = made.bits(mask)
     made.generator.set_state(state)
     terms = made({"image": image})
-    features = made.region_features(made.backbone.encode(image * ~made._voxels(mask))[-1])
+    features = made.region_features(made.backbone.encode(image * ~to_voxels(mask, made.config.patch))[-1])
     u, p = made.count(features).softmax(-1), made.locate(features).sigmoid()
     number = -torch.log(u.gather(2, bits.sum(2, keepdim=True))).mean()
     location = -(torch.where(bits, p, 1 - p).log()).sum(2).mean()

@@ -1,0 +1,31 @@
+"""Crops of arrays (C, x, y, z)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def cut(array: NDArray[Any], origin: Sequence[int], size: Sequence[int]) -> NDArray[Any]:
+    """(C, x, y, z) -> a copy (C, *size) that starts at `origin`; zeros where that is outside."""
+    crop = np.zeros((len(array), *size), dtype=array.dtype)
+    source, target = [], []
+    for start, edge, extent in zip(origin, size, array.shape[1:], strict=True):
+        first, last = max(start, 0), min(start + edge, extent)
+        source.append(slice(first, last))
+        target.append(slice(first - start, last - start))
+    crop[(slice(None), *target)] = array[(slice(None), *source)]
+    return crop
+
+
+def origins(shape: Sequence[int], size: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Lowest and highest origin of a crop; a volume that is smaller lies anywhere in the crop."""
+    low = [min(0, extent - edge) for extent, edge in zip(shape, size, strict=True)]
+    high = [max(0, extent - edge) for extent, edge in zip(shape, size, strict=True)]
+    return low, high
+
+
+def random_origin(shape: Sequence[int], size: Sequence[int], rng: np.random.Generator) -> list[int]:
+    """A uniform origin of a crop of `size` in a volume of `shape`."""
+    return [int(rng.integers(a, b + 1)) for a, b in zip(*origins(shape, size), strict=True)]

@@ -1,0 +1,70 @@
+"""What a method's `prepare` is offered: the engine's loop, a cache for what it finds, and a place in the record."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness.config import Training
+from harness.contracts import Source, Stride
+from harness.crops import CropDataset
+from harness.files import digest, write_atomic
+from harness.progress import say
+from harness.training import new_accelerator, train
+
+
+@dataclass
+class Workshop:
+    """The engine's `harness.contracts.Preparation`.
+
+    Attributes:
+        identity: all that every discovery depends on: the method's source and version, the data, the seed.
+        folder: where discoveries are kept.
+        values: for the record.
+        remembered: seconds that kept discoveries took when they were made, less those of reading them.
+    """
+
+    seed: int
+    device: torch.device
+    crop: Stride
+    template: Training
+    identity: Any
+    folder: Path
+    values: dict[str, Any] = field(default_factory=dict)
+    remembered: float = 0.0
+
+    def train(
+        self, module: nn.Module, sources: Sequence[Source], *, size: Stride, steps: int, batch_size: int, lr: float
+    ) -> None:
+        """Minimise the named terms of `module(batch)`, by the loop that pre-training uses."""
+        settings = self.template.model_copy(
+            update={"steps": steps, "epochs": None, "crop": size, "batch_size": batch_size, "lr": lr}
+        )
+        data = CropDataset(sources, size, steps * batch_size, self.seed)
+        history = self.folder / "history.jsonl"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        history.unlink(missing_ok=True)
+        train(module, data, settings, steps, steps // 20, new_accelerator(), history, "prepare")
+
+    def remember(self, name: str, depends_on: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+        """`compute()`, or what it gave before for the same identity and `depends_on`."""
+        path = self.folder / f"{name}-{digest([self.identity, dict(depends_on)])[:16]}.json"
+        began = time.perf_counter()
+        if path.exists():
+            kept = json.loads(path.read_text())
+            say(f"{name} found in {path}; it took {kept['seconds']:.1f} s")
+            self.remembered += kept["seconds"] - (time.perf_counter() - began)
+            return kept["value"]
+        value = compute()
+        write_atomic(path, json.dumps({"seconds": time.perf_counter() - began, "value": value}))
+        return json.loads(path.read_text())["value"]
+
+    def report(self, message: str, **values: Any) -> None:
+        """One line to the user, and `values` into the record."""
+        say(message)
+        self.values |= values

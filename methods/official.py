@@ -1,0 +1,144 @@
+"""Start from published weights instead of pre-training."""
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, FilePath
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from harness import Method, Settings, UserError
+
+Triple = tuple[int, int, int]
+CONTAINERS = ("state_dict", "model", "model_state_dict", "network_weights", "net")
+PREFIXES = ("module.", "model.", "backbone.")
+
+
+class Official(Method):
+    """Published weights instead of pre-training, as the paper does for Models Genesis and TransVW.
+
+    Source: HybridMIM, section IV-B ("as ModelGenesis and TransVW officially release their pre-trained model weights, we skip
+    the pre-training step"). Reads, never executes:
+      * Models Genesis' `Genesis_Chest_CT.pt` and TransVW's PyTorch checkpoint, for backbone `genesis_unet3d`;
+      * MONAI's self-supervised SwinUNETR encoder (`module.` or `swin_vit.` prefixes, `mlp.fc1` names) and whole SwinUNETR
+        state dicts, for backbone `swinunetr`;
+      * state dicts of MONAI's BasicUNet, SegResNet and UNETR, for `unet`, `segresnet` and `unetr`;
+      * `weights.safetensors` of any run or pre-training of this harness.
+
+    Key names are turned into the backbone's by removing wrappers and by the backbone's own `aliases`. Everything that is not
+    loaded is reported; where less than half of the encoder's parameters would be loaded, that is an error.
+    """
+
+    name = "official"
+    reference = "cite the weights that you give"
+    trains = ()
+
+    class Config(Settings):
+        weights: FilePath = Field(description="checkpoint (.pt, .pth, ... or .safetensors)")
+        inflate_stem: bool = Field(
+            False,
+            description="repeat first convolutions of one channel for all modalities, divided by their number",
+        )
+
+    config: Config
+
+    def check(self, crop: Triple, batch_size: int) -> None:
+        self.weights()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The file's tensors under the backbone's names, those included that do not fit (the transfer reports them).
+
+        Raises:
+            UserError: the file is no state dict, holds more than tensors, or gives less than half of the encoder.
+        """
+        own = self.backbone.state_dict()
+        found = {self._rename(key, own): value for key, value in read_state_dict(self.config.weights).items()}
+        if self.config.inflate_stem:
+            found = {key: inflate(value, own[key].shape) if key in own else value for key, value in found.items()}
+        encoder = {
+            key: parameter.numel()
+            for key, parameter in self.backbone.named_parameters()
+            if self.backbone.part_of(key) == "encoder"
+        }
+        fits = {key for key, value in found.items() if key in own and own[key].shape == value.shape}
+        share = sum(number for key, number in encoder.items() if key in fits) / sum(encoder.values())
+        if share < 0.5:
+            raise UserError(self._refusal(share, [key for key in encoder if key not in fits], found, own))
+        return found
+
+    def _rename(self, key: str, own: dict[str, Tensor]) -> str:
+        stripped = True
+        while key not in own and stripped:
+            stripped = False
+            for prefix in PREFIXES:
+                if key.startswith(prefix):
+                    key, stripped = key.removeprefix(prefix), True
+        if key in own:
+            return key
+        for pattern, replacement in self.backbone.aliases:
+            key = re.sub(pattern, replacement, key)
+        return key
+
+    def _refusal(self, share: float, missing: list[str], found: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+        shown = [
+            f"{key} is {tuple(found[key].shape)} there and {tuple(own[key].shape)} here"
+            if key in found
+            else f"{key} is not there"
+            for key in missing[:3]
+        ]
+        foreign = [key for key in found if key not in own][:3]
+        stem = any(
+            key in found and found[key].shape[:1] + found[key].shape[2:] == own[key].shape[:1] + own[key].shape[2:]
+            for key in missing
+        )
+        hint = "; method.inflate_stem=true repeats a stem of one channel for all modalities" if stem else ""
+        return (
+            f"method.weights={self.config.weights} gives {share:.0%} of the encoder of backbone {self.backbone.name!r}, at "
+            f"least 50% are needed: {'; '.join(shown)}; unknown in the file: {', '.join(foreign) or 'nothing'}: choose the "
+            f"backbone, and its settings, that the weights were made for{hint}"
+        )
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Tensors by name, from safetensors or a PyTorch checkpoint, without executing anything in it.
+
+    Raises:
+        UserError: the file cannot be read so, or holds no tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"method.weights={path} cannot be read as weights, {type(error).__name__}: {reason}; give a .safetensors file or "
+            "a PyTorch checkpoint that holds tensors only (saving its state_dict alone makes one)"
+        ) from None
+    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
+        inner = next((content[name] for name in CONTAINERS if isinstance(content.get(name), dict)), None)
+        if inner is None:
+            break
+        content = inner
+    tensors = (
+        {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+        if isinstance(content, dict)
+        else {}
+    )
+    if not tensors:
+        raise UserError(
+            f"method.weights={path} holds no state dict (looked for {', '.join(CONTAINERS)}): save the network's state_dict"
+        )
+    return tensors
+
+
+def inflate(value: Tensor, shape: torch.Size) -> Tensor:
+    """A convolution of one input channel for `shape[1]` of them, such that equal channels give what one gave."""
+    one_to_many = value.ndim == len(shape) == 5 and value.shape[1] == 1 and shape[1] > 1
+    if one_to_many and value.shape[:1] + value.shape[2:] == shape[:1] + shape[2:]:
+        return value.repeat(1, shape[1], 1, 1, 1) / shape[1]
+    return value

@@ -1,0 +1,133 @@
+"""The three pretext tasks of Swin UNETR: inpainting, rotation, contrast (Tang et al. 2022)."""
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from harness import Backbone, Batch, Method, Settings, UserError, any_box, random_integers
+from methods.hybridmim import contrastive_loss
+from methods.simmim import VoxelHead
+
+Triple = tuple[int, int, int]
+PLANES = ((0, 1), (0, 2), (1, 2))
+
+
+class SwinUNETRSSL(Method):
+    """Inpainting of cut-out boxes, 4-way rotation and contrast of two views, all from the encoder.
+
+    Source: Tang, Yang, Li, Roth, Landman, Xu, Nath, Hatamizadeh, "Self-Supervised Pre-Training of Swin Transformers for 3D
+    Medical Image Analysis", CVPR 2022, arXiv:2111.14791, section 3.2; Project-MONAI/research-contributions, SwinUNETR/Pretrain.
+    Two views of a crop are each rotated by a random quarter turn and cut out; L1 between the restored and the rotated view
+    over all voxels (equation 5), cross-entropy of the turn (equation 6), InfoNCE of 512-d codes at temperature 0.5
+    (equation 7, all other codes of the batch are negatives); weights 1, 1, 1 (equation 8).
+
+    Defaults: 30 % of the voxels cut out (section 4.1), boxes of up to a quarter of each edge (released code).
+    Deviations:
+      * The paper turns about the z axis; here in the first of the planes xy, xz, yz whose edges are equal in the crop.
+      * Boxes are filled with noise in [0, 1]; the released code also takes pieces of other crops.
+      * Inpainting head: one transposed convolution of kernel and stride 32, which is the released `large_kernel_deconv`;
+        the released default is five upsampling steps. Codes are spatial means, there a pooled token.
+      * The crop's own intensities are the target; the paper has no further augmentation either.
+    """
+
+    name = "swinunetr_ssl"
+    reference = "Tang et al. 2022, arXiv:2111.14791; github.com/Project-MONAI/research-contributions"
+    trains = ("encoder",)
+
+    class Config(Settings):
+        inpainting: float = Field(1.0, ge=0, description="weight; 0 switches it off; equation 8")
+        rotation: float = Field(1.0, ge=0, description="weight; 0 switches it off; equation 8")
+        contrastive: float = Field(1.0, ge=0, description="weight; 0 switches it off; equation 8")
+        cut_out: float = Field(0.3, gt=0, lt=1, description="share of voxels cut out; section 4.1")
+        longest: float = Field(
+            0.25, gt=0, le=1, description="longest edge of a box as a share of the crop's; released code"
+        )
+        boxes: PositiveInt = Field(256, description="most boxes drawn for that share; here")
+        temperature: float = Field(0.5, gt=0, description="of the contrast; released code")
+        projection: PositiveInt = Field(512, description="dimensions of the contrasted code; section 4.1")
+
+    config: Config
+
+    def __init__(self, config: Config, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        deepest = backbone.channels[-1]
+        # A head exists only where a term uses it: an unused one would be a dead parameter under DDP.
+        if config.inpainting:
+            self.restore = VoxelHead(backbone)
+        if config.rotation:
+            self.turn = nn.Linear(deepest, 4)
+        if config.contrastive:
+            self.project = nn.Linear(deepest, config.projection)
+
+    def check(self, crop: Triple, batch_size: int) -> None:
+        config = self.config
+        plane(crop)
+        if not (config.inpainting or config.rotation or config.contrastive):
+            raise UserError("swinunetr_ssl has every loss term switched off: give at least one method.* weight above 0")
+        if config.contrastive and batch_size < 2:
+            raise UserError(
+                f"swinunetr_ssl's contrast has no negatives in a batch of {batch_size}: set pretrain.batch_size=2 or more, "
+                "or method.contrastive=0"
+            )
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """`image` (N, C, x, y, z) -> the weighted terms of equation 8 that are switched on."""
+        config, image = self.config, batch["image"]
+        twice = torch.cat([image, image])
+        turns = random_integers(0, 3, (len(twice),), image.device, self.generator)
+        views = rotate(twice, turns)
+        deepest = self.backbone.encode(self.hide(views))[-1]
+        codes = deepest.mean(dim=(2, 3, 4))
+        terms: dict[str, Tensor] = {}
+        if config.inpainting:
+            terms["inpainting"] = config.inpainting * (self.restore(deepest) - views).abs().mean()
+        if config.rotation:
+            terms["rotation"] = config.rotation * F.cross_entropy(self.turn(codes).float(), turns)
+        if config.contrastive:
+            first, second = self.project(codes).chunk(2)
+            terms["contrastive"] = config.contrastive * contrastive_loss(first, second, config.temperature)
+        return terms
+
+    def hide(self, views: Tensor) -> Tensor:
+        """Views (N, C, x, y, z) with boxes of noise, as many as cover `cut_out` of the voxels, counted as they come."""
+        config, extent, device = self.config, views.shape[2:], views.device
+        shape = (len(views), config.boxes)
+        sizes = [
+            random_integers(1, max(1, round(config.longest * length)), shape, device, self.generator)
+            for length in extent
+        ]
+        starts = [
+            random_integers(0, length - size, shape, device, self.generator)
+            for length, size in zip(extent, sizes, strict=True)
+        ]
+        size, start = torch.stack(sizes, dim=-1), torch.stack(starts, dim=-1)
+        volume = size.prod(dim=-1)
+        # Expected cover of boxes at random places, which may overlap: 1 - product of (1 - share).
+        covered = 1 - (1 - volume / views[0, 0].numel()).cumprod(dim=1)
+        needed = torch.cat([torch.ones_like(covered[:, :1]), covered[:, :-1] < config.cut_out], dim=1)
+        mask = any_box(start, start + size * needed.long()[..., None], extent)
+        noise = torch.rand(views.shape, device=device, generator=self.generator, dtype=views.dtype)
+        return torch.where(mask, noise, views)
+
+
+def plane(crop: Triple) -> tuple[int, int]:
+    """The first plane whose edges are equal. Raises UserError where there is none."""
+    for a, b in PLANES:
+        if crop[a] == crop[b]:
+            return a, b
+    raise UserError(
+        f"swinunetr_ssl turns crops by 90 degrees, so two edges must be equal, pretrain.crop={','.join(map(str, crop))}: "
+        "set it to a size with two equal edges"
+    )
+
+
+def rotate(image: Tensor, turns: Tensor) -> Tensor:
+    """Each sample (C, x, y, z) by its own number of quarter turns, (N,) in 0..3, without waiting for the device."""
+    x, y, z = image.shape[2:]
+    a, b = plane((x, y, z))
+    which = turns.view(-1, 1, 1, 1, 1)
+    turned = image
+    for number in (1, 2, 3):
+        turned = torch.where(which == number, image.rot90(number, (a + 2, b + 2)), turned)
+    return turned

@@ -1,0 +1,394 @@
+"""TransVW: self-discovered visual words, classified and restored (Haghighi et al. 2021)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numba import njit
+from numpy.typing import NDArray
+from pydantic import Field, PositiveInt
+from scipy import ndimage
+from scipy.spatial.distance import cdist
+from torch import Tensor, nn
+
+from harness import (
+    Backbone,
+    Batch,
+    Method,
+    Preparation,
+    Settings,
+    Size3,
+    Source,
+    Transform,
+    UserError,
+    VolumeSource,
+    cut,
+)
+from methods.models_genesis import paint_in, paint_out, remap_intensities, shuffle_locally
+
+Triple = tuple[int, int, int]
+Image = NDArray[np.float32]
+ATTEMPTS = 200  # random coordinates tried for a word, as published
+SCALES = 3  # each instance comes at its own size and at two larger ones, as published
+
+
+class TransVW(Method):
+    """Transferable visual words: the whole method, self-discovery, self-classification and self-restoration.
+
+    Source: Haghighi, Hosseinzadeh Taher, Zhou, Gotway, Liang, "Transferable Visual Words: Exploiting the Semantics of Anatomical
+    Patterns for Self-supervised Learning", IEEE TMI 2021, arXiv:2102.10680, sections II-A to II-C; repository
+    fhaghighi/TransVW. Discovery: an autoencoder gives each volume a code; a reference volume is drawn and its nearest volumes
+    are taken; crops of all of them at one random coordinate are the instances of a word, the coordinate is its class.
+    Pretext: elastic deformation, then one of shuffling (5 windows), non-linear intensities, in-painting or out-painting (one
+    box each), 0.25 each; 1 * MSE of the restored and the undistorted crop + 0.01 * cross-entropy of the word.
+
+    Not copied from the released code: a `repeated` flag that is never reset, the last instance of each fold that is lost, a
+    border of 100 voxels that few volumes satisfy.
+    Deviations:
+      * Words are crops of `extent` voxels, resized to the training crop; by default at most half of the smallest volume
+        along each axis, so that small volumes have words at all. Fewer coordinates give fewer words, which is reported.
+      * Larger cubes and jitter are in proportion to `extent` (there 50..79 and -10..9 voxels of 64, in the plane), and drawn
+        anew for each sample (there once).
+      * Coordinates are kept where at least a tenth of the reference's crop is not background (there a rule for lungs).
+      * Once every volume has been a reference, they may be again (there that ends discovery).
+      * The autoencoder has four strided convolutions to 512 channels on the volume resized to 64^3; the code is their mean.
+      * AdamW with the harness's schedule instead of Adam.
+    Several modalities: deformation, windows and boxes are shared, intensities are each modality's own, as in Models Genesis.
+    """
+
+    name = "transvw"
+    reference = "Haghighi et al. 2021, doi:10.1109/TMI.2021.3060634; github.com/fhaghighi/TransVW"
+    presets = {"demo": {"method.autoencoder_steps": 60}}
+
+    class Config(Settings):
+        words: int = Field(44, ge=2, description="classes sought; released pre-training")
+        instances: int = Field(200, ge=2, description="volumes per word, at most all; released code")
+        distance: float = Field(
+            5.0, gt=0, description="least distance of two words' coordinates in voxels; released code"
+        )
+        extent: Size3 | None = Field(
+            None, description="of a word in voxels; none: the crop, or half the smallest volume"
+        )
+        autoencoder_steps: PositiveInt = Field(2000, description="of the autoencoder whose codes compare volumes; here")
+        code_size: Size3 = Field((64, 64, 64), description="extent to which volumes are resized for it; here")
+        elastic_alpha: float = Field(
+            991.0, ge=0, description="strength of the deformation, 0 switches it off; released code"
+        )
+        elastic_sigma: float = Field(8.0, gt=0, description="its smoothness in voxels; released code")
+        restoration: float = Field(1.0, ge=0, description="weight; released code")
+        classification: float = Field(0.01, gt=0, description="weight; released code")
+        hidden: PositiveInt = Field(1024, description="channels of the classification head; released code")
+
+    config: Config
+
+    def __init__(self, config: Config, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        self.trains = ("encoder", "decoder") if config.restoration else ("encoder",)
+        if config.restoration:
+            self.restore = nn.Conv3d(backbone.width, backbone.in_channels, kernel_size=1)
+        # Made for the words that are sought; `prepare` makes it anew where there are fewer.
+        self.classify = WordHead(backbone.channels[-1], config.hidden, config.words)
+
+    @classmethod
+    def transform(cls, config: Any) -> Transform:
+        return Perturb(config)
+
+    def prepare(self, volumes: Sequence[VolumeSource], preparation: Preparation) -> Sequence[Source]:
+        """Discover the words; what is sampled afterwards are their instances."""
+        config = self.config
+        if len(volumes) < 2:
+            raise UserError(
+                f"transvw finds words that several volumes share, there is {len(volumes)} volume to pre-train on: "
+                "give at least 2, better hundreds"
+            )
+        extent = self._extent(volumes, preparation.crop)
+        settings = config.model_dump(
+            mode="json", include={"words", "instances", "distance", "autoencoder_steps", "code_size"}
+        )
+        words = preparation.remember(
+            "words", settings | {"extent": extent}, lambda: self._discover(volumes, extent, preparation)
+        )
+        if len(words) < 2:
+            raise UserError(
+                f"transvw found {len(words)} words of {','.join(map(str, extent))} voxels at least {config.distance:g} voxels "
+                "apart, it needs 2 to tell apart: set a smaller method.extent or method.distance"
+            )
+        if len(words) < config.words:
+            self.classify = WordHead(self.backbone.channels[-1], config.hidden, len(words))
+        number = sum(len(word["volumes"]) for word in words)
+        preparation.report(
+            f"transvw: {len(words)} words of {config.words} sought, each of {','.join(map(str, extent))} voxels; {number} "
+            f"instances in {len(volumes)} volumes"
+            + ("; the volumes are too small for more" if len(words) < config.words else ""),
+            words=len(words),
+            instances=number,
+            extent=list(extent),
+        )
+        return [
+            Instance(volumes[index], number, tuple(word["coordinate"]), extent, scale)
+            for number, word in enumerate(words)
+            for index in word["volumes"]
+            for scale in range(SCALES)
+        ]
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """`image` distorted, `target` (N, C, x, y, z) and `word` (N,) -> `restoration` and `classification`."""
+        config = self.config
+        pyramid = self.backbone.encode(batch["image"])
+        logits = self.classify(pyramid[-1]).float()
+        terms = {"classification": config.classification * F.cross_entropy(logits, batch["word"])}
+        if config.restoration:
+            restored = self.restore(self.backbone.decode(pyramid)).float().sigmoid()
+            terms["restoration"] = config.restoration * (restored - batch["target"]).square().mean()
+        return terms
+
+    def _extent(self, volumes: Sequence[VolumeSource], crop: Triple) -> Triple:
+        if self.config.extent is not None:
+            return self.config.extent
+        smallest = np.min([volume.image.shape[1:] for volume in volumes], axis=0)
+        x, y, z = (max(1, min(edge, int(least) // 2)) for edge, least in zip(crop, smallest, strict=True))
+        return x, y, z
+
+    def _discover(
+        self, volumes: Sequence[VolumeSource], extent: Triple, preparation: Preparation
+    ) -> list[dict[str, Any]]:
+        config = self.config
+        whole = [Whole(volume) for volume in volumes]
+        autoencoder = Autoencoder(self.backbone.in_channels)
+        preparation.train(
+            autoencoder, whole, size=config.code_size, steps=config.autoencoder_steps, batch_size=4, lr=1e-3
+        )
+        codes = autoencoder.codes(whole, config.code_size, preparation.device)
+        return discover_words(
+            volumes,
+            codes,
+            extent,
+            config.words,
+            config.instances,
+            config.distance,
+            np.random.default_rng(preparation.seed),
+        )
+
+
+def discover_words(
+    volumes: Sequence[VolumeSource],
+    codes: NDArray[Any],
+    extent: Triple,
+    number: int,
+    instances: int,
+    distance: float,
+    rng: np.random.Generator,
+) -> list[dict[str, Any]]:
+    """Words as `{"coordinate": [x, y, z], "volumes": [index, ...]}`, the reference volume first.
+
+    Args:
+        codes: one row per volume.
+        extent: of a word in voxels; it lies inside all the volumes of its word.
+        distance: least Euclidean distance of two coordinates in voxels.
+    """
+    shapes = np.array([volume.image.shape[1:] for volume in volumes])
+    nearest = cdist(codes, codes).argsort(axis=1, kind="stable")
+    words: list[dict[str, Any]] = []
+    references: list[int] = []
+    for _ in range(number):
+        if not references:
+            references = [int(index) for index in rng.permutation(len(volumes))]
+        reference = references.pop()
+        # Volumes of equal code are at distance 0 as well: the reference comes first all the same.
+        order = [reference, *(int(index) for index in nearest[reference] if index != reference)]
+        members = [index for index in order if (shapes[index] >= extent).all()][:instances]
+        if len(members) < 2 or members[0] != reference:
+            continue
+        room = shapes[members].min(axis=0) - extent
+        taken = np.array([word["coordinate"] for word in words]).reshape(-1, 3)
+        coordinate = _free_coordinate(volumes[reference], room, extent, taken, distance, rng)
+        if coordinate is not None:
+            words.append({"coordinate": coordinate, "volumes": members})
+    return words
+
+
+def _free_coordinate(
+    reference: VolumeSource,
+    room: NDArray[Any],
+    extent: Triple,
+    taken: NDArray[Any],
+    distance: float,
+    rng: np.random.Generator,
+) -> list[int] | None:
+    for _ in range(ATTEMPTS):
+        coordinate = rng.integers(0, room + 1)
+        if len(taken) and cdist(taken, coordinate[None]).min() < distance:
+            continue
+        # Prepared intensities begin above 0.001, which stands for background and for the lowest of a window.
+        if (cut(reference.image, coordinate.tolist(), extent) > 0.002).mean() >= 0.1:
+            return [int(value) for value in coordinate]
+    return None
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One volume's crop at a word's coordinate, at its own size (scale 0) or larger and shifted."""
+
+    volume: VolumeSource
+    word: int
+    coordinate: Triple
+    extent: Triple
+    scale: int
+
+    def sample(self, size: Triple, rng: np.random.Generator) -> dict[str, Any]:
+        """`image` (C, *size) and `word`; zeros where a larger cube leaves the volume."""
+        origin, extent = np.array(self.coordinate), np.array(self.extent)
+        if self.scale:
+            # 50..79 and -10..9 of 64 voxels in the plane, as published.
+            larger = extent[:2] * rng.integers(50, 80) / 64
+            shift = extent[:2] * rng.integers(-10, 10, size=2) / 64
+            extent[:2], origin[:2] = np.maximum(1, np.round(larger)), origin[:2] + np.round(shift).astype(int)
+        crop = cut(self.volume.image, origin.tolist(), extent.tolist())
+        return {"image": resize(crop, size), "word": np.int64(self.word)}
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole volume, resized: what the autoencoder sees."""
+
+    volume: VolumeSource
+
+    def sample(self, size: Triple, rng: np.random.Generator) -> dict[str, Any]:
+        """`image` (C, *size)."""
+        return {"image": resize(np.array(self.volume.image), size)}
+
+
+class Autoencoder(nn.Module):
+    """Volumes (N, C, x, y, z) to codes of 512 numbers, trained to restore them."""
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        widths = (in_channels, 16, 32, 64, 512)
+        steps = list(pairwise(widths))
+        self.encoder = nn.Sequential(
+            *(nn.Sequential(nn.Conv3d(a, b, kernel_size=3, stride=2, padding=1), nn.LeakyReLU(0.1)) for a, b in steps)
+        )
+        self.decoder = nn.Sequential(
+            *(
+                nn.Sequential(nn.LeakyReLU(0.1), nn.ConvTranspose3d(b, a, kernel_size=2, stride=2))
+                for a, b in reversed(steps)
+            )
+        )
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        image = batch["image"]
+        restored = F.interpolate(self.decoder(self.encoder(image)).float(), size=image.shape[2:])
+        return {"restoration": (restored - image).square().mean()}
+
+    @torch.inference_mode()
+    def codes(self, volumes: Sequence[Source], size: Triple, device: torch.device) -> NDArray[np.float32]:
+        """One code per volume, (volumes, 512)."""
+        self.eval()
+        rng = np.random.default_rng(0)  # whole volumes draw nothing
+        rows = []
+        for volume in volumes:
+            image = torch.from_numpy(volume.sample(size, rng)["image"])[None].to(device)
+            rows.append(self.encoder(image).float().mean(dim=(2, 3, 4))[0].cpu().numpy())
+        return np.stack(rows)
+
+
+class WordHead(nn.Module):
+    """Deepest features -> word logits: convolution, batch norm with the batch's statistics, pooling, linear layer."""
+
+    def __init__(self, channels: int, hidden: int, words: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(channels, hidden, kernel_size=3, padding=1, bias=False)
+        self.norm = nn.BatchNorm3d(hidden, track_running_stats=False)
+        self.linear = nn.Linear(hidden, words)
+
+    def forward(self, deepest: Tensor) -> Tensor:
+        logits: Tensor = self.linear(F.relu(self.norm(self.conv(deepest))).mean(dim=(2, 3, 4)))
+        return logits
+
+
+class Perturb:
+    """Elastic deformation, then exactly one of four distortions."""
+
+    def __init__(self, config: TransVW.Config) -> None:
+        self.config = config
+
+    def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """`image` (C, x, y, z) in [0, 1] -> `image` distorted, `target` not; `word` as it came."""
+        target = image = np.ascontiguousarray(sample["image"])
+        if self.config.elastic_alpha:
+            image = deform(image, self.config.elastic_alpha, self.config.elastic_sigma, rng)
+        kind = rng.integers(4)
+        if kind == 0:
+            image = shuffle_locally(image, 5, rng)
+        elif kind == 1:
+            image = remap_intensities(image, rng)
+        elif kind == 2:
+            image = paint_in(image, rng, most=1)
+        else:
+            image = paint_out(image, rng, most=1)
+        return {**sample, "image": image, "target": target}
+
+
+def deform(image: Image, alpha: float, sigma: float, rng: np.random.Generator) -> Image:
+    """Elastic deformation in the plane of the first two axes; linear interpolation, reflected at the border.
+
+    Displacements are noise in -1..1, Gaussian-filtered with `sigma` voxels and zeros outside, times `alpha`, in voxels.
+    """
+    extent = image.shape[1:]
+    filters = [_gaussian(length, sigma) for length in extent]
+    fields = []
+    for _ in range(2):
+        noise = rng.random(extent, dtype=np.float32) * 2 - 1
+        # The filter is separable, and a matrix product per axis is far quicker than 65 taps.
+        smooth = filters[0] @ noise.reshape(extent[0], -1)
+        smooth = np.matmul(filters[1], smooth.reshape(extent)) @ filters[2].T
+        fields.append(np.ascontiguousarray(smooth * np.float32(alpha), dtype=np.float32))
+    return _warp(image, *fields)
+
+
+def _gaussian(length: int, sigma: float) -> Image:
+    """The filter of `scipy.ndimage.gaussian_filter1d(mode="constant")` as a matrix (length, length)."""
+    impulses = np.eye(length, dtype=np.float64)
+    return ndimage.gaussian_filter1d(impulses, sigma, axis=0, mode="constant").astype(np.float32)
+
+
+@njit(cache=True)
+def _reflect(place: float, length: int) -> float:
+    """Fold a place into -0.5..length - 0.5, as scipy's mode "reflect" does; then to the voxels there are."""
+    period = 2.0 * length
+    place = (place + 0.5) % period
+    if place >= length:
+        place = period - place
+    return min(max(place - 0.5, 0.0), length - 1.0)
+
+
+@njit(cache=True)
+def _warp(image: Image, down: Image, across: Image) -> Image:
+    channels, nx, ny, nz = image.shape
+    warped = np.empty_like(image)
+    for i in range(nx):
+        for j in range(ny):
+            for k in range(nz):
+                x, y = _reflect(i + down[i, j, k], nx), _reflect(j + across[i, j, k], ny)
+                a, b = min(int(x), max(nx - 2, 0)), min(int(y), max(ny - 2, 0))
+                p, q = np.float32(x - a), np.float32(y - b)
+                a1, b1 = min(a + 1, nx - 1), min(b + 1, ny - 1)
+                for c in range(channels):
+                    near = image[c, a, b, k] * (1 - q) + image[c, a, b1, k] * q
+                    far = image[c, a1, b, k] * (1 - q) + image[c, a1, b1, k] * q
+                    warped[c, i, j, k] = near * (1 - p) + far * p
+    return warped
+
+
+def resize(image: Image, size: Triple) -> Image:
+    """(C, x, y, z) -> (C, *size) over the same box, trilinear."""
+    if image.shape[1:] == tuple(size):
+        return image
+    resized: Image = F.interpolate(torch.from_numpy(image)[None], size=size, mode="trilinear", align_corners=False)[
+        0
+    ].numpy()
+    return resized

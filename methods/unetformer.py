@@ -1,0 +1,60 @@
+"""UNetFormer-style masked image modelling through the whole network (Hatamizadeh et al. 2022)."""
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from harness import Backbone, Batch, Method, Settings, Size3, random_patches, to_voxels
+from methods.simmim import VoxelHead, check_patches, masked_mean, new_token
+
+Triple = tuple[int, int, int]
+
+
+class UNetFormer(Method):
+    """Predict randomly masked volumetric tokens from the visible ones, through encoder and decoder.
+
+    Source: Hatamizadeh, Xu, Yang, Li, Roth, Xu, "UNetFormer: A Unified Vision Transformer Model and Pre-Training
+    Framework for 3D Medical Image Segmentation", arXiv:2204.00631; HybridMIM (section II-C) compares with it and
+    describes the whole structure, encoder and decoder, as reconstructing the masked sub-volumes: that is the default.
+    (HybridMIM's reference [15] names another UNetFormer by mistake.) `encoder_only` pre-trains the encoder alone, with
+    one layer on the deepest features, as the paper's abstract can be read.
+
+    The code is no longer public. From third-party summaries, not checked against it: mask ratio 0.4, mask patch 16, a
+    learnable mask token, L1 on masked voxels as in SimMIM.
+
+    Deviations:
+      * The backbone is whichever is asked for; the paper's own is a 3D Swin encoder with decoders of its own.
+      * Networks without an embedding of patches (convolutional ones) get the token in the place of masked voxels.
+      * Deep supervision (weights 1 / 0.5 / 0.25 in its fine-tuning) is left out: fine-tuning is the same for all
+        methods here.
+    """
+
+    name = "unetformer"
+    reference = "Hatamizadeh et al. 2022, arXiv:2204.00631"
+    trains: tuple[str, ...] = ("encoder", "decoder")
+
+    class Config(Settings):
+        mask_ratio: float = Field(0.4, gt=0, lt=1, description="share of patches masked; third-party summaries")
+        patch: Size3 = Field((16, 16, 16), description="edge of a masked patch in voxels; third-party summaries")
+        encoder_only: bool = Field(False, description="one layer on the deepest features instead of the decoder")
+
+    config: Config
+
+    def __init__(self, config: Config, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        self.token = new_token(backbone)
+        if config.encoder_only:
+            self.trains = ("encoder",)
+            self.predict: nn.Module = VoxelHead(backbone)
+        else:
+            self.predict = nn.Conv3d(backbone.width, backbone.in_channels, kernel_size=1)
+
+    def check(self, crop: Triple, batch_size: int) -> None:
+        check_patches(self.backbone, crop, self.config.patch, self.config.mask_ratio)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """`image` (N, C, x, y, z) -> `reconstruction`, L1 over the masked voxels."""
+        image, patch = batch["image"], self.config.patch
+        mask = to_voxels(random_patches(image, patch, self.config.mask_ratio, self.generator), patch)
+        pyramid = self.backbone.encode_masked(image, mask, self.token)
+        features = pyramid[-1] if self.config.encoder_only else self.backbone.decode(pyramid)
+        return {"reconstruction": masked_mean((self.predict(features).float() - image).abs(), mask)}

@@ -1,0 +1,93 @@
+"""VolumeFusion: tell from a blend of two crops how much of each is at every voxel (Wang et al. 2023)."""
+
+import torch
+from monai.losses import DiceLoss
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from harness import Backbone, Batch, Method, Settings, UserError, inside_boxes, random_integers
+
+Triple = tuple[int, int, int]
+
+
+class VolumeFusion(Method):
+    """Pseudo-segmentation: the classes are the fusion coefficients of boxes blended in from another crop.
+
+    Source: Wang et al., "MIS-FM: 3D Medical Image Segmentation using Foundation Models Pretrained on a Large-Scale
+    Unannotated Dataset", arXiv:2306.16925, section 3.2; repository HiLab-git/PyMIC. A crop is the background, the next crop of
+    the batch the foreground; boxes of it are blended in with coefficients k / K, the class of a voxel is its k, a later box
+    replaces an earlier one. Loss: Dice plus cross-entropy over K + 1 classes.
+
+    Defaults (published settings): K = 4, 10 to 39 boxes, edges of 8 % to 62.5 % of the crop's (8..80 of 128, 5..40 of 64).
+    Deviations:
+      * The released code counts 10 to 40 boxes; the difference is one box. Box centres are uniform over the crop, boxes
+        are cut at its border, as there.
+      * Any number of channels: one coefficient for all modalities of a voxel.
+    """
+
+    name = "volume_fusion"
+    reference = "Wang et al. 2023, arXiv:2306.16925; github.com/HiLab-git/PyMIC"
+
+    class Config(Settings):
+        coefficients: int = Field(4, ge=1, description="K: coefficients 0, 1/K, ..., 1; section 3.2")
+        min_boxes: int = Field(10, ge=1, description="fewest boxes; published settings")
+        max_boxes: int = Field(39, ge=1, description="most boxes; published settings")
+        min_edge: float = Field(
+            0.08, gt=0, le=1, description="shortest edge as a share of the crop's; published settings"
+        )
+        max_edge: float = Field(
+            0.625, gt=0, le=1, description="longest edge as a share of the crop's; published settings"
+        )
+
+    config: Config
+
+    def __init__(self, config: Config, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        self.classify = nn.Conv3d(backbone.width, config.coefficients + 1, kernel_size=1)
+        self.dice = DiceLoss(softmax=True, to_onehot_y=True, batch=True)
+
+    def check(self, crop: Triple, batch_size: int) -> None:
+        config = self.config
+        if batch_size < 2:
+            raise UserError("volume_fusion blends two crops of a batch: set pretrain.batch_size=2 or more")
+        if config.min_boxes > config.max_boxes or config.min_edge > config.max_edge:
+            raise UserError(
+                f"method.min_boxes={config.min_boxes} and method.min_edge={config.min_edge:g} must not exceed "
+                f"method.max_boxes={config.max_boxes} and method.max_edge={config.max_edge:g}"
+            )
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """`image` (N, C, x, y, z) -> `dice` and `cross_entropy` of the fusion class of every voxel."""
+        image = batch["image"]
+        label = self.draw_label(image)
+        logits = self.classify(self.backbone.decode(self.backbone.encode(self.fuse(image, label)))).float()
+        return {"dice": self.dice(logits, label[:, None]), "cross_entropy": F.cross_entropy(logits, label)}
+
+    def draw_label(self, image: Tensor) -> Tensor:
+        """Fusion class of every voxel, (N, x, y, z) in 0..K."""
+        config, extent = self.config, image.shape[2:]
+        shape, device = (len(image), config.max_boxes), image.device
+
+        def whole(low: int, high: int) -> Tensor:
+            return random_integers(low, high, shape, device, self.generator)
+
+        edges = [(max(1, round(config.min_edge * n)), max(1, round(config.max_edge * n))) for n in extent]
+        size = torch.stack([whole(low, high) for low, high in edges], dim=-1)
+        start = torch.stack([whole(0, n - 1) for n in extent], dim=-1) - size // 2
+        kind = whole(1, config.coefficients)
+        number = random_integers(config.min_boxes, config.max_boxes, (len(image), 1), device, self.generator)
+        # A box that is not drawn changes nothing.
+        kind = torch.where(torch.arange(config.max_boxes, device=device) < number, kind, -1)
+        in_x, in_y, in_z = inside_boxes(start, start + size, extent)
+        label = torch.zeros(len(image), *extent, dtype=torch.long, device=device)
+        for k in range(config.max_boxes):
+            here = in_x[:, k, :, None, None] & in_y[:, k, None, :, None] & in_z[:, k, None, None, :]
+            drawn = kind[:, k, None, None, None]
+            label = torch.where(here & (drawn > 0), drawn, label)
+        return label
+
+    def fuse(self, image: Tensor, label: Tensor) -> Tensor:
+        """Background crop and foreground crop (the next of the batch), blended by `label` / K."""
+        weight = label[:, None].to(image.dtype) / self.config.coefficients
+        return weight * image.roll(1, dims=0) + (1 - weight) * image
