@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
     _add_run(commands)
+    _add_sweep(commands)
     _add_list(commands)
     _add_show(commands)
     _add_leaderboard(commands)
@@ -86,6 +87,17 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--dry-run", action="store_true", help="resolve and check everything, compute nothing")
     run.add_argument("--json", action="store_true", help="print the record as one JSON document")
     run.set_defaults(command=_run)
+
+
+def _add_sweep(commands: Any) -> None:
+    sweep = commands.add_parser("sweep", help="many runs from one file", allow_abbrev=False)
+    sweep.add_argument("file", type=Path, metavar="FILE.toml", help="see sweeps/ for examples")
+    sweep.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at a time (default: 1)")
+    _add_data_option(sweep)
+    _add_runs_option(sweep)
+    _add_plugin_option(sweep)
+    sweep.add_argument("--dry-run", action="store_true", help="list the cells, compute nothing")
+    sweep.set_defaults(command=_sweep)
 
 
 def _add_list(commands: Any) -> None:
@@ -174,6 +186,12 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
 def _run(arguments: argparse.Namespace) -> None:
     from harness.run import Request, run
 
@@ -210,7 +228,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _dry_run(request: Any, as_json: bool) -> None:
     from harness.config import parse_overrides, resolve
     from harness.registry import Registry
-    from harness.run import check_fit, resolve_setting
+    from harness.run import check_fit, plan
     from harness.stages import Plugins
 
     registry = Registry(request.plugins)
@@ -225,12 +243,46 @@ def _dry_run(request: Any, as_json: bool) -> None:
     )
     found: dict[str, Any] = {"config": config.model_dump(mode="json"), "data": "phantom, written when it runs"}
     if request.data is not None:
-        setting = resolve_setting(request, registry, task, task.find(request.data))
+        setting = plan(request, registry, task, task.find(request.data))
         found["data"] = f"{len(setting.train)} training cases ({len(setting.label_cases)} with labels used), "
         found["data"] += f"{len(setting.test)} test cases, fingerprint {setting.fingerprint}"
         found["run_id"] = setting.run_id
         found["finished"] = (request.runs / setting.run_id / "record.json").exists()
     print(json.dumps(found, indent=1) if as_json else _lines(found))
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from harness import sweep
+    from harness.run import Request
+    from leaderboards import records, table
+
+    # Method and task stand in the file; these are not names that anything has.
+    base = Request(method="", task="", data=arguments.data, runs=arguments.runs, plugins=tuple(arguments.plugins))
+    cells = sweep.read(arguments.file, base)
+    todo, outcomes = sweep.sort_out(cells)
+    finished, refused = (sum((o.folder is None) == bad for o in outcomes) for bad in (False, True))
+    print(f"{len(cells)} cells: {finished} finished before, {len(todo)} to run, {refused} that cannot run", flush=True)
+    for outcome in outcomes:
+        if outcome.problem:
+            print(f"  cannot run: {outcome.cell}: {outcome.problem}")
+    if arguments.dry_run:
+        print(*(f"  to run: {cell}" for cell in todo), sep="\n")
+        return 2 if refused else 0
+    for number, outcome in enumerate(
+        sweep.execute(todo, arguments.jobs, arguments.runs / "sweeps" / arguments.file.stem), 1
+    ):
+        outcomes.append(outcome)
+        print(
+            f"[{number}/{len(todo)}] {outcome.problem or 'done'}: {outcome.cell}, {outcome.seconds:.0f} s", flush=True
+        )
+    runs = [records.load_run(outcome.folder) for outcome in outcomes if outcome.folder is not None]
+    csv = arguments.runs / "sweeps" / f"{arguments.file.stem}.csv"
+    table.write_csv(table.build(runs), csv)
+    print(f"\n{table.render(table.build(runs))}\n\nleaderboard of this sweep:\n  {csv}")
+    failed = [outcome for outcome in outcomes if outcome.folder is None]
+    for outcome in failed:
+        print(f"harness: error: no record of {outcome.cell}: {outcome.problem}", file=sys.stderr)
+    return 2 if failed else 0
 
 
 def _list(arguments: argparse.Namespace) -> None:

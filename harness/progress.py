@@ -2,13 +2,14 @@
 
 import sys
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 from tqdm import tqdm
 
 
 def progress(items: Iterable[Any] | None, what: str, total: int | None = None, shown: bool = True) -> Any:
-    """A bar on a terminal; where stderr is a file or a pipe, a line at most every 15 seconds."""
+    """A bar for what takes longer than a second; where stderr is a file or a pipe, a line at most every 15 seconds."""
     return tqdm(
         items,
         desc=what,
@@ -17,6 +18,7 @@ def progress(items: Iterable[Any] | None, what: str, total: int | None = None, s
         file=sys.stderr,
         mininterval=0.5 if sys.stderr.isatty() else 15,
         leave=True,
+        delay=1,
         ascii=not sys.stderr.isatty(),
         bar_format="{desc:<12} {percentage:3.0f}% {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
     )
@@ -25,3 +27,9 @@ def progress(items: Iterable[Any] | None, what: str, total: int | None = None, s
 def say(text: str) -> None:
     """One line of what is going on."""
     print(text, file=sys.stderr, flush=True)
+
+
+@cache
+def say_once(text: str) -> None:
+    """As `say`, the same text once in a process."""
+    say(text)

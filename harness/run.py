@@ -18,7 +18,7 @@ from harness.errors import UserError
 from harness.files import digest, digest_file, digest_tree, write_atomic
 from harness.phantom import PHANTOM, is_phantom, write_phantom
 from harness.presets import read_preset
-from harness.progress import say
+from harness.progress import say, say_once
 from harness.registry import Registry
 from harness.task import Case, Task
 
@@ -129,7 +129,7 @@ def run(request: Request) -> Finished:
     finished = _answer(runs, asked)
     if finished is not None:
         return finished
-    setting = resolve_setting(request, registry, task, root)
+    setting = plan(request, registry, task, root)
     folder = runs / setting.run_id
     if not (folder / "record.json").exists():
         _execute(setting, runs, folder)
@@ -138,7 +138,7 @@ def run(request: Request) -> Finished:
     return finished or Finished(folder, _read_record(folder), again=True)
 
 
-def resolve_setting(request: Request, registry: Registry, task: Task, root: Path) -> Setting:
+def plan(request: Request, registry: Registry, task: Task, root: Path) -> Setting:
     """Configuration, plugins, split and data fingerprint; every check that needs no voxels is made here."""
     config = resolve(
         registry,
@@ -214,7 +214,7 @@ def find_data(task: Task, data: Path | None, runs: Path) -> Path:
             raise UserError(f"--data {data} is not a folder: give the task's own folder or the one that contains it")
         return task.find(data)
     root = runs / "phantoms" / f"{task.name}-v{PHANTOM}-n{task.phantom_cases}"
-    say(
+    say_once(
         f"No data given (--data or HARNESS_DATA): using a PHANTOM of {task.name} in {root}. "
         "Its numbers say that the software works, nothing about any method."
     )
