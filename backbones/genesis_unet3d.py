@@ -19,7 +19,7 @@ class GenesisUNet3D(Backbone):
 
     name = "genesis_unet3d"
     reference = "Zhou et al. 2021, doi:10.1016/j.media.2020.101840; github.com/MrGiovanni/ModelsGenesis"
-    presets = {"demo": {"backbone.first": 8}, "small": {"backbone.first": 16}}
+    presets = {"check": {"backbone.first": 4}, "demo": {"backbone.first": 8}, "small": {"backbone.first": 16}}
     parts = {
         "encoder": ("down_tr64", "down_tr128", "down_tr256", "down_tr512"),
         "decoder": ("up_tr256", "up_tr128", "up_tr64"),

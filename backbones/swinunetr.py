@@ -23,6 +23,7 @@ class SwinUNETR(Backbone):
     name = "swinunetr"
     reference = "Hatamizadeh et al. 2022, arXiv:2201.01266; MONAI SwinUNETR"
     presets = {
+        "check": {"backbone.feature_size": 12, "backbone.window_size": 4, "backbone.depths": (1, 1, 1, 1)},
         # Windows of 4 divide the token grids of the demo crops; those of 7 pad them.
         "demo": {"backbone.feature_size": 12, "backbone.window_size": 4},
         "small": {"backbone.feature_size": 24},

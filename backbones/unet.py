@@ -24,6 +24,7 @@ class UNet(Backbone):
     name = "unet"
     reference = "Falk et al. 2019, doi:10.1038/s41592-018-0261-2; MONAI BasicUNet"
     presets = {
+        "check": {"backbone.features": (4, 4, 8, 8, 16)},
         "demo": {"backbone.features": (16, 16, 32, 64, 128)},
         "small": {"backbone.features": (32, 32, 64, 128, 256)},
     }

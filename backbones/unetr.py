@@ -25,6 +25,13 @@ class UNETR(Backbone):
     name = "unetr"
     reference = "Hatamizadeh et al. 2022, arXiv:2103.10504; MONAI UNETR"
     presets = {
+        "check": {
+            "backbone.image_size": (32, 64, 32),
+            "backbone.feature_size": 4,
+            "backbone.hidden_size": 24,
+            "backbone.mlp_dim": 48,
+            "backbone.num_heads": 3,
+        },
         "demo": {
             "backbone.image_size": (32, 64, 32),
             "backbone.feature_size": 8,

@@ -2,14 +2,14 @@
 
 import argparse
 import errno
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from harness.errors import UserError, unknown
+from harness import actions
+from harness.errors import UserError
 
 # Errors of the file system that are the user's to mend: no permission, read-only, full, a file where a folder is due.
 MENDABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
     _add_run(commands)
     _add_sweep(commands)
+    _add_check_method(commands)
     _add_list(commands)
     _add_show(commands)
     _add_leaderboard(commands)
@@ -86,7 +87,7 @@ def _add_run(commands: Any) -> None:
     _add_plugin_option(run)
     run.add_argument("--dry-run", action="store_true", help="resolve and check everything, compute nothing")
     run.add_argument("--json", action="store_true", help="print the record as one JSON document")
-    run.set_defaults(command=_run)
+    run.set_defaults(command=actions.run)
 
 
 def _add_sweep(commands: Any) -> None:
@@ -97,7 +98,24 @@ def _add_sweep(commands: Any) -> None:
     _add_runs_option(sweep)
     _add_plugin_option(sweep)
     sweep.add_argument("--dry-run", action="store_true", help="list the cells, compute nothing")
-    sweep.set_defaults(command=_sweep)
+    sweep.set_defaults(command=actions.sweep)
+
+
+def _add_check_method(commands: Any) -> None:
+    check = commands.add_parser("check-method", help="does a method keep the contract?", allow_abbrev=False)
+    check.add_argument("method", metavar="NAME|FILE", help="an installed method, or a Python file with methods")
+    check.add_argument("--backbone", action="append", metavar="B", dest="backbones", help="default: all that can serve")
+    check.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="method.*, for instance method.noise=1",
+    )
+    _add_plugin_option(check)
+    check.add_argument("--json", action="store_true")
+    check.set_defaults(command=actions.check_method)
 
 
 def _add_list(commands: Any) -> None:
@@ -107,7 +125,7 @@ def _add_list(commands: Any) -> None:
     )
     _add_plugin_option(listing)
     listing.add_argument("--json", action="store_true")
-    listing.set_defaults(command=_list)
+    listing.set_defaults(command=actions.list_plugins)
 
 
 def _add_show(commands: Any) -> None:
@@ -115,7 +133,7 @@ def _add_show(commands: Any) -> None:
     show.add_argument("run", metavar="RUN", help="run id, its beginning, or a run folder")
     _add_runs_option(show)
     show.add_argument("--json", action="store_true")
-    show.set_defaults(command=_show)
+    show.set_defaults(command=actions.show)
 
 
 def _add_leaderboard(commands: Any) -> None:
@@ -125,16 +143,16 @@ def _add_leaderboard(commands: Any) -> None:
     build.add_argument("--out", type=Path, metavar="CSV", help="default: leaderboard.csv in the runs folder")
     build.add_argument("--json", action="store_true")
     _add_runs_option(build)
-    build.set_defaults(command=_leaderboard_build)
+    build.set_defaults(command=actions.leaderboard_build)
 
 
 def _add_data(commands: Any) -> None:
     group = commands.add_parser("data", help="check, prepare or make up data", allow_abbrev=False)
     verbs = group.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
     for verb, text, command in (
-        ("check", "open and check every file of a task", _data_check),
-        ("prepare", "fill the cache that runs read from", _data_prepare),
-        ("phantom", "write a phantom in the task's exact layout", _data_phantom),
+        ("check", "open and check every file of a task", actions.data_check),
+        ("prepare", "fill the cache that runs read from", actions.data_prepare),
+        ("phantom", "write a phantom in the task's exact layout", actions.data_phantom),
     ):
         parser = verbs.add_parser(verb, help=text, allow_abbrev=False)
         parser.add_argument("task", metavar="TASK")
@@ -190,253 +208,3 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
-
-
-def _run(arguments: argparse.Namespace) -> None:
-    from harness.run import Request, run
-
-    if not 0 < arguments.label_fraction <= 1:
-        raise UserError(f"--label-fraction {arguments.label_fraction:g} is not in 0..1: give for instance 0.1")
-    request = Request(
-        **{name: getattr(arguments, name) for name in ("method", "task", "backbone", "preset", "seed", "data", "runs")},
-        label_fraction=arguments.label_fraction,
-        settings=tuple(arguments.settings),
-        plugins=tuple(arguments.plugins),
-    )
-    if arguments.dry_run:
-        _dry_run(request, arguments.json)
-        return
-    finished = run(request)
-    if arguments.json:
-        print(json.dumps(finished.record, indent=1))
-        return
-    from leaderboards import records, table
-
-    runs, problems = records.load_runs([request.runs])
-    for problem in problems:
-        print(f"harness: left out of the table: {problem}", file=sys.stderr)
-    csv = request.runs / "leaderboard.csv"
-    table.write_csv(table.build(runs), csv)
-    mine = records.load_run(finished.folder).table
-    print(f"\n{table.render(table.build([run for run in runs if run.table == mine]))}\n")
-    print("this run was finished before, nothing was computed" if finished.again else "files of this run:")
-    for path in sorted(path for path in finished.folder.rglob("*") if path.is_file()):
-        print(f"  {path}")
-    print(f"leaderboard of all runs:\n  {csv}")
-
-
-def _dry_run(request: Any, as_json: bool) -> None:
-    from harness.config import parse_overrides, resolve
-    from harness.registry import Registry
-    from harness.run import check_fit, plan
-    from harness.stages import Plugins
-
-    registry = Registry(request.plugins)
-    task = registry.task(request.task)
-    names = {name: getattr(request, name) for name in ("method", "backbone", "preset", "seed", "label_fraction")}
-    config = resolve(registry, task, overrides=parse_overrides(request.settings), **names)
-    check_fit(
-        registry,
-        config,
-        Plugins(registry.load("method", config.method), registry.load("backbone", config.backbone)),
-        task,
-    )
-    found: dict[str, Any] = {"config": config.model_dump(mode="json"), "data": "phantom, written when it runs"}
-    if request.data is not None:
-        setting = plan(request, registry, task, task.find(request.data))
-        found["data"] = f"{len(setting.train)} training cases ({len(setting.label_cases)} with labels used), "
-        found["data"] += f"{len(setting.test)} test cases, fingerprint {setting.fingerprint}"
-        found["run_id"] = setting.run_id
-        found["finished"] = (request.runs / setting.run_id / "record.json").exists()
-    print(json.dumps(found, indent=1) if as_json else _lines(found))
-
-
-def _sweep(arguments: argparse.Namespace) -> int:
-    from harness import sweep
-    from harness.run import Request
-    from leaderboards import records, table
-
-    # Method and task stand in the file; these are not names that anything has.
-    base = Request(method="", task="", data=arguments.data, runs=arguments.runs, plugins=tuple(arguments.plugins))
-    cells = sweep.read(arguments.file, base)
-    todo, outcomes = sweep.sort_out(cells)
-    finished, refused = (sum((o.folder is None) == bad for o in outcomes) for bad in (False, True))
-    print(f"{len(cells)} cells: {finished} finished before, {len(todo)} to run, {refused} that cannot run", flush=True)
-    for outcome in outcomes:
-        if outcome.problem:
-            print(f"  cannot run: {outcome.cell}: {outcome.problem}")
-    if arguments.dry_run:
-        print(*(f"  to run: {cell}" for cell in todo), sep="\n")
-        return 2 if refused else 0
-    for number, outcome in enumerate(
-        sweep.execute(todo, arguments.jobs, arguments.runs / "sweeps" / arguments.file.stem), 1
-    ):
-        outcomes.append(outcome)
-        print(
-            f"[{number}/{len(todo)}] {outcome.problem or 'done'}: {outcome.cell}, {outcome.seconds:.0f} s", flush=True
-        )
-    runs = [records.load_run(outcome.folder) for outcome in outcomes if outcome.folder is not None]
-    csv = arguments.runs / "sweeps" / f"{arguments.file.stem}.csv"
-    table.write_csv(table.build(runs), csv)
-    print(f"\n{table.render(table.build(runs))}\n\nleaderboard of this sweep:\n  {csv}")
-    failed = [outcome for outcome in outcomes if outcome.folder is None]
-    for outcome in failed:
-        print(f"harness: error: no record of {outcome.cell}: {outcome.problem}", file=sys.stderr)
-    return 2 if failed else 0
-
-
-def _list(arguments: argparse.Namespace) -> None:
-    from harness.presets import preset_names, read_preset
-    from harness.registry import KINDS, Registry
-
-    registry = Registry(arguments.plugins)
-    kinds = [f"{kind}s" for kind in KINDS] + ["presets"]
-    if arguments.kind is not None and arguments.kind not in kinds:
-        raise unknown("kind to list", arguments.kind, kinds)
-    found = {}
-    for kind in kinds if arguments.kind is None else [arguments.kind]:
-        if kind == "presets":
-            found[kind] = [{"name": name, **read_preset(name)} for name in preset_names()]
-        else:
-            found[kind] = registry.describe(kind.removesuffix("s"))
-    if arguments.json:
-        print(json.dumps(found, indent=1))
-        return
-    for kind, rows in found.items():
-        print(f"{kind}:")
-        for row in rows:
-            print(f"  {row['name']}: {row['description']}")
-            rest = {key: value for key, value in row.items() if key not in ("name", "description", "origin")}
-            for key, value in rest.items():
-                if value not in ("", [], (), {}) or key in ("trains", "needs"):
-                    print(f"      {key}: {_inline(value) or 'nothing'}")
-
-
-def _show(arguments: argparse.Namespace) -> None:
-    from leaderboards import records, table
-
-    named = Path(arguments.run)
-    folders = (
-        [named]
-        if (named / "record.json").exists()
-        else sorted(
-            path.parent for path in arguments.runs.glob("*/record.json") if path.parent.name.startswith(arguments.run)
-        )
-    )
-    if len(folders) != 1:
-        known = [path.parent.name for path in arguments.runs.glob("*/record.json")]
-        if not folders:
-            raise unknown(f"run in {arguments.runs}", arguments.run, known)
-        raise UserError(f"{arguments.run!r} begins {len(folders)} run ids: {', '.join(f.name for f in folders)}")
-    try:
-        run = records.load_run(folders[0])
-    except records.RecordError as error:
-        raise UserError(str(error)) from None
-    if arguments.json:
-        print(json.dumps(run.record, indent=1))
-        return
-    print(table.render(table.build([run])))
-    shown = (
-        "run_id",
-        "config",
-        "data",
-        "transfer",
-        "timing",
-        "memory",
-        "computed_with",
-        "environment",
-        "metric_policy",
-    )
-    print(_lines({name: run.record.get(name) for name in shown}))
-
-
-def _leaderboard_build(arguments: argparse.Namespace) -> int:
-    from leaderboards import records, table
-
-    if not arguments.runs.is_dir():
-        raise UserError(f"--runs {arguments.runs} is not a folder: give the folder that holds the runs")
-    runs, problems = records.load_runs([arguments.runs])
-    if not runs and not problems:
-        raise UserError(f"no finished run in {arguments.runs}: `harness run` makes one")
-    frame = table.build(runs)
-    out = arguments.out or arguments.runs / "leaderboard.csv"
-    table.write_csv(frame, out)
-    if arguments.json:
-        print(frame.to_json(orient="records", indent=1))
-    else:
-        print(f"{table.render(frame)}\n\n{len(runs)} runs, {len(frame)} rows:\n  {out}")
-    for problem in problems:
-        print(f"harness: error: left out: {problem}", file=sys.stderr)
-    return 2 if problems else 0
-
-
-def _data_check(arguments: argparse.Namespace) -> int:
-    from harness.images import load_case
-    from harness.progress import progress
-    from harness.registry import Registry
-
-    task = Registry(arguments.plugins).task(arguments.task)
-    cases = task.cases(task.find(_given(arguments)))
-    problems = []
-    for case in progress(cases, "check"):
-        try:
-            load_case(task, case)
-        except UserError as error:
-            problems.append(str(error))
-    print(*problems, sep="\n", end="\n" if problems else "")
-    train, test = task.split(cases)
-    print(f"{len(cases)} cases, {len(train)} for training and {len(test)} for testing; {len(problems)} with a problem")
-    return 2 if problems else 0
-
-
-def _data_prepare(arguments: argparse.Namespace) -> None:
-    from harness.registry import Registry
-    from harness.run import find_data, writable
-    from harness.volumes import digest_cases, fingerprint, prepare
-
-    task = Registry(arguments.plugins).task(arguments.task)
-    cache = writable(arguments.runs) / "cache"
-    cases = task.cases(find_data(task, arguments.data, arguments.runs))
-    digests = digest_cases(cases, cache)
-    volumes = prepare(task, cases, digests, cache)
-    print(f"{len(volumes)} cases prepared in {volumes[0].stem.parent}, fingerprint {fingerprint(digests)}")
-
-
-def _data_phantom(arguments: argparse.Namespace) -> None:
-    from harness.phantom import write_phantom
-    from harness.registry import Registry
-
-    task = Registry(arguments.plugins).task(arguments.task)
-    number = task.phantom_cases if arguments.cases is None else arguments.cases
-    if number < 2:
-        raise UserError(f"--cases {number}: a phantom needs at least 2 cases, one to train and one to test")
-    write_phantom(task, arguments.out, number, arguments.seed)
-    print(f"{number} phantom cases of {task.name} in {arguments.out}")
-
-
-def _given(arguments: argparse.Namespace) -> Path:
-    if arguments.data is None:
-        raise UserError("no data to check: give --data DIR or set HARNESS_DATA")
-    if not Path(arguments.data).is_dir():
-        raise UserError(f"--data {arguments.data} is not a folder: give the task's folder or the one that contains it")
-    return Path(arguments.data)
-
-
-def _lines(value: Any, indent: int = 0) -> str:
-    """Nested values, one a line."""
-    pad, lines = " " * indent, []
-    for key, item in value.items():
-        if isinstance(item, dict) and item and any(isinstance(inner, dict) for inner in item.values()):
-            lines += [f"{pad}{key}:", _lines(item, indent + 2)]
-        else:
-            lines.append(f"{pad}{key}: {_inline(item)}")
-    return "\n".join(lines)
-
-
-def _inline(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key}={_inline(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        text = ", ".join(map(_inline, value))
-        return text if len(text) <= 160 else f"{len(value)} entries, {text[:120]} ..."
-    return str(value)

@@ -1,6 +1,7 @@
 """What a method and a backbone are. A plugin needs this module and torch, nothing else of the engine."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -220,6 +221,11 @@ class Method(nn.Module):
     def transform(cls, config: Any) -> Transform | None:
         """Per-sample CPU work done in loader workers; picklable, never holds the model. None: the plain crop."""
         return None
+
+    @classmethod
+    def example(cls, backbone: Backbone, folder: Path) -> dict[str, Any]:
+        """Settings for the conformance checks where a setting has no default; files that they name go to `folder`."""
+        return {}
 
     def check(self, crop: Stride, batch_size: int) -> None:
         """Raise UserError where the settings do not fit the crop, the batch or the backbone; no data is read before."""

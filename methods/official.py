@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from pydantic import Field, FilePath
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harness import Method, Settings, UserError
+from harness import Backbone, Method, Settings, UserError
 
 Triple = tuple[int, int, int]
 CONTAINERS = ("state_dict", "model", "model_state_dict", "network_weights", "net")
@@ -45,6 +45,12 @@ class Official(Method):
         )
 
     config: Config
+
+    @classmethod
+    def example(cls, backbone: Backbone, folder: Path) -> dict[str, Any]:
+        path = folder / "example.safetensors"
+        save_file(backbone.part_weights(("encoder", "decoder")), path)
+        return {"weights": path}
 
     def check(self, crop: Triple, batch_size: int) -> None:
         self.weights()

@@ -62,7 +62,10 @@ class TransVW(Method):
 
     name = "transvw"
     reference = "Haghighi et al. 2021, doi:10.1109/TMI.2021.3060634; github.com/fhaghighi/TransVW"
-    presets = {"demo": {"method.autoencoder_steps": 60}}
+    presets = {
+        "check": {"method.autoencoder_steps": 2, "method.hidden": 16},
+        "demo": {"method.autoencoder_steps": 60},
+    }
 
     class Config(Settings):
         words: int = Field(44, ge=2, description="classes sought; released pre-training")

@@ -40,7 +40,10 @@ class VoCo(Method):
     reference = "Wu et al. 2024, arXiv:2402.17300; github.com/Luffy03/VoCo"
     trains = ("encoder",)
     # 16 cells of a demo crop would each be a few voxels wide, and 36 views a step are not a demonstration's cost.
-    presets = {"demo": {"method.grid": (2, 4, 1), "method.projection": 256}}
+    presets = {
+        "check": {"method.grid": (2, 4, 1), "method.projection": 64},
+        "demo": {"method.grid": (2, 4, 1), "method.projection": 256},
+    }
 
     class Config(Settings):
         grid: Size3 = Field((4, 4, 1), description="base crops along each axis; released code")

@@ -157,7 +157,7 @@ def test_a_finished_run_answers_before_torch_is_needed(runs, data, capsys, monke
     def never(*_):
         raise AssertionError("the run was resolved again, which imports torch and MONAI")
 
-    monkeypatch.setattr("harness.run.resolve_setting", never)
+    monkeypatch.setattr("harness.run.plan", never)
     harness(*run_words("hybridmim", data), "--runs", runs)
     assert "finished before" in capsys.readouterr().out
 
