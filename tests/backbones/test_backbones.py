@@ -2,17 +2,28 @@
 
 import pytest
 import torch
+from monai.networks.nets import UNETR as MonaiUNETR  # noqa: N811
 from monai.networks.nets import BasicUNet
+from monai.networks.nets import SegResNet as MonaiSegResNet
 from monai.networks.nets import SwinUNETR as MonaiSwinUNETR
 from torch.utils.flop_counter import FlopCounterMode
 
+from backbones.genesis_unet3d import GenesisUNet3D
+from backbones.segresnet import SegResNet
 from backbones.swinunetr import SwinUNETR
 from backbones.unet import UNet
+from backbones.unetr import UNETR
 from harness import crop
 from harness.registry import Registry
 from harness.settings import build
 
-SMALL = {"unet": {"features": (4, 4, 8, 8, 16)}, "swinunetr": {"feature_size": 12, "window_size": 4}}
+SMALL = {
+    "unet": {"features": (4, 4, 8, 8, 16)},
+    "swinunetr": {"feature_size": 12, "window_size": 4},
+    "genesis_unet3d": {"first": 4},
+    "segresnet": {"init_filters": 8},
+    "unetr": {"image_size": (64, 32, 32), "feature_size": 4, "hidden_size": 24, "mlp_dim": 48, "num_heads": 3},
+}
 NAMES = Registry().names("backbone")
 
 
@@ -131,3 +142,46 @@ def test_unet_equals_basicunet_for_its_state_dict():
     ours.load_state_dict(theirs.state_dict())
     image = torch.rand(1, 2, 32, 48, 32)
     torch.testing.assert_close(ours(image), theirs(image), rtol=0, atol=0)
+
+
+def test_segresnet_equals_monai_for_monais_state_dict():
+    torch.manual_seed(0)
+    theirs = MonaiSegResNet(init_filters=8, in_channels=2, out_channels=3).eval()
+    ours = SegResNet(SegResNet.Config(init_filters=8), in_channels=2).eval()
+    ours.set_head(3)
+    ours.load_state_dict(theirs.state_dict())
+    image = torch.rand(1, 2, 32, 48, 32)
+    torch.testing.assert_close(ours(image), theirs(image), rtol=0, atol=0)
+
+
+def test_unetr_equals_monai_for_monais_state_dict():
+    torch.manual_seed(0)
+    sizes = {"feature_size": 4, "hidden_size": 24, "mlp_dim": 48, "num_heads": 3}
+    theirs = MonaiUNETR(in_channels=2, out_channels=3, img_size=(32, 48, 32), **sizes).eval()
+    ours = UNETR(UNETR.Config(image_size=(32, 48, 32), **sizes), in_channels=2).eval()
+    ours.set_head(3)
+    # MONAI makes a norm that nothing in UNETR uses.
+    used = {key: value for key, value in theirs.state_dict().items() if "norm_cross_attn" not in key}
+    ours.load_state_dict(used)
+    image = torch.rand(1, 2, 32, 48, 32)
+    torch.testing.assert_close(ours(image), theirs(image), rtol=0, atol=0)
+
+
+def test_unetr_takes_other_extents_than_its_positions_are_made_for():
+    backbone = make("unetr")
+    backbone.set_head(2)
+    assert backbone(torch.rand(1, 2, 96, 64, 32)).shape == (1, 2, 96, 64, 32)
+    positions = backbone._positions(torch.Size((4, 2, 2)))
+    assert positions is backbone.vit.patch_embedding.position_embeddings
+
+
+def test_genesis_unet3d_uses_the_batchs_statistics_in_evaluation():
+    published = make("genesis_unet3d").eval()
+    image = torch.rand(2, 2, 16, 16, 16)
+    image[1] *= 3
+    alone, beside = published.encode(image[:1])[0], published.encode(image)[0][:1]
+    assert not torch.allclose(alone, beside)
+    assert published.down_tr64.ops[0].bn1.num_batches_tracked == 0
+    torch.testing.assert_close(beside, published.train().encode(image)[0][:1])
+    usual = GenesisUNet3D(GenesisUNet3D.Config(first=4, norm="running"), 2).eval()
+    torch.testing.assert_close(usual.encode(image[:1])[0], usual.encode(image)[0][:1])

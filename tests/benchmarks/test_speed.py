@@ -1,5 +1,6 @@
 """Ratios of times, ours against the peer in the same run; `pytest -m benchmark -s`."""
 
+import random
 import time
 
 import numpy as np
@@ -10,6 +11,8 @@ from monai.metrics import compute_hausdorff_distance
 from backbones.unet import UNet
 from harness.metrics import score
 from methods.hybridmim import HybridMIM
+from methods.models_genesis import Distort, ModelsGenesis
+from tests.benchmarks import plain_genesis
 
 pytestmark = pytest.mark.benchmark
 
@@ -54,3 +57,15 @@ def test_partial_region_makes_a_step_cheaper(benchmark):
     ratio = whole / benchmark.stats.stats.min
     print(f"HybridMIM step at 96^3, whole / partial 64^3: {ratio:.2f}")
     assert ratio > 1.3
+
+
+def test_a_genesis_pair_is_far_faster_than_plain_python(benchmark):
+    """Mean over many pairs at the published 64x64x32: the distortions are drawn with their published probabilities."""
+    cube = np.random.default_rng(0).random((1, 64, 64, 32), dtype=np.float32)
+    distort, rng = Distort(ModelsGenesis.Config()), np.random.default_rng(0)
+    random.seed(0)
+    theirs = fastest(lambda: [plain_genesis.pair(cube) for _ in range(30)], rounds=2)
+    benchmark.pedantic(lambda: [distort({"image": cube}, rng) for _ in range(30)], rounds=5, warmup_rounds=2)
+    ratio = theirs / benchmark.stats.stats.median
+    print(f"Models Genesis pair at 64x64x32, plain Python / ours: {ratio:.0f}")
+    assert ratio > 20

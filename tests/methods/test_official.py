@@ -1,0 +1,213 @@
+"""Published weights: every format's key names, what is refused, and nothing is loaded in silence."""
+
+import pickle
+
+import pytest
+import torch
+from monai.networks.nets import UNETR as MonaiUNETR  # noqa: N811
+from monai.networks.nets import BasicUNet, SegResNet, SwinUNETR
+from safetensors.torch import save_file
+
+from backbones import genesis_unet3d, segresnet, swinunetr, unet, unetr
+from harness import UserError
+from harness.transfer import transfer
+from methods.official import Official, inflate, read_state_dict
+
+
+def genesis(channels=1, first=4):
+    return genesis_unet3d.GenesisUNet3D(genesis_unet3d.GenesisUNet3D.Config(first=first), channels)
+
+
+def swin(channels=1):
+    return swinunetr.SwinUNETR(swinunetr.SwinUNETR.Config(feature_size=12), channels)
+
+
+def published_genesis(first=4):
+    """A state dict as the published 3D U-Net's checkpoint has it, head included."""
+    network = genesis(first=first)
+    network.set_head(1)
+    return {f"module.{key}": torch.randn_like(value.float()) for key, value in network.state_dict().items()}
+
+
+def load(backbone, content, tmp_path, **settings):
+    path = tmp_path / "weights.pt"
+    torch.save(content, path)
+    method = Official(Official.Config(weights=path, **settings), backbone)
+    return transfer(backbone, method.weights())
+
+
+def test_genesis_unet3d_has_the_published_keys_and_shapes():
+    """Names and shapes of `Genesis_Chest_CT.pt`, from the published network's description."""
+    network = genesis_unet3d.GenesisUNet3D(genesis_unet3d.GenesisUNet3D.Config(), 1)
+    network.set_head(1)
+    state = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    for level, (first, second, before) in {
+        "down_tr64": (32, 64, 1),
+        "down_tr128": (64, 128, 64),
+        "down_tr256": (128, 256, 128),
+        "down_tr512": (256, 512, 256),
+        "up_tr256": (256, 256, 512 + 256),
+        "up_tr128": (128, 128, 256 + 128),
+        "up_tr64": (64, 64, 128 + 64),
+    }.items():
+        assert state[f"{level}.ops.0.conv1.weight"] == (first, before, 3, 3, 3)
+        assert state[f"{level}.ops.1.conv1.weight"] == (second, first, 3, 3, 3)
+        for block, width in (("0", first), ("1", second)):
+            for name in ("bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var", "conv1.bias"):
+                assert state[f"{level}.ops.{block}.{name}"] == (width,)
+    for level, width in {"up_tr256": 512, "up_tr128": 256, "up_tr64": 128}.items():
+        assert state[f"{level}.up_conv.weight"] == (width, width, 2, 2, 2)
+    assert state["out_tr.final_conv.weight"] == (1, 64, 1, 1, 1)
+    assert len(state) == 7 * 2 * 7 + 3 * 2 + 2
+
+
+@pytest.mark.parametrize("container", [None, "state_dict"])
+def test_a_published_unet3d_is_loaded_whole(container, tmp_path):
+    weights = published_genesis()
+    backbone = genesis()
+    report = load(backbone, {container: weights, "epoch": 3} if container else weights, tmp_path)
+    assert report.encoder_fraction == 1
+    assert report.reinitialised == []
+    assert report.skipped == ["out_tr.final_conv.bias", "out_tr.final_conv.weight"]
+    assert all(
+        torch.equal(value.float(), weights[f"module.{key}"].to(value.dtype).float())
+        for key, value in backbone.state_dict().items()
+    )
+
+
+def test_one_renamed_key_is_named(tmp_path):
+    weights = published_genesis()
+    weights["module.down_tr128.ops.0.conv1.kernel"] = weights.pop("module.down_tr128.ops.0.conv1.weight")
+    report = load(genesis(), weights, tmp_path)
+    assert report.reinitialised == ["down_tr128.ops.0.conv1.weight"]
+    assert "down_tr128.ops.0.conv1.kernel" in report.skipped
+    assert "down_tr128.ops.0.conv1.weight" in str(report)
+    assert 0.5 < report.encoder_fraction < 1
+
+
+def test_half_missing_is_refused_with_the_first_keys(tmp_path):
+    weights = published_genesis()
+    kept = {key: value for key, value in weights.items() if "down_tr256" not in key and "down_tr512" not in key}
+    with pytest.raises(UserError, match=r"at least 50% are needed: down_tr256\.ops\.0\.conv1\.weight is not there"):
+        load(genesis(), kept, tmp_path)
+
+
+def test_weights_of_another_width_are_refused_with_both_shapes(tmp_path):
+    with pytest.raises(UserError, match=r"is \(8, 1, 3, 3, 3\) there and \(4, 1, 3, 3, 3\) here"):
+        load(genesis(), published_genesis(first=8), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda key: key,
+        lambda key: f"module.{key}",
+        lambda key: key.replace("swinViT.", "module.").replace("mlp.linear", "mlp.fc"),
+        lambda key: key.replace("swinViT.", "swin_vit."),
+        lambda key: key.replace("swinViT.", "module.swin_vit."),
+        lambda key: (
+            key.replace("swinViT.patch_embed", "encoder.patch_embed")
+            .replace("swinViT.layers", "encoder.layers")
+            .replace(".0.blocks", ".0.0.blocks")
+            .replace(".0.downsample", ".0.0.downsample")
+        ),
+    ],
+    ids=["own", "module", "ssl fc1", "swin_vit", "module.swin_vit", "disruptive autoencoder"],
+)
+def test_swinunetr_encoders_under_every_spelling(spell, tmp_path):
+    network = SwinUNETR(in_channels=1, out_channels=3, feature_size=12)
+    weights = {spell(key): value for key, value in network.state_dict().items() if key.startswith("swinViT")}
+    extra = {"rotation_head.weight": torch.zeros(4, 192), "contrastive_head.bias": torch.zeros(512)}
+    backbone = swin()
+    report = load(backbone, {"state_dict": {**weights, **extra}}, tmp_path)
+    assert report.encoder_fraction == 1
+    assert report.skipped == ["contrastive_head.bias", "rotation_head.weight"]
+    for key, value in network.swinViT.state_dict().items():
+        assert torch.equal(backbone.swinViT.state_dict()[key], value)
+
+
+@pytest.mark.parametrize(
+    ("network", "backbone"),
+    [
+        (lambda: SwinUNETR(in_channels=1, out_channels=3, feature_size=12), swin),
+        (
+            lambda: BasicUNet(in_channels=1, out_channels=3, features=(4, 4, 8, 8, 16, 4)),
+            lambda: unet.UNet(unet.UNet.Config(features=(4, 4, 8, 8, 16)), 1),
+        ),
+        (
+            lambda: SegResNet(init_filters=8, in_channels=1, out_channels=3),
+            lambda: segresnet.SegResNet(segresnet.SegResNet.Config(init_filters=8), 1),
+        ),
+        (
+            lambda: MonaiUNETR(1, 3, (32, 32, 32), feature_size=4, hidden_size=24, mlp_dim=48, num_heads=3),
+            lambda: unetr.UNETR(
+                unetr.UNETR.Config(image_size=32, feature_size=4, hidden_size=24, mlp_dim=48, num_heads=3), 1
+            ),
+        ),
+    ],
+    ids=["swinunetr", "unet", "segresnet", "unetr"],
+)
+def test_whole_networks_of_monai(network, backbone, tmp_path):
+    report = load(backbone(), {"model": network().state_dict()}, tmp_path)
+    assert report.encoder_fraction == 1
+    assert report.reinitialised == []
+    assert all(
+        key.startswith(("out.", "final_conv.", "conv_final.")) or "norm_cross_attn" in key for key in report.skipped
+    )
+
+
+def test_our_own_exports(tmp_path):
+    source, target = swin(), swin()
+    path = tmp_path / "weights.safetensors"
+    save_file(source.part_weights(("encoder", "decoder")), path)
+    report = transfer(target, Official(Official.Config(weights=path), target).weights())
+    assert (report.skipped, report.reinitialised, report.encoder_fraction) == ([], [], 1)
+
+
+def test_a_stem_is_inflated_only_when_asked(tmp_path):
+    weights = published_genesis()
+    report = load(genesis(channels=4), weights, tmp_path)
+    stem = "down_tr64.ops.0.conv1.weight"
+    assert stem in report.skipped
+    backbone = genesis(channels=4)
+    report = load(backbone, weights, tmp_path, inflate_stem=True)
+    assert report.encoder_fraction == 1
+    one, many = weights[f"module.{stem}"], backbone.state_dict()[stem]
+    image = torch.rand(1, 1, 8, 8, 8)
+    torch.testing.assert_close(
+        torch.conv3d(image.expand(-1, 4, -1, -1, -1), many), torch.conv3d(image, one), atol=1e-5, rtol=1e-5
+    )
+    wide = torch.zeros(8, 3, 3, 3, 3)
+    assert inflate(wide, torch.Size((8, 4, 3, 3, 3))) is wide
+
+
+def test_nothing_in_a_file_is_executed(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    path = tmp_path / "attack.pt"
+    torch.save({"state_dict": Attack()}, path)
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        read_state_dict(path)
+    path.write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        read_state_dict(path)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.pt", b"nonsense"), ("a.pt", b""), ("a.safetensors", b"nonsense"), ("a.safetensors", b"\xff" * 64)],
+)
+def test_broken_files_are_named(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        read_state_dict(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"state_dict": {"a": 1}}, torch.zeros(2)])
+def test_a_checkpoint_without_tensors_says_so(content, tmp_path):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="holds no state dict"):
+        read_state_dict(tmp_path / "a.pt")
