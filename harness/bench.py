@@ -91,9 +91,9 @@ class Bench:
         budget = build(Training, {**BUDGET, "crop": crop, "batch_size": batch}, "pretrain")
         workshop = Workshop(seed, torch.device("cpu"), crop, budget, [self.method.name, channels, crop], self.folder)
         sources = method.prepare(volumes, workshop) if method.trains else volumes
-        torch.manual_seed(seed)
-        method.generator = torch.Generator().manual_seed(seed)
-        return Built(method.train(), sources, self.method.transform(method.config), crop, batch, seed)
+        built = Built(method.train(), sources, self.method.transform(method.config), crop, batch, seed)
+        built.reseed()
+        return built
 
     def new_backbone(self, channels: int) -> Backbone:
         settings = build(self.backbone.Config, _preset(self.backbone, "backbone"), "backbone")
@@ -122,16 +122,27 @@ class Built:
         loader = DataLoader(data, self.batch, num_workers=workers, generator=torch.Generator())
         return [batch for batch, _ in zip(loader, range(number), strict=False)]
 
-    def train(self, batches: Sequence[Batch], module: nn.Module | None = None) -> list[float]:
-        """One AdamW step per batch; the losses."""
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW over what is trained."""
         trained = [parameter for parameter in self.method.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-5)
+        return torch.optim.AdamW(trained, lr=BUDGET["lr"], weight_decay=BUDGET["weight_decay"])
+
+    def reseed(self) -> None:
+        """Masks, dropout and whatever else the method draws, from the beginning."""
+        torch.manual_seed(self.seed)
+        self.method.generator = torch.Generator().manual_seed(self.seed)
+
+    def train(
+        self, batches: Sequence[Batch], module: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None
+    ) -> list[float]:
+        """One AdamW step per batch; the losses."""
+        optimizer = optimizer or self.optimizer()
         losses = []
         for step, batch in enumerate(batches, start=1):
             loss = total((module or self.method)(batch))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            torch.nn.utils.clip_grad_norm_(self.method.parameters(), 1.0)
             optimizer.step()
             self.method.after_step(step)
             losses.append(loss.item())

@@ -83,11 +83,17 @@ def check_gradients(bench: Bench) -> str:
 
 def check_learns(bench: Bench) -> str:
     built = bench.new()
-    # A few batches, again and again: otherwise the batches' differences would drown thirty steps of learning.
-    losses = built.train(built.batches(STEPS // 10) * 10)
-    first, last = float(np.mean(losses[:6])), float(np.mean(losses[-6:]))
+    # A few batches with the same masks and dropout, again and again, each against its own mean: what one batch is harder
+    # than another would drown thirty steps of learning.
+    batches, losses = built.batches(STEPS // 10), []
+    optimizer = built.optimizer()
+    for _ in range(10):
+        built.reseed()
+        losses.append(built.train(batches, optimizer=optimizer))
+    turns = np.asarray(losses)
+    first, last = float(turns[:2].mean()), float(turns[-2:].mean())
     # Rank correlation with the step: noise without a trend passes once in a hundred times, a steady fall always.
-    chance = spearmanr(np.arange(len(losses)), losses, alternative="less").pvalue
+    chance = spearmanr(np.arange(STEPS), (turns - turns.mean(axis=0)).ravel(), alternative="less").pvalue
     if not (last < first and chance < 0.01):
         raise CheckError(
             f"the loss went from {first:.4g} to {last:.4g} in {STEPS} steps (p = {chance:.2g} that this is noise): it does "

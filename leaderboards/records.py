@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -57,8 +57,11 @@ class Run:
 
     @property
     def method(self) -> str:
-        """Its name, with the settings that were changed from the preset."""
-        return _label(self.record["method"], self.record["overrides"], ("method",))
+        """Its name, with the settings that were changed from the preset; files by name and digest, not by path."""
+        overrides = dict(self.record["overrides"])
+        for field, digest in self.record.get("files", {}).items():
+            overrides[f"method.{field}"] = f"{PurePath(overrides.get(f'method.{field}', field)).name}@{digest[:8]}"
+        return _label(self.record["method"], overrides, ("method",))
 
     @property
     def backbone(self) -> str:

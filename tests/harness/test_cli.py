@@ -10,7 +10,8 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from harness.cli import main
 
@@ -222,6 +223,56 @@ def test_a_third_partys_method_in_one_file(data, tmp_path, capsys):
     listed = json.loads(capsys.readouterr().out)["methods"]
     assert {"denoise", "hybridmim", "scratch"} <= {row["name"] for row in listed}
     assert listed[0]["description"] == "Predict the clean image from a noisy one."
+
+
+def test_official_weights_give_what_their_own_run_gave(runs, data, tmp_path, capsys):
+    """HybridMIM's pre-training, given as a file: the same start, so the same result."""
+    (weights,) = runs.glob("cache/pretrain/hybridmim-*/weights.safetensors")
+    copied = tmp_path / "given.safetensors"
+    shutil.copyfile(weights, copied)
+    words = [*run_words("official", data), "--runs", runs, "--set", f"method.weights={copied}"]
+    harness(*words)
+    assert "official{weights=given.safetensors@" in capsys.readouterr().out
+    ours, theirs = record_of(runs, "official"), record_of(runs, "hybridmim")
+    assert ours["metrics"] == theirs["metrics"]
+    assert ours["transfer"] == theirs["transfer"]
+    assert ours["timing"]["pretrain_step"] is None
+    harness(*words)
+    assert "finished before" in capsys.readouterr().out
+    (other,) = runs.glob("*-scratch-*/weights.safetensors")
+    shutil.copyfile(other, copied)
+    harness(*words)
+    # Another content under the same name is another run.
+    assert len(list(runs.glob("*-official-*/record.json"))) == 2
+
+
+def test_official_weights_that_do_not_fit_are_refused_before_data_is_read(runs, data, tmp_path, capsys):
+    words = [*run_words("official", data), "--runs", runs, "--set"]
+    assert "method.weights" in fails(capsys, *words, f"method.weights={tmp_path / 'missing.pt'}")
+    assert "Field required" in fails(capsys, *run_words("official", data), "--runs", runs)
+    save_file({"foreign.weight": torch.zeros(2)}, tmp_path / "foreign.safetensors")
+    message = fails(capsys, *words, f"method.weights={tmp_path / 'foreign.safetensors'}")
+    assert "gives 0% of the encoder of backbone 'unet'" in message
+    assert "conv_0.conv_0.conv.weight is not there" in message
+
+
+def test_transvw_reports_its_discovery(data, tmp_path, capsys):
+    harness(*run_words("transvw", data), "--runs", tmp_path, "--set", "method.autoencoder_steps=2")
+    assert "words of 44 sought" in capsys.readouterr().err
+    record = record_of(tmp_path, "transvw")
+    assert record["method_prepare"]["words"] >= 2
+    assert record["timing"]["seconds"]["method_prepare"] > 0
+    # Longer pre-training needs no new discovery, and reports what the first one took.
+    harness(
+        *run_words("transvw", data),
+        "--runs",
+        tmp_path,
+        "--set",
+        "method.autoencoder_steps=2",
+        "--set",
+        "pretrain.steps=3",
+    )
+    assert "words found in" in capsys.readouterr().err
 
 
 def test_show_and_dry_run(runs, data, capsys):

@@ -1,5 +1,8 @@
 """The conformance kit: built-in methods pass it, and each kind of fault is found and named."""
 
+import tomllib
+from pathlib import Path
+
 import pytest
 
 from harness import UserError
@@ -225,3 +228,16 @@ def test_unknown_names_are_answered_in_words(tmp_path):
     empty = tmp_path / "empty.py"
     empty.write_text("x = 1")
     assert main(["check-method", str(empty)]) == 2
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "denoise"
+
+
+def test_the_example_package_keeps_the_contract_and_declares_its_method():
+    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())
+    module, name = project["project"]["entry-points"]["harness.methods"]["denoise"].split(":")
+    plugin = str(EXAMPLE / f"{module}.py")
+    assert Registry([plugin]).load("method", "denoise").__name__ == name
+    assert_conforms("denoise", [plugin], ["unet"])
+    lines = sum(len(path.read_text().splitlines()) for path in (EXAMPLE / f"{module}.py", EXAMPLE / "pyproject.toml"))
+    assert lines < 60

@@ -1,0 +1,34 @@
+"""Denoising pre-training: a complete method outside the harness's own tree."""
+
+import torch
+from pydantic import Field
+
+from harness import Backbone, Batch, Method, Settings
+
+
+class Denoise(Method):
+    """Restore an image from Gaussian noise, through the whole network.
+
+    Source: Vincent et al., "Extracting and Composing Robust Features with Denoising Autoencoders", ICML 2008.
+    """
+
+    name = "denoise"
+    version = "1"
+    reference = "Vincent et al. 2008, doi:10.1145/1390156.1390294"
+    trains = ("encoder", "decoder")
+
+    class Config(Settings):
+        noise: float = Field(0.2, gt=0, description="standard deviation, intensities are in [0, 1]")
+
+    config: Config
+
+    def __init__(self, config: Config, backbone: Backbone) -> None:
+        super().__init__(config, backbone)
+        self.restore = torch.nn.Conv3d(backbone.width, backbone.in_channels, kernel_size=1)
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """`image` (N, C, x, y, z) -> `restoration`, mean squared error over all voxels."""
+        image = batch["image"]
+        noise = torch.randn(image.shape, generator=self.generator, device=image.device)
+        features = self.backbone.decode(self.backbone.encode(image + self.config.noise * noise))
+        return {"restoration": (self.restore(features).float() - image).square().mean()}

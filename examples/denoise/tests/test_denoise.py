@@ -1,0 +1,5 @@
+from harness.conformance import assert_conforms
+
+
+def test_denoise_keeps_the_contract():
+    assert_conforms("denoise", backbones=["unet"])
