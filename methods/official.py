@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field, FilePath
 from safetensors import SafetensorError
@@ -16,6 +17,14 @@ from harness import Backbone, Method, Settings, UserError
 Triple = tuple[int, int, int]
 CONTAINERS = ("state_dict", "model", "model_state_dict", "network_weights", "net")
 PREFIXES = ("module.", "model.", "backbone.")
+# TransVW's checkpoint holds its best loss as a NumPy number, under the name that NumPy's module had then. Numbers only:
+# arrays can hold objects.
+_NUMBER = np.float64(0).__reduce__()[0]
+NUMBERS: list[Any] = [
+    (_NUMBER, "numpy.core.multiarray.scalar"),
+    (_NUMBER, "numpy._core.multiarray.scalar"),
+    *(np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType),
+]
 
 
 class Official(Method):
@@ -118,7 +127,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMBERS):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(

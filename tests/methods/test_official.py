@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from monai.networks.nets import UNETR as MonaiUNETR  # noqa: N811
@@ -73,6 +74,18 @@ def test_a_published_unet3d_is_loaded_whole(container, tmp_path):
         torch.equal(value.float(), weights[f"module.{key}"].to(value.dtype).float())
         for key, value in backbone.state_dict().items()
     )
+
+
+def test_transvws_checkpoint(tmp_path):
+    """Its network has a classification head, and its checkpoint NumPy numbers and an optimizer's state."""
+    network = genesis()
+    weights = published_genesis() | {"module.clc_out.fc1.weight": torch.zeros(44, 1024)}
+    optimizer = torch.optim.Adam(network.parameters())
+    content = {"epoch": 3, "state_dict": weights, "best_loss": np.float64(0.25)}
+    report = load(network, content | {"optimizer_state_dict": optimizer.state_dict()}, tmp_path)
+    assert report.encoder_fraction == 1
+    assert report.reinitialised == []
+    assert "clc_out.fc1.weight" in report.skipped
 
 
 def test_one_renamed_key_is_named(tmp_path):
