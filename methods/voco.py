@@ -138,22 +138,21 @@ class VoCo(Method):
             for extent, edge in zip(image.shape[2:], cell, strict=True)
         ]
         start = torch.stack(axes, dim=-1)
-        apart = (start[:, :, None] - self._cells(image)[:, None]).abs()
-        edges = torch.tensor(cell, device=image.device)
-        return start, ((edges - apart).clamp_min(0) / edges).prod(dim=-1)
+        shift = (start[:, :, None] - self._cells(image)[:, None]).abs()
+        shares = [(1 - shift[..., axis] / edge).clamp_min(0) for axis, edge in enumerate(cell)]
+        return start, shares[0] * shares[1] * shares[2]
 
     def cut(self, image: Tensor, start: Tensor) -> Tensor:
         """Cells that begin at `start` (N, K, 3), resized to the view by trilinear interpolation: (N, K, C, *view)."""
         n, k = start.shape[:2]
-        extent = torch.tensor(image.shape[2:], device=image.device)
-        cell = torch.tensor(self._cell(image.shape[2:]), device=image.device)
-        # grid_sample counts from -1 to 1 and names the last axis first.
-        centre = ((2 * start + cell) / extent - 1).flip(-1).flatten(0, 1)
-        theta = torch.zeros(n * k, 3, 4, device=image.device)
-        theta[:, range(3), range(3)] = (cell / extent).flip(0)
-        theta[:, :, 3] = centre
-        view = self._view(image.shape[2:])
-        points = F.affine_grid(theta, [n * k, 1, *view], align_corners=False)
+        extent = image.shape[2:]
+        theta = torch.zeros(n, k, 3, 4, device=image.device)
+        for axis, (length, edge) in enumerate(zip(extent, self._cell(extent), strict=True)):
+            # grid_sample counts from -1 to 1 and names the last axis first.
+            theta[..., 2 - axis, 2 - axis] = edge / length
+            theta[..., 2 - axis, 3] = (2 * start[..., axis] + edge) / length - 1
+        view = self._view(extent)
+        points = F.affine_grid(theta.flatten(0, 1), [n * k, 1, *view], align_corners=False)
         # One sampling for all cells of a volume: they are laid along its first axis.
         points = points.view(n, k * view[0], view[1], view[2], 3)
         sampled = F.grid_sample(image, points.to(image.dtype), padding_mode="border", align_corners=False)

@@ -1,7 +1,6 @@
 """VolumeFusion: tell from a blend of two crops how much of each is at every voxel (Wang et al. 2023)."""
 
 import torch
-from monai.losses import DiceLoss
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,7 +44,6 @@ class VolumeFusion(Method):
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         self.classify = nn.Conv3d(backbone.width, config.coefficients + 1, kernel_size=1)
-        self.dice = DiceLoss(softmax=True, to_onehot_y=True, batch=True)
 
     def check(self, crop: Triple, batch_size: int) -> None:
         config = self.config
@@ -62,7 +60,7 @@ class VolumeFusion(Method):
         image = batch["image"]
         label = self.draw_label(image)
         logits = self.classify(self.backbone.decode(self.backbone.encode(self.fuse(image, label)))).float()
-        return {"dice": self.dice(logits, label[:, None]), "cross_entropy": F.cross_entropy(logits, label)}
+        return {"dice": dice_loss(logits, label), "cross_entropy": F.cross_entropy(logits, label)}
 
     def draw_label(self, image: Tensor) -> Tensor:
         """Fusion class of every voxel, (N, x, y, z) in 0..K."""
@@ -91,3 +89,16 @@ class VolumeFusion(Method):
         """Background crop and foreground crop (the next of the batch), blended by `label` / K."""
         weight = label[:, None].to(image.dtype) / self.config.coefficients
         return weight * image.roll(1, dims=0) + (1 - weight) * image
+
+
+def dice_loss(logits: Tensor, label: Tensor) -> Tensor:
+    """1 - soft Dice over the batch, mean of the classes: logits (N, K + 1, x, y, z), label (N, x, y, z).
+
+    MONAI's loss reads its target on the host to validate it, and so waits for the device in every step.
+    """
+    classes = torch.arange(logits.shape[1], device=label.device).view(1, -1, 1, 1, 1)
+    target = (label[:, None] == classes).to(logits.dtype)
+    shares = logits.softmax(dim=1)
+    axes = (0, 2, 3, 4)
+    overlap, total = (shares * target).sum(axes), shares.sum(axes) + target.sum(axes)
+    return (1 - (2 * overlap + 1e-5) / (total + 1e-5)).mean()

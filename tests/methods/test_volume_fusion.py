@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from harness import UserError
-from methods.volume_fusion import VolumeFusion
+from methods.volume_fusion import VolumeFusion, dice_loss
 from tests.methods.parts import generator, images, unet
 
 
@@ -62,8 +62,22 @@ def test_one_sample_has_no_partner():
         make().check((32, 64, 32), 1)
 
 
-def test_perfect_logits_have_no_loss():
+def test_perfect_logits_have_no_loss(monkeypatch):
     made, image = make(), images(2)
     label = made.draw_label(image)
-    logits = torch.nn.functional.one_hot(label, 5).movedim(-1, 1).float() * 100
-    assert made.dice(logits, label[:, None]).item() == pytest.approx(0, abs=1e-3)
+    made.generator = generator()
+    known = torch.nn.functional.one_hot(label, 5).movedim(-1, 1).float() * 100
+    monkeypatch.setattr(made.classify, "forward", lambda features: known)
+    terms = made({"image": image})
+    assert terms["dice"].item() == pytest.approx(0, abs=1e-3)
+    assert terms["cross_entropy"].item() == pytest.approx(0, abs=1e-6)
+    known = known.roll(1, dims=1)
+    assert made({"image": image})["dice"].item() > 0.5
+
+
+def test_dice_is_monais():
+    from monai.losses import DiceLoss
+
+    logits, label = torch.randn(2, 5, 8, 8, 8, generator=generator()), make().draw_label(images(2, size=(8, 8, 8)))
+    theirs = DiceLoss(softmax=True, to_onehot_y=True, batch=True)(logits, label[:, None])
+    torch.testing.assert_close(dice_loss(logits, label), theirs)
