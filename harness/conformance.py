@@ -13,7 +13,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from queue import Empty
@@ -104,8 +104,11 @@ def check_learns(bench: Bench) -> str:
 
 def check_same_seed(bench: Bench) -> str:
     states = []
-    for _ in range(2):
-        built = bench.new()
+    for number in range(2):
+        # An empty folder each: what a method keeps from preparing must not change what comes after.
+        folder = bench.folder / f"same-seed-{number}"
+        folder.mkdir(exist_ok=True)
+        built = replace(bench, folder=folder).new()
         built.train(built.batches(2))
         states.append({key: value.clone() for key, value in built.method.state_dict().items()})
     other = [key for key, value in states[0].items() if not torch.equal(value, states[1][key])]
@@ -281,13 +284,11 @@ def check_method(
     registry = Registry(plugins)
     method: type[Method] = registry.load("method", name)
     results: list[Result] = []
-    two = checks is None or TWO in checks
 
     def add(result: Result) -> None:
         results.append(result)
         done(result)
 
-    able = []
     for backbone in backbones or registry.names("backbone"):
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(method, registry.load("backbone", backbone), Path(folder), settings or {})
@@ -299,17 +300,15 @@ def check_method(
             except UserError as error:
                 add(Result("fits", backbone, "refused", str(error)))
                 continue
-            if trains:
-                able.append(backbone)
             for check, function in CHECKS.items():
                 if checks is not None and check not in checks:
                     continue
-                if trains or check in ("weights",):
+                if trains or check == "weights":
                     add(_result(check, backbone, partial(function, bench)))
                 else:
                     add(Result(check, backbone, "n/a", "trains nothing"))
-    for result in _in_two_processes(name, tuple(plugins), able, dict(settings or {})) if two and able else []:
-        add(result)
+            if trains and (checks is None or TWO in checks):
+                add(_result(TWO, backbone, partial(check_two_processes, name, plugins, backbone, settings or {})))
     return results
 
 
@@ -323,10 +322,8 @@ def _result(check: str, backbone: str, function: Callable[[], str]) -> Result:
         return Result(check, backbone, "FAIL", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
-def _in_two_processes(
-    name: str, plugins: tuple[str, ...], backbones: Sequence[str], settings: dict[str, str]
-) -> list[Result]:
-    """Two steps under DistributedDataParallel on each backbone, gloo on this machine."""
+def check_two_processes(name: str, plugins: Sequence[str], backbone: str, settings: Mapping[str, str]) -> str:
+    """Two steps under DistributedDataParallel with gloo on this machine, in fresh processes."""
     context = multiprocessing.get_context("forkserver")
     # The server imports torch and MONAI once, its forks then start at once; it runs nothing before they do.
     context.set_forkserver_preload(["harness.conformance", "monai.networks.nets.swin_unetr"])
@@ -334,60 +331,50 @@ def _in_two_processes(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = (port, name, plugins, list(backbones), settings, queue)
+    arguments = (port, name, tuple(plugins), backbone, dict(settings), queue)
     ranks = [context.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in (0, 1)]
     for process in ranks:
         process.start()
-    results: dict[str, Result] = {}
-    while len(results) < len(backbones) and (any(p.is_alive() for p in ranks) or not queue.empty()):
+    problem = "a process died before it answered"
+    while any(process.is_alive() for process in ranks) or not queue.empty():
         try:
-            backbone, problem = queue.get(timeout=1)
+            problem = queue.get(timeout=1)
+            break
         except Empty:
             continue
-        results[backbone] = Result(TWO, backbone, "FAIL" if problem else "pass", problem or "equal weights on both")
     for process in ranks:
-        process.join(timeout=10)
+        # After a failure the other one may wait for it forever.
+        process.join(timeout=1 if problem else 30)
         process.kill()
-    died = "a process died before it answered; run the method's forward under DistributedDataParallel to see why"
-    return [results.get(backbone, Result(TWO, backbone, "FAIL", died)) for backbone in backbones]
+    if problem:
+        raise CheckError(problem)
+    return "equal weights on both"
 
 
 def _rank(
-    rank: int,
-    port: int,
-    name: str,
-    plugins: tuple[str, ...],
-    backbones: list[str],
-    settings: dict[str, str],
-    queue: Any,
+    rank: int, port: int, name: str, plugins: tuple[str, ...], backbone: str, settings: dict[str, str], queue: Any
 ) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    registry = Registry(plugins)
-    for backbone in backbones:
-        problem = ""
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                bench = Bench(
-                    registry.load("method", name), registry.load("backbone", backbone), Path(folder), settings
-                )
-                built = bench.new()
-                assert built.method.generator is not None, "Bench.new sets it"
-                built.method.generator.manual_seed(rank)
-                built.train(built.batches(2, rank=rank), DistributedDataParallel(built.method))
-                sums = torch.tensor([p.double().sum() for p in built.method.parameters() if p.requires_grad])
-                both = [torch.zeros_like(sums) for _ in range(2)]
-                torch.distributed.all_gather(both, sums)
-                if not torch.equal(*both):
-                    problem = "the two processes end with other weights: do not change parameters outside forward"
-        # Reported to the process that asked; a hung peer is killed there.
-        except Exception as error:
-            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if rank == 0 or problem:
-            queue.put((backbone, problem))
-        if problem:
-            break
-    torch.distributed.destroy_process_group()
+    problem = ""
+    try:
+        torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+        registry = Registry(plugins)
+        with tempfile.TemporaryDirectory() as folder:
+            bench = Bench(registry.load("method", name), registry.load("backbone", backbone), Path(folder), settings)
+            built = bench.new()
+            assert built.method.generator is not None, "Bench.new sets it"
+            built.method.generator.manual_seed(rank)
+            built.train(built.batches(2, rank=rank), DistributedDataParallel(built.method))
+            sums = torch.tensor([p.double().sum() for p in built.method.parameters() if p.requires_grad])
+            both = [torch.zeros_like(sums) for _ in range(2)]
+            torch.distributed.all_gather(both, sums)
+            if not torch.equal(*both):
+                problem = "the two processes end with other weights: do not change parameters outside forward"
+    # Reported to the process that asked; a hung peer is killed there.
+    except Exception as error:
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if rank == 0 or problem:
+        queue.put(problem)
 
 
 def assert_conforms(

@@ -68,5 +68,7 @@ def random_integers(
     low: int | Tensor, high: int | Tensor, shape: Sequence[int], device: torch.device, generator: torch.Generator | None
 ) -> Tensor:
     """Uniform whole numbers low..high, both included; the bounds may be tensors of that shape on the device."""
-    drawn = torch.rand(*shape, device=device, generator=generator, dtype=torch.float64)
-    return (low + (drawn * (high - low + 1)).floor()).long()
+    drawn = torch.rand(*shape, device=device, generator=generator)
+    # The product may round up to the bound that it must stay below.
+    found: Tensor = (low + (drawn * (high - low + 1)).floor()).clamp(max=high)
+    return found.long()

@@ -43,7 +43,15 @@ class Workshop:
     ) -> None:
         """Minimise the named terms of `module(batch)`, by the loop that pre-training uses."""
         settings = self.template.model_copy(
-            update={"steps": steps, "epochs": None, "crop": size, "batch_size": batch_size, "lr": lr}
+            update={
+                "steps": steps,
+                "epochs": None,
+                "crop": size,
+                "batch_size": batch_size,
+                "lr": lr,
+                "weight_decay": 0.0,
+                "clip_norm": 1.0,
+            }
         )
         data = CropDataset(sources, size, steps * batch_size, self.seed)
         history = self.folder / "history.jsonl"
@@ -53,16 +61,24 @@ class Workshop:
 
     def remember(self, name: str, depends_on: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
         """`compute()`, or what it gave before for the same identity and `depends_on`."""
-        path = self.folder / f"{name}-{digest([self.identity, dict(depends_on)])[:16]}.json"
+        path = self.folder / f"{name}-{digest([self.identity, self._computing, dict(depends_on)])[:16]}.json"
         began = time.perf_counter()
         if path.exists():
             kept = json.loads(path.read_text())
             say(f"{name} found in {path}; it took {kept['seconds']:.1f} s")
             self.remembered += kept["seconds"] - (time.perf_counter() - began)
             return kept["value"]
-        value = compute()
+        # What is drawn afterwards must not depend on whether this was computed or found.
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            value = compute()
         write_atomic(path, json.dumps({"seconds": time.perf_counter() - began, "value": value}))
         return json.loads(path.read_text())["value"]
+
+    @property
+    def _computing(self) -> list[Any]:
+        """What `train` takes over from the run, beside the number of loader workers."""
+        return [self.template.precision, self.template.channels_last, self.device.type]
 
     def report(self, message: str, **values: Any) -> None:
         """One line to the user, and `values` into the record."""

@@ -151,31 +151,35 @@ def execute(cells: Sequence[Cell], jobs: int, logs: Path) -> Iterator[Outcome]:
     ready = [group.pop(0) for group in groups.values()]
     logs.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // jobs)
-    while ready:
-        # Spawned: torch's threads do not survive a fork. A broken pool is replaced by the next turn of this loop.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=context, initializer=_set_threads, initargs=(threads,)) as pool:
-            running: dict[Future[Outcome], Cell] = {}
-            while ready or running:
-                while ready and len(running) < jobs:
-                    cell = ready.pop(0)
-                    log = logs / f"{_name(cell)}.log"
-                    say(f"start: {cell}; its messages are in {log}")
-                    running[pool.submit(_work, cell, log)] = cell
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                broken = False
-                for future in done:
-                    cell = running.pop(future)
-                    try:
-                        yield future.result()
-                    except BrokenProcessPool:
-                        broken = True
-                        yield Outcome(cell, None, "its process died (out of memory?); see its log", 0.0)
-                    ready += groups.pop(cell.shares, [])
-                if broken:
-                    ready += running.values()
-                    break
+    # Spawned: torch's threads do not survive a fork. A pool for each job, since a process that dies breaks its pool.
+    context, setup = multiprocessing.get_context("spawn"), (max(1, cores // jobs),)
+
+    def new_pool() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, mp_context=context, initializer=_set_threads, initargs=setup)
+
+    idle = [new_pool() for _ in range(jobs)]
+    running: dict[Future[Outcome], tuple[Cell, ProcessPoolExecutor]] = {}
+    try:
+        while ready or running:
+            while ready and idle:
+                cell, pool = ready.pop(0), idle.pop()
+                log = logs / f"{_name(cell)}.log"
+                say(f"start: {cell}; its messages are in {log}")
+                running[pool.submit(_work, cell, log)] = cell, pool
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell, pool = running.pop(future)
+                try:
+                    outcome = future.result()
+                except BrokenProcessPool:
+                    outcome = Outcome(cell, None, "its process died (out of memory?); see its log", 0.0)
+                    pool.shutdown()
+                    pool = new_pool()
+                idle.append(pool)
+                ready += groups.pop(cell.shares, [])
+                yield outcome
+    finally:
+        for pool in (*idle, *(pool for _, pool in running.values())):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _work(cell: Cell, log: Path) -> Outcome:

@@ -263,7 +263,8 @@ def contrastive_loss(first: Tensor, second: Tensor, temperature: float) -> Tenso
     if number < 2:
         raise ValueError("the contrastive loss has no negatives for one sample: use a batch of two or more")
     codes = F.normalize(torch.cat([first, second]), dim=1)
-    similarity = codes @ codes.T / temperature
+    with torch.autocast(codes.device.type, enabled=False):
+        similarity = codes @ codes.T / temperature
     itself = torch.eye(2 * number, dtype=torch.bool, device=codes.device)
     partner = torch.arange(2 * number, device=codes.device).roll(number)
     return F.cross_entropy(similarity.masked_fill(itself, float("-inf")), partner)

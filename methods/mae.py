@@ -1,5 +1,7 @@
 """Masked autoencoding in the form that convolutional and hierarchical networks allow (He et al. 2022)."""
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -76,8 +78,10 @@ class MAE(Method):
 
     def _normalised(self, image: Tensor) -> Tensor:
         patch = self.config.patch
-        mean = F.avg_pool3d(image, patch)
-        variance = F.avg_pool3d(image.square(), patch) - mean.square()
-        spread = (variance.clamp_min(0) + 1e-6).sqrt()
+        # Over all values of a patch, its channels together; the variance unbiased, as MAE's.
+        number = prod(patch) * image.shape[1]
+        mean = F.avg_pool3d(image, patch).mean(dim=1, keepdim=True)
+        variance = F.avg_pool3d(image.square(), patch).mean(dim=1, keepdim=True) - mean.square()
+        spread = (variance.clamp_min(0) * number / (number - 1) + 1e-6).sqrt()
         mean, spread = (F.interpolate(value, size=image.shape[2:], mode="nearest") for value in (mean, spread))
         return (image - mean) / spread

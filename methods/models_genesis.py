@@ -120,11 +120,11 @@ def random_curve(rng: np.random.Generator, steps: int = 2048, points: int = 4096
     return np.interp(np.linspace(0, 1, steps + 1), x, y).astype(np.float32)
 
 
-def paint_in(image: Image, rng: np.random.Generator, most: int = 5) -> Image:
-    """Up to `most` boxes (going on with probability 0.95) of a sixth to a third of each edge, filled with noise."""
+def paint_in(image: Image, rng: np.random.Generator, least: int = 0, most: int = 5) -> Image:
+    """`least` to `most` boxes (going on with probability 0.95) of a sixth to a third of each edge, filled with noise."""
     painted, extent = image.copy(), np.asarray(image.shape[1:])
-    for _ in range(most):
-        if rng.random() >= 0.95:
+    for number in range(most):
+        if number >= least and rng.random() >= 0.95:
             break
         box = _box(extent, rng.integers(np.maximum(extent // 6, 1), np.maximum(extent // 3, 1) + 1), rng)
         painted[box] = rng.random(painted[box].shape, dtype=np.float32)

@@ -22,10 +22,11 @@ class SwinUNETRSSL(Method):
     over all voxels (equation 5), cross-entropy of the turn (equation 6), InfoNCE of 512-d codes at temperature 0.5
     (equation 7, all other codes of the batch are negatives); weights 1, 1, 1 (equation 8).
 
-    Defaults: 30 % of the voxels cut out (section 4.1), boxes of up to a quarter of each edge (released code).
+    Defaults: 30 % of the voxels cut out (section 4.1), boxes of 5 % to a quarter of each edge (released code).
     Deviations:
       * The paper turns about the z axis; here in the first of the planes xy, xz, yz whose edges are equal in the crop.
-      * Boxes are filled with noise in [0, 1]; the released code also takes pieces of other crops.
+      * Always 30 % are cut out, as the paper says (released code: a share drawn from 0 to 0.3 for each view). Boxes are filled
+        with uniform noise (there: normal noise scaled to [0, 1], and pieces of other crops).
       * Inpainting head: one transposed convolution of kernel and stride 32, which is the released `large_kernel_deconv`;
         the released default is five upsampling steps. Codes are spatial means, there a pooled token.
       * The crop's own intensities are the target; the paper has no further augmentation either.
@@ -40,6 +41,9 @@ class SwinUNETRSSL(Method):
         rotation: float = Field(1.0, ge=0, description="weight; 0 switches it off; equation 8")
         contrastive: float = Field(1.0, ge=0, description="weight; 0 switches it off; equation 8")
         cut_out: float = Field(0.3, gt=0, lt=1, description="share of voxels cut out; section 4.1")
+        shortest: float = Field(
+            0.05, gt=0, le=1, description="shortest edge of a box as a share of the crop's; released code"
+        )
         longest: float = Field(
             0.25, gt=0, le=1, description="longest edge of a box as a share of the crop's; released code"
         )
@@ -93,10 +97,7 @@ class SwinUNETRSSL(Method):
         """Views (N, C, x, y, z) with boxes of noise, as many as cover `cut_out` of the voxels, counted as they come."""
         config, extent, device = self.config, views.shape[2:], views.device
         shape = (len(views), config.boxes)
-        sizes = [
-            random_integers(1, max(1, round(config.longest * length)), shape, device, self.generator)
-            for length in extent
-        ]
+        sizes = [random_integers(*self._edges(length), shape, device, self.generator) for length in extent]
         starts = [
             random_integers(0, length - size, shape, device, self.generator)
             for length, size in zip(extent, sizes, strict=True)
@@ -109,6 +110,10 @@ class SwinUNETRSSL(Method):
         mask = any_box(start, start + size * needed.long()[..., None], extent)
         noise = torch.rand(views.shape, device=device, generator=self.generator, dtype=views.dtype)
         return torch.where(mask, noise, views)
+
+    def _edges(self, length: int) -> tuple[int, int]:
+        shortest, longest = (max(1, round(share * length)) for share in (self.config.shortest, self.config.longest))
+        return min(shortest, longest), longest
 
 
 def plane(crop: Triple) -> tuple[int, int]:

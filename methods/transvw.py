@@ -51,8 +51,8 @@ class TransVW(Method):
     Deviations:
       * Words are crops of `extent` voxels, resized to the training crop; by default at most half of the smallest volume
         along each axis, so that small volumes have words at all. Fewer coordinates give fewer words, which is reported.
-      * Larger cubes and jitter are in proportion to `extent` (there 50..79 and -10..9 voxels of 64, in the plane), and drawn
-        anew for each sample (there once).
+      * Larger cubes and jitter are in proportion to `extent` (there 50..79 and -10..9 voxels of 64, in the plane), drawn anew
+        for each sample (there once) and moved back into the volume (there redrawn).
       * Coordinates are kept where at least a tenth of the reference's crop is not background (there a rule for lungs).
       * Once every volume has been a reference, they may be again (there that ends discovery).
       * The autoencoder has four strided convolutions to 512 channels on the volume resized to 64^3; the code is their mean.
@@ -126,7 +126,7 @@ class TransVW(Method):
         preparation.report(
             f"transvw: {len(words)} words of {config.words} sought, each of {','.join(map(str, extent))} voxels; {number} "
             f"instances in {len(volumes)} volumes"
-            + ("; the volumes are too small for more" if len(words) < config.words else ""),
+            + ("; no more coordinates were found that keep their distance" if len(words) < config.words else ""),
             words=len(words),
             instances=number,
             extent=list(extent),
@@ -197,10 +197,12 @@ def discover_words(
     nearest = cdist(codes, codes).argsort(axis=1, kind="stable")
     words: list[dict[str, Any]] = []
     references: list[int] = []
-    for _ in range(number):
+    failures = 0  # in a row: once no volume has served as reference, there is nothing more to find
+    while len(words) < number and failures < len(volumes):
         if not references:
             references = [int(index) for index in rng.permutation(len(volumes))]
         reference = references.pop()
+        failures += 1
         # Volumes of equal code are at distance 0 as well: the reference comes first all the same.
         order = [reference, *(int(index) for index in nearest[reference] if index != reference)]
         members = [index for index in order if (shapes[index] >= extent).all()][:instances]
@@ -211,6 +213,7 @@ def discover_words(
         coordinate = _free_coordinate(volumes[reference], room, extent, taken, distance, rng)
         if coordinate is not None:
             words.append({"coordinate": coordinate, "volumes": members})
+            failures = 0
     return words
 
 
@@ -243,13 +246,15 @@ class Instance:
     scale: int
 
     def sample(self, size: Triple, rng: np.random.Generator) -> dict[str, Any]:
-        """`image` (C, *size) and `word`; zeros where a larger cube leaves the volume."""
+        """`image` (C, *size) and `word`; zeros where a larger cube does not fit the volume."""
         origin, extent = np.array(self.coordinate), np.array(self.extent)
         if self.scale:
             # 50..79 and -10..9 of 64 voxels in the plane, as published.
             larger = extent[:2] * rng.integers(50, 80) / 64
             shift = extent[:2] * rng.integers(-10, 10, size=2) / 64
             extent[:2], origin[:2] = np.maximum(1, np.round(larger)), origin[:2] + np.round(shift).astype(int)
+            # Back inside, as published cubes are; padding would tell where the word lies.
+            origin = np.clip(origin, 0, np.maximum(0, np.array(self.volume.image.shape[1:]) - extent))
         crop = cut(self.volume.image, origin.tolist(), extent.tolist())
         return {"image": resize(crop, size), "word": np.int64(self.word)}
 
@@ -330,7 +335,7 @@ class Perturb:
         elif kind == 1:
             image = remap_intensities(image, rng)
         elif kind == 2:
-            image = paint_in(image, rng, most=1)
+            image = paint_in(image, rng, least=1, most=1)
         else:
             image = paint_out(image, rng, most=1)
         return {**sample, "image": image, "target": target}

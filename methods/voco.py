@@ -33,7 +33,8 @@ class VoCo(Method):
       * Codes are the averages of all levels coarser than the image; there also of the skip convolutions, which belong to
         the decoder here.
       * The teacher starts as a copy of the student (there: from weights of its own) and moves after the optimizer step.
-      * No augmentation of the crops, which is the released default off switch.
+      * Crops are not augmented (there: flips and quarter turns with probability 0.2, intensity shifts with 0.1).
+      * The teacher draws no dropout; the released networks have none.
     """
 
     name = "voco"
@@ -66,6 +67,7 @@ class VoCo(Method):
             nn.Linear(hidden, hidden),
         )
         self.teacher_backbone = copy.deepcopy(backbone)
+        self.teacher_backbone.dropout = nn.Dropout(0.0)
         for child in (*backbone.parts["decoder"], *backbone.parts["head"]):
             # The teacher only encodes.
             if hasattr(self.teacher_backbone, child):
@@ -145,16 +147,15 @@ class VoCo(Method):
     def cut(self, image: Tensor, start: Tensor) -> Tensor:
         """Cells that begin at `start` (N, K, 3), resized to the view by trilinear interpolation: (N, K, C, *view)."""
         n, k = start.shape[:2]
-        extent = image.shape[2:]
-        theta = torch.zeros(n, k, 3, 4, device=image.device)
+        extent, view = image.shape[2:], self._view(image.shape[2:])
+        lines = []
         for axis, (length, edge) in enumerate(zip(extent, self._cell(extent), strict=True)):
-            # grid_sample counts from -1 to 1 and names the last axis first.
-            theta[..., 2 - axis, 2 - axis] = edge / length
-            theta[..., 2 - axis, 3] = (2 * start[..., axis] + edge) / length - 1
-        view = self._view(extent)
-        points = F.affine_grid(theta.flatten(0, 1), [n * k, 1, *view], align_corners=False)
-        # One sampling for all cells of a volume: they are laid along its first axis.
-        points = points.view(n, k * view[0], view[1], view[2], 3)
+            # Voxel centres of the view, in the coordinates of grid_sample, which count from -1 to 1.
+            inside = (torch.arange(view[axis], device=image.device) + 0.5) * (edge / view[axis])
+            lines.append(2 * (start[..., axis, None] + inside) / length - 1)
+        x, y, z = lines[0][..., None, None], lines[1][..., None, :, None], lines[2][..., None, None, :]
+        # It names the last axis first. One sampling for all cells of a volume: they are laid along its first axis.
+        points = torch.stack(torch.broadcast_tensors(z, y, x), dim=-1).view(n, k * view[0], view[1], view[2], 3)
         sampled = F.grid_sample(image, points.to(image.dtype), padding_mode="border", align_corners=False)
         return sampled.view(n, image.shape[1], k, *view).transpose(1, 2)
 
@@ -187,8 +188,9 @@ class VoCo(Method):
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """(N, I, D) and (N, J, D) -> cosines (N, I, J)."""
-    return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).transpose(1, 2)
+    """(N, I, D) and (N, J, D) -> cosines (N, I, J), in full precision: near 1 they enter a logarithm."""
+    with torch.autocast(a.device.type, enabled=False):
+        return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).transpose(1, 2)
 
 
 def overlap_losses(overlap: Tensor, likeness: Tensor) -> tuple[Tensor, Tensor]:

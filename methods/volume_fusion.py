@@ -14,11 +14,11 @@ class VolumeFusion(Method):
     """Pseudo-segmentation: the classes are the fusion coefficients of boxes blended in from another crop.
 
     Source: Wang et al., "MIS-FM: 3D Medical Image Segmentation using Foundation Models Pretrained on a Large-Scale
-    Unannotated Dataset", arXiv:2306.16925, section 3.2; repository HiLab-git/PyMIC. A crop is the background, the next crop of
-    the batch the foreground; boxes of it are blended in with coefficients k / K, the class of a voxel is its k, a later box
+    Unannotated Dataset", arXiv:2306.16925, section 3.2; repository HiLab-git/PyMIC. A crop is the background, the previous
+    crop of the batch the foreground; boxes of it are blended in with coefficients k / K, the class of a voxel is its k, a later box
     replaces an earlier one. Loss: Dice plus cross-entropy over K + 1 classes.
 
-    Defaults (published settings): K = 4, 10 to 39 boxes, edges of 8 % to 62.5 % of the crop's (8..80 of 128, 5..40 of 64).
+    Defaults (published settings): K = 4, 10 to 39 boxes, edges of 8 % to 62.5 % of the crop's (5..40 of 64).
     Deviations:
       * The released code counts 10 to 40 boxes; the difference is one box. Box centres are uniform over the crop, boxes
         are cut at its border, as there.
@@ -86,7 +86,7 @@ class VolumeFusion(Method):
         return label
 
     def fuse(self, image: Tensor, label: Tensor) -> Tensor:
-        """Background crop and foreground crop (the next of the batch), blended by `label` / K."""
+        """Background crop and foreground crop (the previous of the batch), blended by `label` / K."""
         weight = label[:, None].to(image.dtype) / self.config.coefficients
         return weight * image.roll(1, dims=0) + (1 - weight) * image
 

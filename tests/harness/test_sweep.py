@@ -13,8 +13,14 @@ from harness.sweep import Cell, execute, read, sort_out
 TINY = """
 [defaults]
 task = "msd_hippocampus"
-settings = { "pretrain.steps" = 2, "pretrain.warmup_steps" = 0, "pretrain.crop" = [32, 32, 64], "finetune.steps" = 2,
-    "finetune.warmup_steps" = 0, "finetune.crop" = [32, 32, 64], "backbone.features" = [4, 4, 8, 8, 8] }
+[defaults.settings]
+"pretrain.steps" = 2
+"pretrain.warmup_steps" = 0
+"pretrain.crop" = [32, 32, 64]
+"finetune.steps" = 2
+"finetune.warmup_steps" = 0
+"finetune.crop" = [32, 32, 64]
+"backbone.features" = [4, 4, 8, 8, 8]
 """
 
 
@@ -145,7 +151,8 @@ class Dying(Method):
 """
 
 
-def test_a_process_that_dies_takes_only_its_own_cell(tmp_path, hippocampus_phantom):
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_process_that_dies_takes_only_its_own_cell(jobs, tmp_path, hippocampus_phantom):
     plugin = tmp_path / "dying.py"
     plugin.write_text(DYING)
     text = TINY + '[[matrix]]\nmethod = ["dying", "scratch"]\n'
@@ -153,6 +160,6 @@ def test_a_process_that_dies_takes_only_its_own_cell(tmp_path, hippocampus_phant
         cells(tmp_path, text, data=hippocampus_phantom, runs=tmp_path / "runs", plugins=(str(plugin),))
     )
     assert not known
-    outcomes = {outcome.cell.request.method: outcome for outcome in execute(todo, 1, tmp_path / "logs")}
+    outcomes = {outcome.cell.request.method: outcome for outcome in execute(todo, jobs, tmp_path / "logs")}
     assert "its process died" in outcomes["dying"].problem
     assert (outcomes["scratch"].folder / "record.json").exists()

@@ -137,7 +137,7 @@ def test_mae_densified_hides_every_level_behind_its_token():
 
 def test_mae_normalised_targets_have_mean_0_and_deviation_1_per_patch():
     made = make(MAE, unet, normalise_patches=True)
-    patch = made._normalised(images())[1, 0, 16:32, 32:48, :16]
+    patch = made._normalised(images(2, channels=2))[1, :, 16:32, 32:48, :16]
     assert patch.mean().item() == pytest.approx(0, abs=1e-4)
     assert patch.std().item() == pytest.approx(1, abs=1e-2)
 

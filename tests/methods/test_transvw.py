@@ -9,6 +9,7 @@ from scipy import ndimage
 
 from harness import UserError
 from harness.bench import Bench, PhantomVolume
+from methods.models_genesis import paint_in
 from methods.transvw import Instance, Perturb, TransVW, Whole, deform, discover_words, resize
 from tests.methods.parts import image, unet
 
@@ -143,6 +144,25 @@ def test_discovery_is_remembered_timed_and_shared(tmp_path, registry, capsys):
     assert "words found in" in capsys.readouterr().err
     assert [source.coordinate for source in first.sources] == [source.coordinate for source in other.sources]
     assert list(tmp_path.glob("words-*.json"))
+
+
+def test_what_follows_does_not_depend_on_whether_words_were_found_or_computed(tmp_path, registry):
+    bench = Bench(TransVW, registry.load("backbone", "unet"), tmp_path, {"words": "300"})
+    computed, found = bench.new().method.state_dict(), bench.new().method.state_dict()
+    assert all(torch.equal(value, found[key]) for key, value in computed.items())
+
+
+def test_every_in_painted_sample_has_its_box():
+    cube = image(1, (40, 40, 40))
+    assert all((paint_in(cube, np.random.default_rng(s), least=1, most=1) != cube).any() for s in range(200))
+
+
+def test_larger_cubes_stay_inside_where_they_fit():
+    volume = Coordinates(0, (100, 100, 40))
+    for seed in range(50):
+        for corner in [(0, 0, 0), (36, 36, 8)]:
+            sample = Instance(volume, 0, corner, (64, 64, 32), 2).sample((64, 64, 32), np.random.default_rng(seed))
+            assert sample["image"].min() > 0
 
 
 def test_the_head_has_as_many_classes_as_there_are_words(tmp_path, registry):
