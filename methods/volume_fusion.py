@@ -15,8 +15,8 @@ class VolumeFusion(Method):
 
     Source: Wang et al., "MIS-FM: 3D Medical Image Segmentation using Foundation Models Pretrained on a Large-Scale
     Unannotated Dataset", arXiv:2306.16925, section 3.2; repository HiLab-git/PyMIC. A crop is the background, the previous
-    crop of the batch the foreground; boxes of it are blended in with coefficients k / K, the class of a voxel is its k, a later box
-    replaces an earlier one. Loss: Dice plus cross-entropy over K + 1 classes.
+    crop of the batch the foreground; boxes of it are blended in with coefficients k / K, the class of a voxel is its k, a
+    later box replaces an earlier one. Loss: Dice plus cross-entropy over K + 1 classes.
 
     Defaults (published settings): K = 4, 10 to 39 boxes, edges of 8 % to 62.5 % of the crop's (5..40 of 64).
     Deviations:

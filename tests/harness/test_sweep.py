@@ -90,10 +90,16 @@ def test_wrong_files_are_answered_in_words(text, says, tmp_path):
         cells(tmp_path, text)
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One runs folder for all shipped sweeps: the phantoms that they ask for are written once."""
+    return tmp_path_factory.mktemp("runs")
+
+
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("sweeps/*.toml")), ids=lambda path: path.stem)
-def test_shipped_sweeps_can_run(path, tmp_path, hippocampus_phantom):
+def test_shipped_sweeps_can_run(path, runs):
     """Every cell resolves against its task, with the phantoms' case lists."""
-    found = read(path, Request(method="", task="", data=None, runs=tmp_path))
+    found = read(path, Request(method="", task="", data=None, runs=runs))
     assert found
     # One per method and backbone: plugins, settings and fit are what a typing error would break.
     once = {(c.request.method, c.request.backbone, c.request.settings): c for c in found if c.request.preset == "demo"}
