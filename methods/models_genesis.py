@@ -1,5 +1,6 @@
 """Models Genesis: restore a crop from its distortions (Zhou et al. 2021)."""
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -110,14 +111,20 @@ def random_curve(rng: np.random.Generator, steps: int = 2048, points: int = 4096
     A cubic Bezier through (0, 0), two uniform points and (1, 1); its coordinates are sorted, both for a rising curve and
     the horizontal one only for a falling one, as published.
     """
-    t = np.linspace(0, 1, points)
-    basis = np.stack([t**3, 3 * t**2 * (1 - t), 3 * t * (1 - t) ** 2, (1 - t) ** 3])
+    basis = _bezier_basis(points)
     inner = rng.random((2, 2))
     x, y = (np.array([0, inner[0, axis], inner[1, axis], 1]) @ basis for axis in (0, 1))
     x.sort()
     if rng.random() >= 0.5:
         y.sort()
     return np.interp(np.linspace(0, 1, steps + 1), x, y).astype(np.float32)
+
+
+@cache
+def _bezier_basis(points: int) -> NDArray[np.float64]:
+    """Weights of the four control points at `points` places along the curve, (4, points)."""
+    t = np.linspace(0, 1, points)
+    return np.stack([t**3, 3 * t**2 * (1 - t), 3 * t * (1 - t) ** 2, (1 - t) ** 3])
 
 
 def paint_in(image: Image, rng: np.random.Generator, least: int = 0, most: int = 5) -> Image:
@@ -167,8 +174,12 @@ def _below(state: Any, limit: int) -> Any:
 
 @njit(cache=True)
 def _shuffle(original: Image, shuffled: Image, longest: NDArray[np.int64], windows: int, state: Any) -> None:
+    """Windows are drawn from the last to the first, so that only what no later one overwrites is permuted at all."""
     channels, nx, ny, nz = original.shape
-    order = np.empty(longest[0] * longest[1] * longest[2], np.int64)
+    source, target = original.reshape(channels, -1), shuffled.reshape(channels, -1)
+    most = longest[0] * longest[1] * longest[2]
+    order, vacant = np.empty(most, np.int64), np.empty(most, np.int64)
+    written = np.zeros(nx * ny * nz, np.bool_)
     for _ in range(windows):
         state = _next(state)
         a = 1 + _below(state, longest[0])
@@ -182,24 +193,25 @@ def _shuffle(original: Image, shuffled: Image, longest: NDArray[np.int64], windo
         y = _below(state, ny - b + 1)
         state = _next(state)
         z = _below(state, nz - c + 1)
-        count = 0
+        count = free = 0
         for i in range(x, x + a):
             for j in range(y, y + b):
-                for k in range(z, z + c):
-                    # An inside-out Fisher-Yates shuffle of the window's places.
-                    state = _next(state)
-                    other = _below(state, count + 1)
-                    order[count] = order[other]
-                    order[other] = (i * ny + j) * nz + k
+                first = (i * ny + j) * nz + z
+                for place in range(first, first + c):
+                    order[count] = place
                     count += 1
-        for channel in range(channels):
-            source, target = original[channel].ravel(), shuffled[channel]
-            place = 0
-            for i in range(x, x + a):
-                for j in range(y, y + b):
-                    for k in range(z, z + c):
-                        target[i, j, k] = source[order[place]]
-                        place += 1
+                    if not written[place]:
+                        vacant[free] = place
+                        free += 1
+        for number in range(free):
+            # The first steps of a Fisher-Yates shuffle: as many draws without replacement as there are vacancies.
+            state = _next(state)
+            other = number + _below(state, count - number)
+            drawn = order[other]
+            order[other] = order[number]
+            written[vacant[number]] = True
+            for channel in range(channels):
+                target[channel, vacant[number]] = source[channel, drawn]
 
 
 @njit(cache=True)
