@@ -1,6 +1,5 @@
 """Start from published weights instead of pre-training."""
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field, FilePath
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -81,6 +79,11 @@ class Official(Method):
         }
         fits = {key for key, value in found.items() if key in own and own[key].shape == value.shape}
         share = sum(number for key, number in encoder.items() if key in fits) / sum(encoder.values())
+        broken = [key for key in sorted(fits) if not torch.isfinite(found[key].float()).all()]
+        if broken:
+            raise UserError(
+                f"method.weights={self.config.weights}: {broken[0]} is not finite ({len(broken)} tensors): give other weights"
+            )
         if share < 0.5:
             raise UserError(self._refusal(share, [key for key in encoder if key not in fits], found, own))
         return found
@@ -129,27 +132,28 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         with torch.serialization.safe_globals(NUMBERS):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError, SafetensorError) as error:
+    # Foreign bytes make the readers raise nearly anything; whatever it is, the file is what is wrong.
+    except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"method.weights={path} cannot be read as weights, {type(error).__name__}: {reason}; give a .safetensors file or "
             "a PyTorch checkpoint that holds tensors only (saving its state_dict alone makes one)"
         ) from None
-    while isinstance(content, dict) and not any(isinstance(value, Tensor) for value in content.values()):
-        inner = next((content[name] for name in CONTAINERS if isinstance(content.get(name), dict)), None)
-        if inner is None:
+    for _ in range(3):  # a few wrappers at most; a file may even contain itself
+        if not isinstance(content, dict) or any(isinstance(value, Tensor) for value in content.values()):
             break
-        content = inner
-    tensors = (
-        {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-        if isinstance(content, dict)
-        else {}
-    )
+        content = next((content[name] for name in CONTAINERS if isinstance(content.get(name), dict)), {})
+    tensors = {str(key): value for key, value in content.items() if _usable(value)} if isinstance(content, dict) else {}
     if not tensors:
         raise UserError(
             f"method.weights={path} holds no state dict (looked for {', '.join(CONTAINERS)}): save the network's state_dict"
         )
     return tensors
+
+
+def _usable(value: Any) -> bool:
+    """Dense tensors only; what is left out is reported as not there."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
 
 
 def inflate(value: Tensor, shape: torch.Size) -> Tensor:

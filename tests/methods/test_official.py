@@ -224,3 +224,24 @@ def test_a_checkpoint_without_tensors_says_so(content, tmp_path):
     torch.save(content, tmp_path / "a.pt")
     with pytest.raises(UserError, match="holds no state dict"):
         read_state_dict(tmp_path / "a.pt")
+
+
+def test_a_checkpoint_that_contains_itself_ends(tmp_path):
+    content = {}
+    content["state_dict"] = content
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="holds no state dict"):
+        read_state_dict(tmp_path / "a.pt")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    weights = published_genesis()
+    weights["module.up_tr64.ops.0.bn1.weight"][0] = float("nan")
+    with pytest.raises(UserError, match=r"up_tr64\.ops\.0\.bn1\.weight is not finite"):
+        load(genesis(), weights, tmp_path)
+
+
+def test_sparse_tensors_are_not_there(tmp_path):
+    weights = published_genesis()
+    weights["module.down_tr64.ops.0.bn1.weight"] = weights["module.down_tr64.ops.0.bn1.weight"].to_sparse()
+    assert "down_tr64.ops.0.bn1.weight" in load(genesis(), weights, tmp_path).reinitialised
