@@ -93,7 +93,8 @@ def check_learns(bench: Bench) -> str:
     turns = np.asarray(losses)
     first, last = float(turns[:2].mean()), float(turns[-2:].mean())
     # Rank correlation with the step: noise without a trend passes once in a hundred times, a steady fall always.
-    chance = spearmanr(np.arange(STEPS), (turns - turns.mean(axis=0)).ravel(), alternative="less").pvalue
+    apart = (turns - turns.mean(axis=0)).ravel()
+    chance = spearmanr(np.arange(STEPS), apart, alternative="less").pvalue if np.ptp(apart) else 1.0
     if not (last < first and chance < 0.01):
         raise CheckError(
             f"the loss went from {first:.4g} to {last:.4g} in {STEPS} steps (p = {chance:.2g} that this is noise): it does "
