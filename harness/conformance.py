@@ -301,6 +301,18 @@ def check_method(
             except UserError as error:
                 add(Result("fits", backbone, "refused", str(error)))
                 continue
+            # A plugin is foreign code: what it raises while it is built is its author's to see.
+            except Exception as error:
+                text = " ".join(str(error).split())[:300]
+                add(
+                    Result(
+                        "builds",
+                        backbone,
+                        "FAIL",
+                        f"{type(error).__name__} in __init__, transform, check or prepare: {text}",
+                    )
+                )
+                continue
             for check, function in CHECKS.items():
                 if checks is not None and check not in checks:
                     continue

@@ -225,6 +225,10 @@ def _objects(module: ModuleType) -> list[tuple[str, Any]]:
             continue
         here = inspect.isclass(value) and value.__module__ == module.__name__
         if here and issubclass(value, Method | Backbone) and "name" in vars(value):
+            if not isinstance(value.name, str) or not value.name:
+                raise UserError(
+                    f"--plugin {module.__name__}: {value.__name__}.name = {value.name!r} is no name: give a string"
+                )
             found.append(("method" if issubclass(value, Method) else "backbone", value))
     if not found:
         raise UserError(

@@ -219,6 +219,27 @@ def test_needs_that_nothing_meets_are_refused(tmp_path, capsys):
     assert "'unet' has no optional ability: choose --backbone from swinunetr, unetr" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "where", ["__init__(self)", "check(self, crop, batch_size)", "prepare(self, volumes, preparation)"]
+)
+def test_a_plugin_that_raises_while_it_is_built_fails_in_words(where, tmp_path, capsys):
+    raising = f'name = "toy"\n    def {where}:\n        raise RuntimeError("boom")\n'
+    text = GOOD.replace('name = "toy"', raising).replace(
+        "def __init__(self, config", "def _unused(self, config", "(self)" in where
+    )
+    plugin = tmp_path / "toy.py"
+    plugin.write_text(text)
+    assert main(["check-method", str(plugin), "--backbone", "unet"]) == 2
+    out, err = capsys.readouterr()
+    assert "FAIL    builds (unet)" in out
+    assert "Traceback" not in err
+
+
+def test_a_name_that_is_no_string_is_refused(tmp_path, capsys):
+    assert main(["check-method", write(tmp_path, 'name = "toy"', "name = 3")]) == 2
+    assert "Toy.name = 3 is no name" in capsys.readouterr().err
+
+
 def test_unknown_names_are_answered_in_words(tmp_path):
     with pytest.raises(UserError, match="did you mean 'simmim'"):
         check_method("simim")
