@@ -11,8 +11,10 @@ from typing import Any, NoReturn
 from harness import actions
 from harness.errors import UserError
 
-# Errors of the file system that are the user's to mend: no permission, read-only, full, a file where a folder is due.
+# Errors of the file system that are the user's to mend: no permission, read-only, full, a file where a folder is due, a
+# name that is too long or a link to itself.
 MENDABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
+MENDABLE |= {errno.ENAMETOOLONG, errno.ELOOP}
 
 
 class _Parser(argparse.ArgumentParser):

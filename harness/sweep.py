@@ -62,7 +62,7 @@ def read(path: Path, base: Request) -> list[Cell]:
     """
     try:
         content = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path} cannot be read as a sweep file: {error}") from None
     for key in content:
         if key not in ("description", "defaults", "matrix"):
@@ -114,7 +114,10 @@ def _data(path: Path, named: Any, given: Path | None) -> Path | None:
         return given
     if not isinstance(named, str):
         raise UserError(f'{path}: data = {named!r} is not a folder: give its name, or "{PHANTOM}"')
-    return None if named == PHANTOM else path.parent / Path(named).expanduser()
+    try:
+        return None if named == PHANTOM else path.parent / Path(named).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: data = {named!r}: {error} Give a folder") from None
 
 
 def sort_out(cells: Sequence[Cell]) -> tuple[list[Cell], list[Outcome]]:

@@ -82,6 +82,8 @@ def test_data_is_relative_to_the_file_or_a_phantom(tmp_path):
         ('[[matrix]]\nmethod = "scratch"\ntask = "brats"\nseed = "a"', "seed = 'a' is not a int"),
         ('[[matrix]]\nmethod = "scratch"\ntask = "brats"\nsettings = "a"', "settings are tables"),
         ('[[matrix]]\nmethod = "scratch"\ntask = "brats"\ndata = 3', "data = 3 is not a folder"),
+        ('[[matrix]]\nmethod = "scratch"\ntask = "brats"\ndata = "~nobody_here/x"', "home directory"),
+        ("a = " + "[" * 5000, "cannot be read as a sweep file"),
         ('matrix = "scratch"', r"\[\[matrix\]\] a list of tables"),
     ],
 )
