@@ -21,10 +21,13 @@ if TYPE_CHECKING:
         crop,
         gather,
     )
+    from harness.corpus import Corpus
     from harness.errors import UserError
+    from harness.files import slug
     from harness.masking import any_box, inside_boxes, num_masked, random_integers, random_patches, to_voxels
     from harness.settings import Settings, Size3
-    from harness.task import Case, Percentiles, PhantomShape, Task, Window
+    from harness.task import Archive, Case, ImageSet, Percentiles, PhantomShape, Task, Window
+    from harness.transfer import inflate
 
 _HOME = {
     "Backbone": "harness.contracts",
@@ -37,7 +40,9 @@ _HOME = {
     "VolumeSource": "harness.contracts",
     "crop": "harness.contracts",
     "gather": "harness.contracts",
+    "Corpus": "harness.corpus",
     "UserError": "harness.errors",
+    "slug": "harness.files",
     "Settings": "harness.settings",
     "Size3": "harness.settings",
     "cut": "harness.arrays",
@@ -47,7 +52,10 @@ _HOME = {
     "random_integers": "harness.masking",
     "random_patches": "harness.masking",
     "to_voxels": "harness.masking",
+    "Archive": "harness.task",
+    "inflate": "harness.transfer",
     "Case": "harness.task",
+    "ImageSet": "harness.task",
     "Percentiles": "harness.task",
     "PhantomShape": "harness.task",
     "Task": "harness.task",
@@ -55,9 +63,12 @@ _HOME = {
 }
 
 __all__ = [
+    "Archive",
     "Backbone",
     "Batch",
     "Case",
+    "Corpus",
+    "ImageSet",
     "Method",
     "Percentiles",
     "PhantomShape",
@@ -75,10 +86,12 @@ __all__ = [
     "crop",
     "cut",
     "gather",
+    "inflate",
     "inside_boxes",
     "num_masked",
     "random_integers",
     "random_patches",
+    "slug",
     "to_voxels",
 ]
 

@@ -13,14 +13,27 @@ from harness.errors import UserError, unknown
 def run(arguments: argparse.Namespace) -> None:
     """One run, then its table and its files."""
     from harness import run as engine
+    from harness.planning import Request
 
     if not 0 < arguments.label_fraction <= 1:
         raise UserError(f"--label-fraction {arguments.label_fraction:g} is not in 0..1: give for instance 0.1")
-    request = engine.Request(
-        **{name: getattr(arguments, name) for name in ("method", "task", "backbone", "preset", "seed", "data", "runs")},
+    request = Request(
+        method=arguments.method,
+        task=arguments.task,
+        backbone=arguments.backbone,
+        preset=arguments.preset,
+        seed=arguments.seed,
         label_fraction=arguments.label_fraction,
+        data=arguments.data,
+        runs=arguments.runs,
         settings=tuple(arguments.settings),
         plugins=tuple(arguments.plugins),
+        mode=arguments.mode,
+        corpora=tuple(arguments.corpora),
+        split=arguments.split,
+        skip_bad=arguments.skip_bad,
+        allow_overlap=arguments.allow_overlap,
+        save_predictions=arguments.save_predictions,
     )
     if arguments.dry_run:
         _dry_run(request, arguments.json)
@@ -36,8 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"harness: left out of the table: {problem}", file=sys.stderr)
     csv = request.runs / "leaderboard.csv"
     table.write_csv(table.build(runs), csv)
-    mine = records.load_run(finished.folder).table
-    print(f"\n{table.render(table.build([run for run in runs if run.table == mine]))}\n")
+    mine = table.without_mode(records.load_run(finished.folder).table)
+    print(f"\n{table.render(table.build([run for run in runs if table.without_mode(run.table) == mine]))}\n")
     print("this run was finished before, nothing was computed" if finished.again else "files of this run:")
     for path in sorted(path for path in finished.folder.rglob("*") if path.is_file()):
         print(f"  {path}")
@@ -45,26 +58,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _dry_run(request: Any, as_json: bool) -> None:
-    from harness.config import parse_overrides, resolve
-    from harness.registry import Registry
-    from harness.run import check_fit, plan
-    from harness.stages import Plugins
+    from harness.planning import plan_without_data
 
-    registry = Registry(request.plugins)
-    task = registry.task(request.task)
-    names = {name: getattr(request, name) for name in ("method", "backbone", "preset", "seed", "label_fraction")}
-    config = resolve(registry, task, overrides=parse_overrides(request.settings), **names)
-    check_fit(
-        registry,
-        config,
-        Plugins(registry.load("method", config.method), registry.load("backbone", config.backbone)),
-        task,
-    )
+    config, setting = plan_without_data(request)
     found: dict[str, Any] = {"config": config.model_dump(mode="json"), "data": "phantom, written when it runs"}
-    if request.data is not None:
-        setting = plan(request, registry, task, task.find(request.data))
+    if setting is not None:
+        found["config"] = setting.config.model_dump(mode="json")
         found["data"] = f"{len(setting.train)} training cases ({len(setting.label_cases)} with labels used), "
-        found["data"] += f"{len(setting.test)} test cases, fingerprint {setting.fingerprint}"
+        found["data"] += f"{len(setting.test)} test cases, fingerprint {setting.data.fingerprint}"
+        found["pretrain_on"] = f"{setting.num_pretrain} scans" if setting.plugins.method.trains else "nothing"
         found["run_id"] = setting.run_id
         found["finished"] = (request.runs / setting.run_id / "record.json").exists()
     print(json.dumps(found, indent=1) if as_json else _lines(found))
@@ -73,7 +75,7 @@ def _dry_run(request: Any, as_json: bool) -> None:
 def sweep(arguments: argparse.Namespace) -> int:
     """All cells of a file, then their table."""
     from harness import sweep
-    from harness.run import Request
+    from harness.planning import Request
     from leaderboards import records, table
 
     # Method and task stand in the file; these are not names that anything has.
@@ -151,10 +153,10 @@ def _say_result(result: Any) -> None:
 def list_plugins(arguments: argparse.Namespace) -> None:
     """Plugins and presets, without importing torch."""
     from harness.presets import preset_names, read_preset
-    from harness.registry import KINDS, Registry
+    from harness.registry import PLURAL, Registry
 
     registry = Registry(arguments.plugins)
-    kinds = [f"{kind}s" for kind in KINDS] + ["presets"]
+    kinds = [*PLURAL.values(), "presets"]
     if arguments.kind is not None and arguments.kind not in kinds:
         raise unknown("kind to list", arguments.kind, kinds)
     found = {}
@@ -162,7 +164,7 @@ def list_plugins(arguments: argparse.Namespace) -> None:
         if kind == "presets":
             found[kind] = [{"name": name, **read_preset(name)} for name in preset_names()]
         else:
-            found[kind] = registry.describe(kind.removesuffix("s"))
+            found[kind] = registry.describe(next(one for one, many in PLURAL.items() if many == kind))
     if arguments.json:
         print(json.dumps(found, indent=1))
         return
@@ -180,21 +182,8 @@ def show(arguments: argparse.Namespace) -> None:
     """One finished run."""
     from leaderboards import records, table
 
-    named = Path(arguments.run)
-    folders = (
-        [named]
-        if (named / "record.json").exists()
-        else sorted(
-            path.parent for path in arguments.runs.glob("*/record.json") if path.parent.name.startswith(arguments.run)
-        )
-    )
-    if len(folders) != 1:
-        known = [path.parent.name for path in arguments.runs.glob("*/record.json")]
-        if not folders:
-            raise unknown(f"run in {arguments.runs}", arguments.run, known)
-        raise UserError(f"{arguments.run!r} begins {len(folders)} run ids: {', '.join(f.name for f in folders)}")
     try:
-        run = records.load_run(folders[0])
+        run = records.load_run(_find_run(arguments.run, arguments.runs))
     except records.RecordError as error:
         raise UserError(str(error)) from None
     if arguments.json:
@@ -213,6 +202,18 @@ def show(arguments: argparse.Namespace) -> None:
         "metric_policy",
     )
     print(_lines({name: run.record.get(name) for name in shown}))
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    """New images through a finished run."""
+    *inputs, output = arguments.paths
+    if not inputs:
+        raise UserError(f"predict needs images and where to write: it got {output} only; give IN ... OUT")
+    folder = _find_run(arguments.run, arguments.runs)
+    from harness.inference import predict_images
+
+    for path in predict_images(folder, inputs, output, arguments.plugins):
+        print(path)
 
 
 def leaderboard_build(arguments: argparse.Namespace) -> int:
@@ -236,59 +237,17 @@ def leaderboard_build(arguments: argparse.Namespace) -> int:
     return 2 if problems else 0
 
 
-def data_check(arguments: argparse.Namespace) -> int:
-    """Open every file of a task."""
-    from harness.images import load_case
-    from harness.progress import progress
-    from harness.registry import Registry
-
-    task = Registry(arguments.plugins).task(arguments.task)
-    cases = task.cases(task.find(_given(arguments)))
-    problems = []
-    for case in progress(cases, "check"):
-        try:
-            load_case(task, case)
-        except UserError as error:
-            problems.append(str(error))
-    print(*problems, sep="\n", end="\n" if problems else "")
-    train, test = task.split(cases)
-    print(f"{len(cases)} cases, {len(train)} for training and {len(test)} for testing; {len(problems)} with a problem")
-    return 2 if problems else 0
-
-
-def data_prepare(arguments: argparse.Namespace) -> None:
-    """Fill the cache of prepared volumes."""
-    from harness.registry import Registry
-    from harness.run import find_data, writable
-    from harness.volumes import digest_cases, fingerprint, prepare
-
-    task = Registry(arguments.plugins).task(arguments.task)
-    cache = writable(arguments.runs) / "cache"
-    cases = task.cases(find_data(task, arguments.data, arguments.runs))
-    digests = digest_cases(cases, cache)
-    volumes = prepare(task, cases, digests, cache)
-    print(f"{len(volumes)} cases prepared in {volumes[0].stem.parent}, fingerprint {fingerprint(digests)}")
-
-
-def data_phantom(arguments: argparse.Namespace) -> None:
-    """Write a phantom."""
-    from harness.phantom import write_phantom
-    from harness.registry import Registry
-
-    task = Registry(arguments.plugins).task(arguments.task)
-    number = task.phantom_cases if arguments.cases is None else arguments.cases
-    if number < 2:
-        raise UserError(f"--cases {number}: a phantom needs at least 2 cases, one to train and one to test")
-    write_phantom(task, arguments.out, number, arguments.seed)
-    print(f"{number} phantom cases of {task.name} in {arguments.out}")
-
-
-def _given(arguments: argparse.Namespace) -> Path:
-    if arguments.data is None:
-        raise UserError("no data to check: give --data DIR or set HARNESS_DATA")
-    if not Path(arguments.data).is_dir():
-        raise UserError(f"--data {arguments.data} is not a folder: give the task's folder or the one that contains it")
-    return Path(arguments.data)
+def _find_run(name: str, runs: Path) -> Path:
+    """The folder of a finished run: by path, by id, or by the beginning of one id."""
+    if (Path(name) / "record.json").exists():
+        return Path(name)
+    known = sorted(path.parent for path in runs.glob("*/record.json"))
+    found = [folder for folder in known if folder.name.startswith(name)]
+    if not found:
+        raise unknown(f"run in {runs}", name, [folder.name for folder in known])
+    if len(found) > 1:
+        raise UserError(f"{name!r} begins {len(found)} run ids: {', '.join(folder.name for folder in found)}")
+    return found[0]
 
 
 def _lines(value: Any, indent: int = 0) -> str:

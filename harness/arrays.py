@@ -7,15 +7,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def cut(array: NDArray[Any], origin: Sequence[int], size: Sequence[int]) -> NDArray[Any]:
-    """(C, x, y, z) -> a copy (C, *size) that starts at `origin`; zeros where that is outside."""
-    crop = np.zeros((len(array), *size), dtype=array.dtype)
+def cut(array: NDArray[Any], origin: Sequence[int], size: Sequence[int], scale: float | None = None) -> NDArray[Any]:
+    """(C, x, y, z) -> a copy (C, *size) that starts at `origin`; zeros where that is outside.
+
+    With `scale` the copy is float32 and multiplied by it, in the same pass.
+    """
     source, target = [], []
     for start, edge, extent in zip(origin, size, array.shape[1:], strict=True):
         first, last = max(start, 0), min(start + edge, extent)
-        source.append(slice(first, last))
-        target.append(slice(first - start, last - start))
-    crop[(slice(None), *target)] = array[(slice(None), *source)]
+        source.append(slice(first, max(first, last)))
+        target.append(slice(first - start, max(first, last) - start))
+    whole = all(span == slice(0, edge) for span, edge in zip(target, size, strict=True))
+    kind = array.dtype if scale is None else np.dtype(np.float32)
+    crop = (np.empty if whole else np.zeros)((len(array), *size), dtype=kind)
+    inside, found = crop[(slice(None), *target)], array[(slice(None), *source)]
+    if scale is None:
+        inside[...] = found
+    else:
+        np.multiply(found, np.float32(scale), out=inside, dtype=np.float32)
     return crop
 
 

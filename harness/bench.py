@@ -53,9 +53,13 @@ class PhantomVolume:
         low, high = image.min(), image.max()
         return (0.001 + 0.999 * (image - low) / (high - low)).astype(np.float32)
 
+    def crop(self, origin: Sequence[int], size: Sequence[int]) -> NDArray[np.float32]:
+        """(C, *size) from `origin`, zeros outside."""
+        return cut(self.image, origin, size)
+
     def sample(self, size: tuple[int, int, int], rng: np.random.Generator) -> dict[str, Any]:
         """A random crop."""
-        return {"image": cut(self.image, random_origin(self.shape, size, rng), size)}
+        return {"image": self.crop(random_origin(self.shape, size, rng), size)}
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from harness import actions
+from harness import actions, data_actions
 from harness.errors import UserError
 
 # Errors of the file system that are the user's to mend: no permission, read-only, full, a file where a folder is due, a
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_check_method(commands)
     _add_list(commands)
     _add_show(commands)
+    _add_predict(commands)
     _add_leaderboard(commands)
     _add_data(commands)
     return parser
@@ -69,10 +70,36 @@ def _parser() -> argparse.ArgumentParser:
 def _add_run(commands: Any) -> None:
     run = commands.add_parser("run", help="pre-train, fine-tune, evaluate, record", allow_abbrev=False)
     run.add_argument("--method", required=True, metavar="M", help="`harness list methods`")
-    run.add_argument("--task", required=True, metavar="T", help="`harness list tasks`, or a Decathlon folder")
+    run.add_argument(
+        "--task", required=True, metavar="T", help="`harness list tasks`, or a Decathlon or nnU-Net folder"
+    )
     run.add_argument("--backbone", default="unet", metavar="B", help="`harness list backbones` (default: unet)")
     run.add_argument("--preset", default="demo", metavar="P", help="`harness list presets` (default: demo)")
-    run.add_argument("--mode", default="task-specific", choices=["task-specific"], help="what to pre-train on")
+    run.add_argument(
+        "--mode",
+        default="task-specific",
+        choices=["task-specific", "generic"],
+        help="pre-train on the task's own training cases, or on corpora",
+    )
+    run.add_argument(
+        "--corpus",
+        action="append",
+        default=[],
+        metavar="NAME|DIR[=LOW,HIGH]",
+        dest="corpora",
+        help="what generic mode pre-trains on, also several: `harness list corpora`, or a folder of scans; with a window",
+    )
+    run.add_argument("--skip-bad", action="store_true", help="leave out scans of a corpus that cannot be used, counted")
+    run.add_argument(
+        "--allow-overlap", action="store_true", help="pre-train although scans are test cases; every table says so"
+    )
+    run.add_argument(
+        "--split",
+        default="fixed",
+        metavar="fixed|K/N|same",
+        help="80/20 (default), fold K of N, or train and test on the same cases, a plumbing check",
+    )
+    run.add_argument("--save-predictions", action="store_true", help="write the test cases' label maps as NIfTI")
     run.add_argument("--protocol", default="finetune", choices=["finetune"], help="what is trained with labels")
     run.add_argument("--seed", type=_seed, default=0, metavar="N")
     run.add_argument("--label-fraction", type=float, default=1.0, metavar="F", help="share of the training labels")
@@ -82,7 +109,7 @@ def _add_run(commands: Any) -> None:
         default=[],
         metavar="KEY=VALUE",
         dest="settings",
-        help="method.*, backbone.*, pretrain.*, finetune.*, evaluate.*; for instance pretrain.steps=200",
+        help="method.*, backbone.*, task.*, pretrain.*, finetune.*, evaluate.*; for instance pretrain.steps=200",
     )
     _add_data_option(run)
     _add_runs_option(run)
@@ -148,16 +175,32 @@ def _add_leaderboard(commands: Any) -> None:
     build.set_defaults(command=actions.leaderboard_build)
 
 
+def _add_predict(commands: Any) -> None:
+    predict = commands.add_parser("predict", help="segment new images with a finished run", allow_abbrev=False)
+    predict.add_argument("--run", required=True, metavar="RUN", help="run id, its beginning, or a run folder")
+    predict.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="IN ... OUT",
+        help="an image, or one per channel in the task's order, and the file to write; or a folder and a folder",
+    )
+    _add_runs_option(predict)
+    _add_plugin_option(predict)
+    predict.set_defaults(command=actions.predict)
+
+
 def _add_data(commands: Any) -> None:
-    group = commands.add_parser("data", help="check, prepare or make up data", allow_abbrev=False)
+    group = commands.add_parser("data", help="check, prepare, fetch or make up data", allow_abbrev=False)
     verbs = group.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
     for verb, text, command in (
-        ("check", "open and check every file of a task", actions.data_check),
-        ("prepare", "fill the cache that runs read from", actions.data_prepare),
-        ("phantom", "write a phantom in the task's exact layout", actions.data_phantom),
+        ("check", "open and check every file of a task or corpus, and write a report", data_actions.check),
+        ("prepare", "fill the cache that runs read from, and verify what is there", data_actions.prepare),
+        ("fetch", "bring a public data set, or say where to register for it", data_actions.fetch),
+        ("phantom", "write a phantom in the exact layout of a task or corpus", data_actions.phantom),
     ):
         parser = verbs.add_parser(verb, help=text, allow_abbrev=False)
-        parser.add_argument("task", metavar="TASK")
+        parser.add_argument("task", metavar="TASK", help="a task, a corpus, or a folder of either kind")
         _add_plugin_option(parser)
         if verb == "phantom":
             parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
@@ -165,7 +208,17 @@ def _add_data(commands: Any) -> None:
             parser.add_argument("--seed", type=_seed, default=0, metavar="N")
         else:
             _add_data_option(parser)
+        if verb in ("check", "prepare"):
             _add_runs_option(parser)
+        if verb == "check":
+            parser.add_argument(
+                "--report", type=Path, metavar="HTML", help="default: checks/TASK.html in the runs folder"
+            )
+        if verb == "fetch":
+            parser.add_argument(
+                "--url", metavar="URL", help="another address of the same archive; its MD5 sum must be right"
+            )
+            parser.add_argument("--keep", action="store_true", help="keep the archive after unpacking it")
         parser.set_defaults(command=command)
 
 

@@ -1,6 +1,7 @@
 """One frozen, validated configuration of a run: preset, then the plugins' own presets, then the user's `--set`."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, SerializeAsAny, model_validator
@@ -9,9 +10,10 @@ from harness.errors import UserError, unknown
 from harness.presets import read_preset
 from harness.registry import Registry
 from harness.settings import Settings, Size3, build
-from harness.task import Task
+from harness.task import Task, Window
 
 SECTIONS = ("method", "backbone", "pretrain", "finetune", "evaluate")
+SETTABLE = (*SECTIONS, "task")
 
 
 class Training(Settings):
@@ -76,13 +78,31 @@ class Evaluate(Settings):
     overlap: float = Field(0.5, ge=0, lt=1, description="of neighbouring windows, as a share of the window")
 
 
+class TaskSettings(Settings):
+    """What `--set task.FIELD` changes of a task."""
+
+    spacing: tuple[float, float, float] | None = Field(None, description="of the prepared volumes in mm")
+    window: tuple[float, float] | None = Field(None, description="intensities that are told apart, in Hounsfield units")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "TaskSettings":
+        if self.spacing is not None and min(self.spacing) <= 0:
+            raise ValueError("each spacing must be more than 0 mm")
+        if self.window is not None and self.window[0] >= self.window[1]:
+            raise ValueError("give the lower end of the window first, for instance -175,250")
+        return self
+
+
 class RunConfig(Settings):
     """Everything that determines a run's result, but for the data itself."""
 
     method: str
     backbone: str
     task: str
-    mode: Literal["task-specific"] = "task-specific"
+    mode: Literal["task-specific", "generic"] = "task-specific"
+    corpora: tuple[str, ...] = ()
+    split: str = "fixed"
+    prepared: dict[str, Any] = Field(default_factory=dict, description="spacing and intensities of the task's volumes")
     protocol: Literal["finetune"] = "finetune"
     preset: str
     overrides: dict[str, str]
@@ -103,10 +123,19 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, str]:
         section, dot, field = key.strip().partition(".")
         if not (sign and dot and field):
             raise UserError(f"--set {pair!r} is not of the form section.field=value, for instance pretrain.steps=200")
-        if section not in SECTIONS:
-            raise unknown("section of --set", section, SECTIONS)
+        if section not in SETTABLE:
+            raise unknown("section of --set", section, SETTABLE)
         overrides[f"{section}.{field}"] = value.strip()
     return overrides
+
+
+def change_task(task: Task, overrides: Mapping[str, str]) -> Task:
+    """The task under the `task.*` settings among `overrides`. Raises UserError for an unknown field or a wrong value."""
+    values = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith("task.")}
+    settings = build(TaskSettings, values, "task")
+    if settings.spacing is not None:
+        task = replace(task, spacing=settings.spacing)
+    return replace(task, normalisation=Window(*settings.window)) if settings.window is not None else task
 
 
 def resolve(
@@ -119,6 +148,9 @@ def resolve(
     overrides: Mapping[str, str],
     seed: int = 0,
     label_fraction: float = 1.0,
+    mode: str = "task-specific",
+    corpora: Sequence[str] = (),
+    split: str = "fixed",
 ) -> RunConfig:
     """Lay task, backbone, method and `--set` over the preset, in this order, and validate the whole.
 
@@ -133,7 +165,7 @@ def resolve(
         (f"backbone {backbone!r}", backbone_class.presets, ("backbone",)),
         # A method that could change the fine-tuning would no longer be compared with a matched control.
         (f"method {method!r}", method_class.presets, ("method", "pretrain")),
-        ("--set", {preset: overrides}, SECTIONS),
+        ("--set", {preset: {k: v for k, v in overrides.items() if not k.startswith("task.")}}, SECTIONS),
     ]
     for origin, layer, allowed in layers:
         for key, value in layer.get(preset, {}).items():
@@ -148,6 +180,14 @@ def resolve(
         "method": method,
         "backbone": backbone,
         "task": task.name,
+        "mode": mode,
+        "corpora": tuple(corpora),
+        "split": split,
+        "prepared": {
+            "spacing": task.spacing,
+            "normalisation": type(task.normalisation).__name__,
+            **asdict(task.normalisation),
+        },
         "preset": preset,
         "overrides": dict(sorted(overrides.items())),
         "label_fraction": label_fraction,

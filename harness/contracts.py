@@ -32,11 +32,18 @@ class Source(Protocol):
 
 
 class VolumeSource(Source, Protocol):
-    """A prepared volume: `image` is (C, x, y, z) in [0, 1], a memory map of which only what is touched is read."""
+    """A prepared volume, intensities in [0, 1]; `shape` and `crop` do not read all of it."""
+
+    @property
+    def shape(self) -> Stride:
+        """Extent (x, y, z) in voxels."""
 
     @property
     def image(self) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """(C, x, y, z) in [0, 1]."""
+        """(C, x, y, z), the whole volume in memory."""
+
+    def crop(self, origin: Sequence[int], size: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """(C, *size) from `origin`; zeros outside."""
 
 
 class Preparation(Protocol):

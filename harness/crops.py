@@ -58,16 +58,16 @@ def _labelled(
     volume: Volume, task: Task, size: tuple[int, int, int], foreground: float, rng: np.random.Generator
 ) -> dict[str, Any]:
     """A crop with its target; with probability `foreground` centred on a labelled voxel, targets drawn evenly."""
-    image, points = volume.image, volume.points if foreground and rng.random() < foreground else None
+    points = volume.points if foreground and rng.random() < foreground else None
     if points is not None and len(points):
-        low, high = origins(image.shape[1:], size)
+        low, high = origins(volume.shape, size)
         rows = points[points[:, 0] == rng.choice(np.unique(points[:, 0]))]
         centre = rows[rng.integers(len(rows)), 1:] - np.asarray(size) // 2
         origin = [int(value) for value in np.clip(centre, low, high)]
     else:
-        origin = random_origin(image.shape[1:], size, rng)
+        origin = random_origin(volume.shape, size, rng)
     target = task.training_target(cut(volume.label[None], origin, size)[0])
-    return {"image": cut(image, origin, size), "target": target}
+    return {"image": volume.crop(origin, size), "target": target}
 
 
 @lru_cache(maxsize=4)

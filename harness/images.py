@@ -1,29 +1,32 @@
 """Images from disk, checked: nothing that would spoil a run gets past here."""
 
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from harness.errors import UserError
-from harness.task import Case, Task
+from harness.formats import Affine, corners_apart, read_image
+from harness.task import Case, ImageSet, Window
 
-AFFINE_TOLERANCE_MM = 1e-2
+SHIFT_TOLERANCE = 0.1  # voxels by which two headers may place the same corner apart
+ROUNDING = 1e-3  # how far a float label may be from a whole number
+HIGHEST_HU = 32767  # above it: negative values that were stored without a sign
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """One case in its native grid: `image` (C, x, y, z) float32, `label` (x, y, z) uint8, voxel -> mm `affine`."""
+    """One case in its native grid: `image` (C, x, y, z) float32, `label` (x, y, z) uint8 or None, `affine`.
+
+    `notes` are what was tolerated, in words.
+    """
 
     image: NDArray[np.float32]
-    label: NDArray[np.uint8]
-    affine: NDArray[np.float64]
+    label: NDArray[np.uint8] | None
+    affine: Affine
+    notes: tuple[str, ...] = ()
 
     @property
     def spacing(self) -> NDArray[np.float64]:
@@ -31,91 +34,117 @@ class Loaded:
         return np.linalg.norm(self.affine[:3, :3], axis=0)
 
 
-def load_case(task: Task, case: Case) -> Loaded:
-    """Read and check one labelled case.
+def load_case(images: ImageSet, case: Case) -> Loaded:
+    """Read and check one case.
 
     Raises:
         UserError: a file that cannot be read, images and label whose shapes or affines differ, NaN or infinite
-            voxels, a label value that the task does not know.
+            voxels, another number of channels, a label value that the task does not know.
     """
     volumes: list[NDArray[Any]] = []
-    affine = np.empty(0)
+    affine: Affine = np.eye(4)
     for path in case.images:
-        voxels, its_affine = read_nifti(path)
+        voxels, its_affine = read_image(path)
         if volumes:
             _same_grid(case.images[0], volumes[0][0].shape, affine, path, voxels.shape[:3], its_affine)
         else:
             affine = its_affine
-        if not np.isfinite(voxels).all():
-            bad = int(voxels.size - np.isfinite(voxels).sum())
-            raise UserError(f"{path}: {bad} voxels are NaN or infinite: mend the image or take the case out")
+        _plausible(images, path, voxels)
         volumes.append(np.moveaxis(voxels, -1, 0) if voxels.ndim == 4 else voxels[None])
-    image = np.concatenate(volumes).astype(np.float32, copy=False)
-    if len(image) != len(task.channels):
+    if (found := sum(map(len, volumes))) != len(images.channels):
         raise UserError(
-            f"{case.images[0]}: {len(image)} channels, task {task.name!r} has {len(task.channels)}: "
-            f"{', '.join(task.channels)}"
+            f"{case.images[0]}: {found} channels, {images.name!r} has {len(images.channels)}: "
+            f"{', '.join(images.channels)}"
         )
-    label = load_label(task, case)
-    _same_grid(case.images[0], image.shape[1:], affine, _label_path(case), label[0].shape, label[1])
-    return Loaded(image, label[0], affine)
+    image = np.concatenate(volumes, dtype=np.float32, casting="unsafe")
+    if case.label is None:
+        return Loaded(image, None, affine)
+    label, label_affine, notes = load_label(images, case)
+    _same_grid(case.images[0], image.shape[1:], affine, case.label, label.shape, label_affine)
+    return Loaded(image, label, affine, notes)
 
 
-def load_label(task: Task, case: Case) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """The label map (x, y, z) uint8 and its affine; its values are checked. Raises UserError as `load_case`."""
-    path = _label_path(case)
-    voxels, affine = read_nifti(path)
-    if voxels.ndim != 3:
-        raise UserError(f"{path}: a label map has 3 dimensions, this one has shape {voxels.shape}")
-    values = np.unique(voxels)
-    foreign = [float(value) for value in values if not np.isin(value, task.labels)]
-    if foreign:
-        raise UserError(
-            f"{path}: label values {', '.join(f'{value:g}' for value in foreign[:5])} are unknown to task {task.name!r}, "
-            f"which has {', '.join(map(str, task.labels))}: is this another release or another task?"
-        )
-    return voxels.astype(np.uint8), affine
-
-
-def read_nifti(path: Path) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Scaled voxels (3D, or 4D with channels last) and the affine.
+def load_label(images: ImageSet, case: Case) -> tuple[NDArray[np.uint8], Affine, tuple[str, ...]]:
+    """The label map (x, y, z) in the task's own numbering, its affine, and notes on what was tolerated.
 
     Raises:
-        UserError: missing, truncated, not an image, not 3D or 4D, or an affine that cannot be inverted.
+        UserError: as `read_image`; not 3D; a value that the task, or the case's numbering, does not know.
     """
-    try:
-        image: Any = nib.load(path)
-        voxels = np.asanyarray(image.dataobj)
-    except (OSError, EOFError, ValueError, MemoryError, zlib.error, ImageFileError, HeaderDataError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): restore the file") from None
-    if voxels.ndim not in (3, 4) or 0 in voxels.shape or voxels.dtype.kind not in "iuf":
-        raise UserError(f"{path}: expected a 3D or 4D image of numbers, it is {voxels.shape} of {voxels.dtype}")
-    affine = np.asarray(image.affine, dtype=np.float64)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise UserError(f"{path}: its affine cannot be inverted, so voxels have no place in space: mend the header")
-    return voxels, affine
+    assert case.label is not None, f"case {case.id!r} has no label map"
+    path = case.label
+    notes: tuple[str, ...] = ()
+    voxels, affine = read_image(path)
+    if voxels.ndim != 3:
+        raise UserError(f"{path}: a label map has 3 dimensions, this one has shape {voxels.shape}: save it as 3D")
+    if voxels.dtype.kind == "f":
+        voxels, notes = _rounded(path, voxels)
+    numbering = dict(case.numbering) or {value: value for value in images.labels}
+    label = np.zeros(voxels.shape, dtype=np.uint8)
+    known = 0
+    for theirs, ours in numbering.items():
+        mask = voxels == theirs
+        known += int(np.count_nonzero(mask))
+        if ours:
+            label[mask] = ours
+    if known != voxels.size:
+        foreign = np.unique(voxels[~np.isin(voxels, list(numbering))])
+        raise UserError(
+            f"{path}: label values {', '.join(f'{value:g}' for value in foreign[:5])} are unknown to task "
+            f"{images.name!r}, which has {', '.join(map(str, numbering))}"
+            f"{' in files of this name' if case.numbering else ''}: is this another release or another task?"
+        )
+    return label, affine, notes
 
 
-def _label_path(case: Case) -> Path:
-    if case.label is None:
-        raise UserError(f"case {case.id!r} has no label map, which training and scoring need")
-    return case.label
+def _plausible(images: ImageSet, path: Path, voxels: NDArray[Any]) -> None:
+    if voxels.dtype.kind == "f":
+        limit = np.finfo(np.float32).max
+        bad = voxels.size - int(np.count_nonzero(np.abs(voxels) <= limit))
+        if bad:
+            raise UserError(
+                f"{path}: {bad} voxels are NaN or infinite (or beyond {limit:.3g}): mend the image or take the case out"
+            )
+    if isinstance(images.normalisation, Window) and np.count_nonzero(voxels > HIGHEST_HU) > 0.01 * voxels.size:
+        raise UserError(
+            f"{path}: more than 1 % of the voxels are above {HIGHEST_HU}, no Hounsfield units: negative values were stored "
+            "without a sign; convert the image again"
+        )
+
+
+def _rounded(path: Path, voxels: NDArray[Any]) -> tuple[NDArray[Any], tuple[str, ...]]:
+    whole = np.rint(voxels)
+    off = float(np.abs(voxels - whole).max())
+    if not off <= ROUNDING:  # NaN as well
+        bad = np.unique(voxels[~(np.abs(voxels - whole) <= ROUNDING)])
+        raise UserError(
+            f"{path}: label values {', '.join(f'{value:g}' for value in bad[:5])} are no whole numbers: was the label map "
+            "interpolated? Resample it again by nearest neighbour"
+        )
+    return whole, (f"{path}: label values up to {off:.1g} from whole numbers, rounded",) if off else ()
 
 
 def _same_grid(
-    first: Path,
-    shape: tuple[int, ...],
-    affine: NDArray[Any],
-    second: Path,
-    other: tuple[int, ...],
-    other_affine: NDArray[Any],
+    first: Path, shape: tuple[int, ...], affine: Affine, second: Path, other: tuple[int, ...], other_affine: Affine
 ) -> None:
-    shape = shape[:3] if len(shape) < 4 else shape[1:]
+    import nibabel as nib
+
     if tuple(shape) != tuple(other):
-        raise UserError(f"{second} has shape {tuple(other)}, {first} has {tuple(shape)}: they must be the same grid")
-    off = float(np.abs(affine - other_affine).max())
-    if off > AFFINE_TOLERANCE_MM:
+        turned = ", the same edges in another order (turned?)" if sorted(shape) == sorted(other) else ""
         raise UserError(
-            f"{second} and {first} have different affines (by up to {off:.3g} mm): resample one onto the other, "
-            "or mend the header that is wrong"
+            f"{second} has shape {tuple(other)}, {first} has {tuple(shape)}{turned}: they must be the same grid; resample "
+            "one onto the other"
         )
+    off = corners_apart(shape, affine, other_affine)
+    if off <= SHIFT_TOLERANCE:
+        return
+    mine, theirs = ("".join(nib.orientations.aff2axcodes(a)) for a in (affine, other_affine))
+    shift = np.linalg.solve(affine[:3, :3], (other_affine - affine)[:3, 3])
+    if mine != theirs:
+        how = f"their axes run {theirs} and {mine}: one of them is mirrored or turned, or its header is"
+    elif np.allclose(affine[:3, :3], other_affine[:3, :3], atol=1e-4):
+        how = f"shifted by {', '.join(f'{v:.2g}' for v in shift)} voxels"
+    else:
+        how = f"by up to {off:.3g} voxels"
+    raise UserError(
+        f"{second} and {first} have different affines ({how}): resample one onto the other, or mend the header that is wrong"
+    )

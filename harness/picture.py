@@ -47,7 +47,7 @@ def panel(task: Task, volume: Volume, probabilities: NDArray[np.float32], scores
     return Panel(
         case=volume.case.id,
         dice=float(np.mean(scored)) if scored else 0.0,
-        image=np.array(volume.image[0, :, :, middle]),
+        image=volume.crop((0, 0, middle), (*volume.shape[:2], 1))[0, :, :, 0],
         reference=_numbered(reference[..., middle]),
         prediction=_numbered(task.decide(probabilities[..., middle : middle + 1])[..., 0]),
         aspect=y / x,

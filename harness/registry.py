@@ -18,9 +18,10 @@ from types import ModuleType
 from typing import Any
 
 from harness.errors import UserError, unknown
-from harness.task import Task
+from harness.task import ImageSet, Task
 
-KINDS = ("method", "backbone", "task")
+KINDS = ("method", "backbone", "task", "corpus")
+PLURAL = {"method": "methods", "backbone": "backbones", "task": "tasks", "corpus": "corpora"}
 STATED = ("version", "reference", "trains", "needs", "abilities", "presets")
 
 
@@ -38,7 +39,7 @@ class Plugin:
     def source(self) -> Path | None:
         """The file that defines it, found without importing it; None where there is no such file."""
         if self.entry_point is None:
-            module = inspect.getmodule(type(self.found) if isinstance(self.found, Task) else self.found)
+            module = inspect.getmodule(type(self.found) if isinstance(self.found, ImageSet) else self.found)
             return Path(module.__file__) if module is not None and module.__file__ else None
         return _locate(self.entry_point.module)
 
@@ -54,7 +55,7 @@ class Registry:
         self._plugins: dict[str, dict[str, Plugin]] = {kind: {} for kind in KINDS}
         for kind in KINDS:
             # One distribution can be found twice on sys.path (an editable install, seen from its own folder).
-            for entry in {(e.name, e.value): e for e in entry_points(group=f"harness.{kind}s")}.values():
+            for entry in {(e.name, e.value): e for e in entry_points(group=f"harness.{PLURAL[kind]}")}.values():
                 package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown package"
                 self._add(Plugin(kind, entry.name, f"entry point {entry.value} of {package}", entry_point=entry))
         for name in extra:
@@ -100,8 +101,8 @@ class Registry:
 
     def task(self, name: str) -> Task:
         """A task by name, or by the path of a folder that describes itself (a Decathlon folder)."""
-        folder = Path(name).expanduser()
-        if name in self._plugins["task"] or not (folder.is_dir() or "/" in name):
+        folder = self.task_folder(name)
+        if folder is None:
             found = self.load("task", name)
             assert isinstance(found, Task), f"task {name!r} is a {type(found).__name__}, not a harness.Task"
             return found
@@ -114,8 +115,14 @@ class Registry:
             if made is not None:
                 return made
         raise UserError(
-            f"no task family recognises {folder}: a Decathlon folder has a dataset.json with 'modality' and 'labels'"
+            f"no task family recognises {folder}: a folder that is a task has a dataset.json, as the Medical Segmentation "
+            "Decathlon ('modality', 'labels', 'training') or nnU-Net v2 ('channel_names', 'labels', 'file_ending') write it"
         )
+
+    def task_folder(self, name: str) -> Path | None:
+        """The folder that `name` stands for, where it is not the name of a task."""
+        folder = Path(name).expanduser()
+        return folder if name not in self._plugins["task"] and (folder.is_dir() or "/" in name) else None
 
     def describe(self, kind: str) -> list[dict[str, Any]]:
         """One row per plugin: name, description, and what the class states about itself."""
@@ -123,7 +130,8 @@ class Registry:
         for name in self.names(kind):
             plugin = self.plugin(kind, name)
             row = {"name": name, "origin": plugin.origin}
-            rows.append(row | (_describe_task(self.load(kind, name)) if kind == "task" else _describe_class(plugin)))
+            described = kind in ("task", "corpus")
+            rows.append(row | (_describe_images(self.load(kind, name)) if described else _describe_class(plugin)))
         return rows
 
     def digest(self, kind: str, name: str) -> str:
@@ -132,15 +140,20 @@ class Registry:
         return hashlib.blake2b(source.read_bytes() if source else b"", digest_size=16).hexdigest()
 
 
-def _describe_task(task: Task) -> dict[str, Any]:
+def _describe_images(images: ImageSet) -> dict[str, Any]:
+    how = images.normalisation
     return {
-        "description": task.description,
-        "targets": list(task.targets),
-        "channels": list(task.channels),
-        "version": task.version,
-        "licence": task.licence,
-        "reference": task.reference,
-        "presets": dict(task.presets),
+        "description": images.description,
+        "targets": list(images.targets),
+        "channels": list(images.channels),
+        "spacing": list(images.spacing or ()),
+        "intensities": f"{type(how).__name__.lower()} {how.low:g}..{how.high:g}",
+        "version": images.version,
+        "licence": images.licence,
+        "reference": images.reference,
+        "registration": images.registration,
+        "layout": images.layout,
+        "presets": dict(images.presets) if isinstance(images, Task) else {},
     }
 
 
@@ -215,13 +228,13 @@ def _import(name: str) -> ModuleType:
 
 
 def _objects(module: ModuleType) -> list[tuple[str, Any]]:
-    """Method and Backbone classes that the module defines, and its Task objects."""
+    """Method and Backbone classes that the module defines, and its Task and Corpus objects."""
     from harness.contracts import Backbone, Method
 
     found: list[tuple[str, Any]] = []
     for value in vars(module).values():
-        if isinstance(value, Task):
-            found.append(("task", value))
+        if isinstance(value, ImageSet):
+            found.append(("task" if isinstance(value, Task) else "corpus", value))
             continue
         here = inspect.isclass(value) and value.__module__ == module.__name__
         if here and issubclass(value, Method | Backbone) and "name" in vars(value):
@@ -233,6 +246,6 @@ def _objects(module: ModuleType) -> list[tuple[str, Any]]:
     if not found:
         raise UserError(
             f"--plugin {module.__name__} defines no plugin: it needs a subclass of harness.Method or harness.Backbone "
-            "with a `name`, or a harness.Task object"
+            "with a `name`, or a harness.Task or harness.Corpus object"
         )
     return found

@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness import hardware, metrics, picture
-from harness.config import RunConfig
+from harness.config import Evaluate, RunConfig, Training
 from harness.contracts import Backbone, Batch, Method, Source
 from harness.crops import Augment, CropDataset
 from harness.files import write_atomic
+from harness.formats import write_label
 from harness.images import load_label
 from harness.preparation import Workshop
 from harness.progress import progress
@@ -42,9 +43,9 @@ class Plugins:
     method: type[Method]
     backbone: type[Backbone]
 
-    def new_backbone(self, config: RunConfig, task: Task) -> Backbone:
-        """A randomly initialised backbone for the task's channels."""
-        return self.backbone(config.backbone_settings, len(task.channels))
+    def new_backbone(self, config: RunConfig, channels: int) -> Backbone:
+        """A randomly initialised backbone for images of so many channels."""
+        return self.backbone(config.backbone_settings, channels)
 
 
 def seed_for(seed: int, purpose: str) -> int:
@@ -53,13 +54,13 @@ def seed_for(seed: int, purpose: str) -> int:
 
 
 def pretrain(
-    config: RunConfig, plugins: Plugins, task: Task, volumes: Sequence[Volume], folder: Path, discovery: Discovery
+    config: RunConfig, plugins: Plugins, channels: int, volumes: Sequence[Volume], folder: Path, discovery: Discovery
 ) -> dict[str, Any]:
     """Run the pretext task and leave `weights.safetensors`, `history.jsonl` and, last, `stage.json` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "history.jsonl").unlink(missing_ok=True)
     accelerator = new_accelerator()
-    method, sources, prepared = _prepared(config, plugins, task, volumes, discovery, accelerator.device)
+    method, sources, prepared = _prepared(config, plugins, channels, volumes, discovery, accelerator.device)
     # Dropout and masks differ between processes, as their crops do.
     rank = accelerator.process_index
     torch.manual_seed(seed_for(config.seed, f"pretrain dropout {rank}"))
@@ -84,14 +85,14 @@ def pretrain(
 def _prepared(
     config: RunConfig,
     plugins: Plugins,
-    task: Task,
+    channels: int,
     volumes: Sequence[Volume],
     discovery: Discovery,
     device: torch.device,
 ) -> tuple[Method, Sequence[Source], dict[str, Any]]:
     """The method with what it froze and prepared, what to sample from, and what preparing cost and found."""
     torch.manual_seed(seed_for(config.seed, "pretrain init"))
-    method = plugins.method(config.method_settings, plugins.new_backbone(config, task))
+    method = plugins.method(config.method_settings, plugins.new_backbone(config, channels))
     freeze(method)
     identity, kept = discovery
     seed = seed_for(config.seed, "method prepare")
@@ -139,6 +140,7 @@ def finetune(
     volumes: Sequence[Volume],
     weights: Mapping[str, Tensor],
     folder: Path,
+    repeat_stem: bool = False,
 ) -> tuple[Backbone, Trained, dict[str, Any]]:
     """Fresh backbone, transfer, new head, supervised training; leaves `weights.safetensors` in `folder`.
 
@@ -146,8 +148,8 @@ def finetune(
     """
     accelerator = new_accelerator()
     torch.manual_seed(seed_for(config.seed, "finetune init"))
-    backbone = plugins.new_backbone(config, task)
-    report = transfer(backbone, weights)
+    backbone = plugins.new_backbone(config, len(task.channels))
+    report = transfer(backbone, weights, repeat_stem)
     backbone.set_head(task.num_outputs)
     torch.manual_seed(seed_for(config.seed, f"finetune dropout {accelerator.process_index}"))
     settings = config.finetune
@@ -169,48 +171,66 @@ def finetune(
 
 @torch.inference_mode()
 def evaluate(
-    config: RunConfig, task: Task, backbone: Backbone, volumes: Sequence[Volume], folder: Path, title: str
+    config: RunConfig,
+    task: Task,
+    backbone: Backbone,
+    volumes: Sequence[Volume],
+    folder: Path,
+    title: str,
+    save_predictions: bool = False,
 ) -> dict[str, Any]:
-    """Score every test case in its native grid; leaves `cases.csv` and `figures/segmentation.png` in `folder`."""
-    device = next(backbone.parameters()).device
-    dtype = hardware.precision(config.finetune.precision, device)
-    backbone.eval()
+    """Score every test case in its native grid; leaves `cases.csv` and `figures/segmentation.png` in `folder`.
+
+    With `save_predictions`, also `predictions/CASE.nii.gz`: label maps on the native grid, in the numbering of the data.
+    """
     rows: list[dict[str, Any]] = []
     panels = []
     for volume in progress(volumes, "evaluate"):
-        probabilities = _predict(config, task, backbone, volume, device, dtype == "bf16")
-        geometry = volume.geometry
-        predicted = task.decide(geometry.to_native(probabilities))
-        label, affine = load_label(task, volume.case)
+        probabilities = predict(task, backbone, volume.image, config.finetune, config.evaluate)
+        predicted = volume.geometry.decide(task, probabilities)
+        label, affine, _ = load_label(task, volume.case)
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
         scores = []
-        for target, prediction, reference in zip(task.targets, predicted, task.masks(label), strict=True):
-            scored = metrics.score(prediction, reference, spacing)
+        for number, target in enumerate(task.targets):
+            reference = np.isin(label, task.targets[target])
+            scored = metrics.score(predicted[number], reference, spacing)
             scores.append(scored.dice)
             row = {"case": volume.case.id, "target": target, "dice": scored.dice, "hd95_mm": scored.hd95_mm}
             rows.append(row | {"status": scored.status})
         panels.append(picture.panel(task, volume, probabilities, scores))
+        if save_predictions:
+            composed = task.compose(predicted, volume.case.numbering)
+            write_label(folder / ".predictions" / f"{volume.case.id}.nii.gz", composed, affine)
     with (folder / "cases.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     picture.segmentation(task, panels, folder / "figures" / "segmentation.png", title)
+    if save_predictions:
+        # By rename: where the folder is, all predictions are in it.
+        (folder / ".predictions").replace(folder / "predictions")
     return summarise(task, rows)
 
 
-def _predict(
-    config: RunConfig, task: Task, backbone: Backbone, volume: Volume, device: torch.device, bf16: bool
+@torch.inference_mode()
+def predict(
+    task: Task, backbone: Backbone, image: NDArray[np.float32], trained: Training, settings: Evaluate
 ) -> NDArray[np.float32]:
-    """Probabilities (outputs, x, y, z) on the prepared grid."""
-    image = torch.from_numpy(np.array(volume.image))[None].to(device)
-    layout = torch.channels_last_3d if config.finetune.channels_last else torch.contiguous_format
+    """A prepared image (C, x, y, z) -> probabilities (outputs, x, y, z) on the same grid, by sliding windows.
+
+    Windows have the extent, precision and memory layout that the network was `trained` with.
+    """
+    device = next(backbone.parameters()).device
+    bf16 = hardware.precision(trained.precision, device) == "bf16"
+    backbone.eval()
+    layout = torch.channels_last_3d if trained.channels_last else torch.contiguous_format
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         logits = sliding_window_inference(
-            image,
-            roi_size=config.finetune.crop,
+            torch.from_numpy(image)[None].to(device),
+            roi_size=trained.crop,
             sw_batch_size=2,
             predictor=lambda window: backbone(window.to(memory_format=layout)).float(),
-            overlap=config.evaluate.overlap,
+            overlap=settings.overlap,
             mode="gaussian",
         )
     assert isinstance(logits, Tensor)

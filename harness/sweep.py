@@ -17,12 +17,21 @@ from typing import Any
 
 from harness.errors import UserError, unknown
 from harness.files import digest
+from harness.planning import Request, locate, plan
 from harness.progress import say
-from harness.registry import Registry
-from harness.run import Finished, Request, find_data, plan, run, writable
+from harness.run import Finished, run
 
-AXES = {"method": str, "backbone": str, "task": str, "preset": str, "seed": int, "label_fraction": float}
-KEYS = (*AXES, "settings", "data")
+AXES = {
+    "method": str,
+    "backbone": str,
+    "task": str,
+    "preset": str,
+    "mode": str,
+    "split": str,
+    "seed": int,
+    "label_fraction": float,
+}
+KEYS = (*AXES, "settings", "data", "corpus")
 PHANTOM = "phantom"
 
 
@@ -37,7 +46,10 @@ class Cell:
         request = self.request
         fraction = f" {request.label_fraction:.0%} of the labels" if request.label_fraction < 1 else ""
         settings = f" {{{', '.join(request.settings)}}}" if request.settings else ""
-        return f"{request.method} {request.backbone} {request.task} {request.preset} seed {request.seed}{fraction}{settings}"
+        split = f" split {request.split}" if request.split != "fixed" else ""
+        corpora = f" on {'+'.join(request.corpora)}" if request.corpora else ""
+        name = f"{request.method} {request.backbone} {request.task} {request.preset} seed {request.seed}"
+        return f"{name}{fraction}{split}{corpora}{settings}"
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,8 @@ def read(path: Path, base: Request) -> list[Cell]:
     """The cells of a sweep file, in its order, each once.
 
     The file holds `[[matrix]]` tables, whose keys may be single values or lists, and `[defaults]` for all of them:
-    method, backbone, task, preset, seed, label_fraction, `settings` (a table of `--set` values, or a list of them) and
+    method, backbone, task, preset, mode, split, seed, label_fraction, `settings` (a table of `--set` values, or a list of
+    them), `corpus` (a name or folder, a list of them, or a list of such lists, each of which is pre-trained on together) and
     `data` (a folder, relative to the file; or "phantom"). `base` has what the command line gave.
 
     Raises:
@@ -91,9 +104,9 @@ def _expand(path: Path, defaults: dict[str, Any], block: dict[str, Any], base: R
                     continue
                 raise UserError(f"{path}: {key} = {value!r} is not a {kind.__name__}: give one, or a list of them")
     for settings in _settings(path, defaults.get("settings", {}), block.get("settings", {})):
-        for values in product(*axes.values()):
+        for *values, corpora in product(*axes.values(), _corpora(path, merged.get("corpus"), base.corpora)):
             request = replace(base, **dict(zip(axes, values, strict=True)), settings=(*base.settings, *settings))
-            yield replace(request, data=_data(path, merged.get("data"), base.data))
+            yield replace(request, data=_data(path, merged.get("data"), base.data), corpora=corpora)
 
 
 def _settings(path: Path, common: Any, own: Any) -> list[tuple[str, ...]]:
@@ -103,6 +116,18 @@ def _settings(path: Path, common: Any, own: Any) -> list[tuple[str, ...]]:
             raise UserError(f'{path}: settings are tables of --set values, for instance {{"method.mask_ratio" = 0.6}}')
         found.append(tuple(f"{key}={_text(value)}" for key, value in (common | table).items()))
     return found
+
+
+def _corpora(path: Path, named: Any, given: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """One tuple of corpora per cell; folders (with a slash) are relative to the file."""
+    if named is None:
+        return [given]
+    sets = [each if isinstance(each, list) else [each] for each in (named if isinstance(named, list) else [named])]
+    if not all(isinstance(one, str) for each in sets for one in each):
+        raise UserError(
+            f"{path}: corpus = {named!r}: give names or folders, a list of them, or a list of lists of them"
+        )
+    return [tuple(str(path.parent / one) if "/" in one else one for one in each) for each in sets]
 
 
 def _text(value: Any) -> str:
@@ -126,10 +151,7 @@ def sort_out(cells: Sequence[Cell]) -> tuple[list[Cell], list[Outcome]]:
     for cell in cells:
         began = time.perf_counter()
         try:
-            registry = Registry(cell.request.plugins)
-            task = registry.task(cell.request.task)
-            root = find_data(task, cell.request.data, writable(cell.request.runs))
-            setting = plan(cell.request, registry, task, root)
+            setting = plan(cell.request, *locate(cell.request))
         except UserError as error:
             known.append(Outcome(cell, None, str(error), time.perf_counter() - began))
             continue

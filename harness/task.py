@@ -1,6 +1,5 @@
 """What a data set is: its layout on disk, its targets, its geometry. Knows no torch, so that listing tasks is quick."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,18 +9,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.errors import UserError
-
 Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One patient: an image file per channel (or one 4D file for all channels) and the label map, if there is one."""
+    """One scan: an image file per channel (or one 4D file for all channels) and the label map, if there is one.
+
+    Attributes:
+        patient: whose scan it is; scans of one patient never straddle a split. Empty: a patient of its own.
+        numbering: (value in this label file, value of the task) pairs, where a release numbers the same tissues
+            differently; any other value is an error. Empty: the file has the task's own values.
+    """
 
     id: str
     images: tuple[Path, ...]
     label: Path | None
+    patient: str = ""
+    numbering: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Images, then the label map if there is one."""
+        return (*self.images, self.label) if self.label else self.images
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ class PhantomShape:
         label: its value in the label file.
         centre: relative to the body's half axes, each in -1..1.
         radius: half axes relative to the body's, each in 0..1.
-        contrast: added intensity per channel, in units of the body's intensity.
+        contrast: added intensity per channel: Hounsfield units for CT, else in units of the body's intensity.
         inside: label of the structure that contains it (it cannot leave that one), or None for the body.
     """
 
@@ -62,18 +72,26 @@ class PhantomShape:
     inside: int | None = None
 
 
+@dataclass(frozen=True)
+class Archive:
+    """A public archive of a data set: where it lies, its MD5 sum, and the folder that it unpacks to."""
+
+    url: str
+    md5: str
+    folder: str
+
+
 @dataclass(frozen=True, kw_only=True)
-class Task(ABC):
-    """A segmentation data set as its users have it on disk.
+class ImageSet:
+    """Scans that are prepared alike: what a task and a corpus of unlabelled scans have in common.
 
     Attributes:
+        channels: names, in the order of the network's input.
+        spacing: of the prepared volumes, mm; None keeps each image's own.
         targets: what is scored, in the order of the leaderboard: name -> label values that make it up.
         labels: every value that a label file may hold, 0 included. Anything else is an error.
-        overlapping: targets overlap (one sigmoid output each) or exclude each other (softmax, background first).
-        spacing: of the prepared volumes, mm; None keeps each image's own.
-        presets: preset name -> {"section.field": value}, laid over the engine's preset.
-        phantom: the structures of a phantom; `phantom_size` its extent in voxels, `phantom_cases` how many by default.
-        test_ids: the shipped test list; None splits by a rule that depends on the case names alone.
+        registration: where to get the data, for those that need a registration.
+        layout: the files and folders that are expected, in words.
     """
 
     name: str
@@ -82,11 +100,31 @@ class Task(ABC):
     licence: str
     reference: str
     channels: tuple[str, ...]
-    targets: Mapping[str, tuple[int, ...]]
-    labels: tuple[int, ...]
-    overlapping: bool
     spacing: Triple | None
     normalisation: Percentiles | Window
+    targets: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    labels: tuple[int, ...] = (0,)
+    registration: str = ""
+    layout: str = ""
+
+    def masks(self, label: NDArray[Any]) -> NDArray[np.bool_]:
+        """Label map (x, y, z) -> one mask per target (targets, x, y, z)."""
+        masks = [np.isin(label, values) for values in self.targets.values()]
+        return np.stack(masks) if masks else np.zeros((0, *label.shape), dtype=np.bool_)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ImageSet, ABC):
+    """A segmentation data set as its users have it on disk.
+
+    Attributes:
+        overlapping: targets overlap (one sigmoid output each) or exclude each other (softmax, background first).
+        presets: preset name -> {"section.field": value}, laid over the engine's preset.
+        phantom: the structures of a phantom; `phantom_size` its extent in voxels, `phantom_cases` how many by default.
+        test_ids: the shipped test list, for releases whose case names are known; other cases are split by rule.
+    """
+
+    overlapping: bool
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     phantom: tuple[PhantomShape, ...] = ()
     phantom_size: tuple[int, int, int] = (64, 64, 64)
@@ -103,7 +141,7 @@ class Task(ABC):
 
     @abstractmethod
     def write_case(
-        self, root: Path, number: int, images: NDArray[np.float32], label: NDArray[np.uint8], affine: NDArray[Any]
+        self, root: Path, number: int, images: NDArray[Any], label: NDArray[np.uint8], affine: NDArray[Any]
     ) -> None:
         """Write one phantom case in the task's exact layout; `images` is (channels, x, y, z), `label` (x, y, z)."""
 
@@ -112,34 +150,14 @@ class Task(ABC):
         """A task made from a folder that describes itself, or None where this family does not recognise it."""
         return None
 
+    def archive(self) -> Archive | None:
+        """The public archive that `harness data fetch` brings; None where there is none."""
+        return None
+
     @property
     def num_outputs(self) -> int:
         """Channels that the network's head needs."""
         return len(self.targets) + (not self.overlapping)
-
-    def split(self, cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
-        """Fixed 80/20 split. Training cases come in an order whose prefixes are the nested label fractions.
-
-        Raises:
-            UserError: fewer than two cases, or none left on one side.
-        """
-        ordered = sorted(cases, key=lambda case: hashlib.sha256(f"{self.name}:{case.id}".encode()).hexdigest())
-        if self.test_ids is None:
-            num_test = max(1, round(0.2 * len(ordered)))
-            train, test = ordered[num_test:], ordered[:num_test]
-        else:
-            train = [case for case in ordered if case.id not in self.test_ids]
-            test = [case for case in ordered if case.id in self.test_ids]
-        if not train or not test:
-            raise UserError(
-                f"task {self.name!r}: {len(cases)} labelled cases split into {len(train)} for training and {len(test)} "
-                "for testing; both need at least one: give the whole data set"
-            )
-        return train, sorted(test, key=lambda case: case.id)
-
-    def masks(self, label: NDArray[Any]) -> NDArray[np.bool_]:
-        """Label map (x, y, z) -> one mask per target (targets, x, y, z)."""
-        return np.stack([np.isin(label, values) for values in self.targets.values()])
 
     def training_target(self, label: NDArray[Any]) -> NDArray[Any]:
         """What the loss compares with: (targets, ...) float32 if overlapping, else (1, ...) int64 class indices."""
@@ -157,3 +175,19 @@ class Task(ABC):
             return probabilities > 0.5
         winner = probabilities.argmax(axis=0)
         return np.stack([winner == number for number in range(1, len(self.targets) + 1)])
+
+    def compose(self, masks: NDArray[np.bool_], numbering: Sequence[tuple[int, int]] = ()) -> NDArray[np.uint8]:
+        """Masks (targets, x, y, z) -> a label map; of targets that overlap, a later one (the inner) wins.
+
+        Each target stands for the first of its values that no later target has: whole tumour (1, 2, 4) for 2, where
+        tumour core is (1, 4). `numbering` is a case's own (`Case.numbering`).
+        """
+        own = {ours: theirs for theirs, ours in numbering}
+        label = np.zeros(masks.shape[1:], dtype=np.uint8)
+        names = list(self.targets)
+        for place, mask in enumerate(masks):
+            values = self.targets[names[place]]
+            later = {value for name in names[place + 1 :] for value in self.targets[name]}
+            value = next((value for value in values if value not in later), values[0])
+            label[mask] = own.get(value, value)
+        return label

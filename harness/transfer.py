@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from harness.contracts import Backbone
@@ -15,12 +16,14 @@ class Transfer:
 
     Attributes:
         loaded: names taken over.
+        inflated: those of them that were made for one channel and repeated for all.
         skipped: names in the weights that the backbone lacks or has in another shape.
         reinitialised: names of the backbone that keep their random values.
         encoder_fraction: share of the encoder's parameters (counted in numbers, not tensors) that was loaded.
     """
 
     loaded: list[str]
+    inflated: list[str]
     skipped: list[str]
     reinitialised: list[str]
     encoder_fraction: float
@@ -30,8 +33,9 @@ class Transfer:
         return asdict(self) | {"loaded": len(self.loaded), "num_tensors": len(self.loaded) + len(self.reinitialised)}
 
     def __str__(self) -> str:
+        inflated = f" ({_named(self.inflated)} repeated from one channel)" if self.inflated else ""
         return (
-            f"transfer: {len(self.loaded)} tensors loaded, {_named(self.skipped)} skipped, "
+            f"transfer: {len(self.loaded)} tensors loaded{inflated}, {_named(self.skipped)} skipped, "
             f"{_named(self.reinitialised)} re-initialised, {self.encoder_fraction:.1%} of the encoder's parameters"
         )
 
@@ -41,15 +45,32 @@ def _named(keys: list[str], most: int = 4) -> str:
     return f"{len(keys)} ({shown})" if keys else "0"
 
 
-def transfer(backbone: Backbone, weights: Mapping[str, Tensor]) -> Transfer:
-    """Copy what fits by name and shape into `backbone`, in place, and report everything."""
+def transfer(backbone: Backbone, weights: Mapping[str, Tensor], repeat_stem: bool = False) -> Transfer:
+    """Copy what fits by name and shape into `backbone`, in place, and report everything.
+
+    With `repeat_stem`, convolutions of a single input channel serve a backbone of several (see `inflate`).
+    """
     own = backbone.state_dict()
+    inflated = []
+    if repeat_stem:
+        grown = {key: inflate(value, own[key].shape) if key in own else value for key, value in weights.items()}
+        inflated = [key for key in weights if grown[key].shape != weights[key].shape]
+        weights = grown
     fits = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
     backbone.load_state_dict({**own, **fits})
     encoder = {key: value.numel() for key, value in backbone.named_parameters() if backbone.part_of(key) == "encoder"}
     return Transfer(
         loaded=sorted(fits),
+        inflated=sorted(inflated),
         skipped=sorted(set(weights) - set(fits)),
         reinitialised=sorted(set(own) - set(fits)),
         encoder_fraction=sum(number for key, number in encoder.items() if key in fits) / max(1, sum(encoder.values())),
     )
+
+
+def inflate(value: Tensor, shape: torch.Size) -> Tensor:
+    """A convolution of one input channel for `shape[1]` of them, such that equal channels give what one gave."""
+    one_to_many = value.ndim == len(shape) == 5 and value.shape[1] == 1 and shape[1] > 1
+    if one_to_many and value.shape[:1] + value.shape[2:] == shape[:1] + shape[2:]:
+        return value.repeat(1, shape[1], 1, 1, 1) / shape[1]
+    return value

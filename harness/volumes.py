@@ -1,60 +1,37 @@
-"""Prepared volumes: canonical orientation, one spacing, cropped, normalised, memory-mapped; made once, cached on disk."""
+"""Prepared volumes: canonical orientation, one spacing, cropped, normalised, memory-mapped; made once, cached on disk.
+
+Intensities are kept as int16 in a plain `.npy`, row by row: crops of 96^3 come from it about as fast as from float32, in
+half the space, and faster than from blosc2 (`docs/data.md` has the numbers and their command).
+"""
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from harness.arrays import cut, random_origin
 from harness.errors import UserError
 from harness.files import digest, digest_file, write_atomic
+from harness.formats import read_header
+from harness.geometry import Geometry, resample, resample_label
 from harness.images import Loaded, load_case
-from harness.progress import progress
-from harness.task import Case, Percentiles, Task, Window
+from harness.progress import progress, say
+from harness.task import Case, ImageSet, Percentiles, Window
 
-PREPARED = 1  # raise it when preparing changes what it writes
+PREPARED = 2  # raise it when preparing changes what it writes
 POINTS_PER_TARGET = 2000
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a prepared volume lies in its native grid, so that predictions can go back.
-
-    Attributes:
-        shape, affine: of the native grid.
-        box: the foreground, (start, stop) per axis of the canonical (RAS) grid.
-        spacing: of the prepared volume in mm, along the canonical axes.
-    """
-
-    shape: tuple[int, int, int]
-    affine: list[list[float]]
-    box: tuple[tuple[int, int], ...]
-    spacing: tuple[float, float, float]
-
-    def to_native(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Channels on the prepared grid (O, x, y, z) -> on the native grid; outside the foreground all are 0."""
-        affine = np.asarray(self.affine)
-        to_canonical = nib.orientations.io_orientation(affine)
-        canonical_shape = [0, 0, 0]
-        for axis, (target, _) in enumerate(to_canonical):
-            canonical_shape[int(target)] = self.shape[axis]
-        canonical = np.zeros((len(values), *canonical_shape), dtype=np.float32)
-        extent = [stop - start for start, stop in self.box]
-        spans = tuple(slice(start, stop) for start, stop in self.box)
-        for channel, source in zip(canonical, values, strict=True):
-            channel[spans] = resample(source, extent, order=1)
-        identity = np.column_stack([np.arange(3), np.ones(3)])
-        back = nib.orientations.ornt_transform(identity, to_canonical)
-        return np.stack([nib.orientations.apply_orientation(channel, back) for channel in canonical])
+STEPS = 32767  # of [0, 1] in int16; a step is 3e-5, far below any noise
+BYTES_PER_VOXEL = 24  # of a native grid while it is prepared, one channel, measured; each more channel takes 8
 
 
 @dataclass(frozen=True)
@@ -65,10 +42,23 @@ class Volume:
     stem: Path
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Extent (x, y, z) in voxels."""
+        x, y, z = self._stored.shape[1:]
+        return x, y, z
+
+    @property
     def image(self) -> NDArray[np.float32]:
-        """(C, x, y, z) in [0, 1]."""
-        mapped: NDArray[np.float32] = np.load(f"{self.stem}.image.npy", mmap_mode="r")
-        return mapped
+        """(C, x, y, z) in [0, 1], whole, in memory."""
+        return np.multiply(self._stored, np.float32(1 / STEPS), dtype=np.float32)
+
+    def crop(self, origin: Sequence[int], size: Sequence[int]) -> NDArray[np.float32]:
+        """(C, *size) from `origin`, zeros outside; only what is touched is read."""
+        return cut(self._stored, origin, size, scale=1 / STEPS)
+
+    def sample(self, size: tuple[int, int, int], rng: np.random.Generator) -> dict[str, Any]:
+        """A random crop, `image` (C, *size); zeros where the volume is smaller."""
+        return {"image": self.crop(random_origin(self.shape, size, rng), size)}
 
     @property
     def label(self) -> NDArray[np.uint8]:
@@ -82,118 +72,174 @@ class Volume:
         rows: NDArray[np.int32] = np.load(f"{self.stem}.points.npy")
         return rows
 
-    def sample(self, size: tuple[int, int, int], rng: np.random.Generator) -> dict[str, Any]:
-        """A random crop, `image` (C, *size); zeros where the volume is smaller."""
-        image = self.image
-        return {"image": cut(image, random_origin(image.shape[1:], size, rng), size)}
-
     @property
     def geometry(self) -> Geometry:
         """Its place in the native grid."""
-        return Geometry(**json.loads(Path(f"{self.stem}.json").read_text()))
+        return Geometry(**json.loads(self.description.read_text())["geometry"])
 
+    @property
+    def description(self) -> Path:
+        """Geometry, sizes and digests of the arrays; written last: where it is, they are whole."""
+        return Path(f"{self.stem}.json")
 
-def fingerprint(digests: Mapping[str, str]) -> str:
-    """One digest for the content of all cases: case id -> digest of its files."""
-    return digest(dict(sorted(digests.items())))
-
-
-def digest_cases(cases: Sequence[Case], cache: Path) -> dict[str, str]:
-    """Case id -> digest of its files' content. Files that did not change since last time are not read again.
-
-    Raises:
-        UserError: a file cannot be read, or two cases have one id.
-    """
-    memory = cache / "digests.json"
-    known: dict[str, str] = json.loads(memory.read_text()) if memory.exists() else {}
-    before = dict(known)
-
-    def of_file(path: Path) -> str:
-        status = path.stat()
-        key = f"{path}|{status.st_size}|{status.st_mtime_ns}"
-        if key not in known:
-            known[key] = digest_file(path)
-        return known[key]
-
-    found: dict[str, str] = {}
-    for case in progress(cases, "fingerprint"):
-        if case.id in found:
-            raise UserError(f"two cases are named {case.id!r}: rename one")
-        files = [*case.images, *([case.label] if case.label else [])]
+    def whole(self, verify: bool) -> bool:
+        """Whether its files are there in their full size; with `verify`, also with the bytes that were written."""
         try:
-            found[case.id] = digest([of_file(path) for path in files])
-        except OSError as error:
-            raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
-    if known != before:
-        write_atomic(memory, json.dumps(known, indent=0))
-    return found
+            files = json.loads(self.description.read_text())["files"]
+            for kind, (size, written) in files.items():
+                path = Path(f"{self.stem}.{kind}.npy")
+                if path.stat().st_size != size or (verify and digest_file(path) != written):
+                    return False
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
+        return True
+
+    @property
+    def _stored(self) -> NDArray[np.int16]:
+        mapped: NDArray[np.int16] = np.load(f"{self.stem}.image.npy", mmap_mode="r")
+        return mapped
 
 
-def prepare(task: Task, cases: Sequence[Case], digests: Mapping[str, str], cache: Path) -> list[Volume]:
+def prepare(
+    images: ImageSet, cases: Sequence[Case], digests: Mapping[str, str], cache: Path, verify: bool = False
+) -> list[Volume]:
     """Prepared volumes of `cases`, in their order; those made before are taken from the cache.
 
+    The cache is keyed by what the set's volumes depend on (version, spacing, intensities, targets) and by the content
+    of the case's files. With `verify` the bytes of what is there are compared with their digests.
+
     Raises:
-        UserError: as `harness.images.load_case`, or an image without contrast. Cases already prepared are kept.
+        UserError: as `harness.images.load_case`, an image without contrast, or a disk that cannot hold the volumes. All
+            cases that can be prepared are, and kept.
     """
     settings = {
         "format": PREPARED,
-        "task": task.name,
-        "version": task.version,
-        "spacing": task.spacing,
-        "normalisation": [type(task.normalisation).__name__, asdict(task.normalisation)],
-        "targets": dict(task.targets),
+        "set": images.name,
+        "version": images.version,
+        "spacing": images.spacing,
+        "normalisation": [type(images.normalisation).__name__, asdict(images.normalisation)],
+        "targets": dict(images.targets),
     }
-    folder = cache / "prepared" / f"{task.name}-{digest(settings)[:8]}"
+    folder = cache / "prepared" / f"{images.name}-{digest(settings)[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     volumes = [Volume(case, folder / digests[case.id][:20]) for case in cases]
-    # The geometry is written last: where it exists, the arrays are whole.
-    missing = [volume for volume in volumes if not Path(f"{volume.stem}.json").exists()]
-    if missing:
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            jobs = pool.map(partial(_prepare_one, task), missing)
-            for _ in progress(jobs, "prepare", total=len(missing)):
-                pass
+    known = progress(volumes, "verify", shown=verify)
+    missing = {volume.stem: volume for volume in known if not volume.whole(verify)}
+    broken = sum(volume.description.exists() for volume in missing.values())
+    if broken:
+        say(f"{broken} volumes in {folder} are not as they were written: they are prepared again")
+    _prepare_missing(images, list(missing.values()), folder)
     return volumes
 
 
-def _prepare_one(task: Task, volume: Volume) -> None:
-    loaded = load_case(task, volume.case)
-    image, label, geometry = prepare_arrays(task, loaded, str(volume.case.images[0]))
-    for kind, array in (("image", image), ("label", label), ("points", _points(task, label))):
+def _prepare_missing(images: ImageSet, missing: Sequence[Volume], folder: Path) -> None:
+    if not missing:
+        return
+    needed, largest = _needed(images, missing)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"preparing {len(missing)} cases of {images.name!r} takes up to {needed / 2**30:.2f} GiB in {folder}, "
+            f"{free / 2**30:.2f} GiB are free: make room, or give another folder with --runs or HARNESS_RUNS"
+        )
+    problems = []
+
+    def attempt(volume: Volume) -> str | None:
+        try:
+            _prepare_one(images, volume)
+        except UserError as error:
+            return str(error)
+        return None
+
+    # What takes long (decompression, matrix products) releases the interpreter, so threads use all cores.
+    with ThreadPoolExecutor(num_workers(largest, len(missing))) as pool:
+        for problem in progress(pool.map(attempt, missing), "prepare", total=len(missing)):
+            problems += [problem] if problem else []
+    if problems:
+        others = f" ({len(problems) - 1} more cases have a problem: `harness data check`)" if len(problems) > 1 else ""
+        raise UserError(problems[0] + others)
+
+
+def num_workers(largest: int, jobs: int) -> int:
+    """All cores, as far as half of the free memory holds that many cases of `largest` bytes."""
+    import psutil
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, jobs, psutil.virtual_memory().available // 2 // max(1, largest)))
+
+
+def _needed(images: ImageSet, volumes: Sequence[Volume]) -> tuple[int, int]:
+    """Bytes on disk at most (the foreground's box is not known yet), and bytes in memory for the largest case."""
+    disk, largest = 0, 1
+    for volume in volumes:
+        try:
+            headers = [read_header(path) for path in volume.case.images]
+        except UserError:
+            continue  # reported when its turn comes
+        shape, spacing = headers[0].shape[:3], headers[0].spacing
+        channels = len(images.channels)
+        target = sorted(spacing) if images.spacing is None else sorted(images.spacing)
+        voxels = prod(shape) * prod(spacing) / prod(target)
+        disk += int(voxels * (2 * channels + bool(volume.case.label))) + 65536
+        largest = max(largest, int(max(voxels, prod(shape)) * (BYTES_PER_VOXEL + 8 * (channels - 1))))
+    return disk, largest
+
+
+def _prepare_one(images: ImageSet, volume: Volume) -> None:
+    loaded = load_case(images, volume.case)
+    image, label, geometry = prepare_arrays(images, loaded, str(volume.case.images[0]))
+    arrays: dict[str, NDArray[Any]] = {"image": quantise(image)}
+    if label is not None:
+        arrays |= {"label": label, "points": _points(images, label)}
+    files = {}
+    for kind, array in arrays.items():
         partial_path = Path(f"{volume.stem}.{os.getpid()}.{kind}.partial.npy")
         np.save(partial_path, array)
+        files[kind] = (partial_path.stat().st_size, digest_file(partial_path))
         partial_path.replace(f"{volume.stem}.{kind}.npy")
-    write_atomic(Path(f"{volume.stem}.json"), json.dumps(asdict(geometry)))
+    write_atomic(volume.description, json.dumps({"geometry": asdict(geometry), "files": files}))
 
 
-def prepare_arrays(task: Task, loaded: Loaded, source: str) -> tuple[NDArray[np.float32], NDArray[np.uint8], Geometry]:
+def quantise(image: NDArray[np.float32]) -> NDArray[np.int16]:
+    """[0, 1] -> the whole numbers that the cache holds."""
+    return np.rint(image * np.float32(STEPS)).astype(np.int16)
+
+
+def prepare_arrays(
+    images: ImageSet, loaded: Loaded, source: str
+) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None, Geometry]:
     """Native arrays -> prepared image (C, x, y, z) in [0, 1], label (x, y, z) and geometry. No file is touched.
 
     Raises:
         UserError: a channel of `source` has no contrast.
     """
     orientation = nib.orientations.io_orientation(loaded.affine)
-    image = np.stack([nib.orientations.apply_orientation(channel, orientation) for channel in loaded.image])
-    label = nib.orientations.apply_orientation(loaded.label, orientation)
+    turn = partial(nib.orientations.apply_orientation, ornt=orientation)
+    channels = [turn(channel) for channel in loaded.image]
     spacing = np.empty(3)
     spacing[orientation[:, 0].astype(int)] = loaded.spacing
-    box = _foreground(image, task)
+    box = _foreground(channels, images)
     spans = tuple(slice(start, stop) for start, stop in box)
-    image, label = image[(slice(None), *spans)], label[spans]
-    target = spacing if task.spacing is None else np.asarray(task.spacing)
-    image = np.stack([normalise(channel, task.normalisation, source) for channel in image])
-    extent = [max(1, round(n * old / new)) for n, old, new in zip(label.shape, spacing, target, strict=True)]
-    if extent != list(label.shape):
-        # Cubic for images, as nnU-Net; it overshoots at edges, hence the clip.
-        image = np.stack([resample(channel, extent, order=3).clip(0, 1) for channel in image])
-        label = _resample_label(label, extent)
+    target = spacing if images.spacing is None else np.asarray(images.spacing)
+    shape = [stop - start for start, stop in box]
+    extent = [max(1, round(n * old / new)) for n, old, new in zip(shape, spacing, target, strict=True)]
+    image = np.empty((len(channels), *extent), dtype=np.float32)
+    for place, channel in enumerate(channels):
+        # Cubic, as nnU-Net; it overshoots at edges, hence the clip.
+        scaled = normalise(channel[spans], images.normalisation, source)
+        image[place] = scaled if extent == shape else resample(scaled, extent, order=3).clip(0, 1)
+    label = None
+    if loaded.label is not None:
+        label = np.ascontiguousarray(turn(loaded.label)[spans])
+        label = label if extent == shape else resample_label(label, extent)
+    x, y, z = loaded.image.shape[1:]
     geometry = Geometry(
-        shape=loaded.label.shape,
+        shape=(x, y, z),
         affine=loaded.affine.tolist(),
         box=box,
         spacing=(float(target[0]), float(target[1]), float(target[2])),
     )
-    return np.ascontiguousarray(image, dtype=np.float32), np.ascontiguousarray(label), geometry
+    return image, label, geometry
 
 
 def normalise(channel: NDArray[np.float32], how: Percentiles | Window, source: str) -> NDArray[np.float32]:
@@ -203,52 +249,40 @@ def normalise(channel: NDArray[np.float32], how: Percentiles | Window, source: s
         UserError: the channel has no contrast.
     """
     if isinstance(how, Window):
-        inside, (low, high) = None, (how.low, how.high)
+        low, high = how.low, how.high
     else:
-        inside = channel != 0
-        if not inside.any():
+        present = channel[channel != 0]
+        if not present.size:
             raise UserError(f"{source}: a channel is 0 everywhere: restore the image or take the case out")
-        low, high = (float(value) for value in np.percentile(channel[inside], [how.low, how.high]))
+        low, high = (float(value) for value in np.percentile(present, [how.low, how.high]))
         if not low < high:
             raise UserError(f"{source}: a channel has the same value {low:g} nearly everywhere: restore the image")
-    scaled = 0.001 + 0.999 * ((channel - low) / (high - low)).clip(0, 1)
-    return (scaled if inside is None else scaled * inside).astype(np.float32)
+    scaled = channel - np.float32(low)
+    scaled *= np.float32(0.999 / (high - low))
+    scaled.clip(0, np.float32(0.999), out=scaled)
+    scaled += np.float32(0.001)
+    if isinstance(how, Percentiles):
+        scaled *= channel != 0
+    return scaled
 
 
-def resample(values: NDArray[Any], extent: Sequence[int], order: int) -> NDArray[np.float32]:
-    """(x, y, z) onto `extent` voxels over the same physical box (voxel centres at half steps)."""
-    if list(values.shape) == list(extent):
-        return values.astype(np.float32, copy=False)
-    factors = [new / old for new, old in zip(extent, values.shape, strict=True)]
-    resampled: NDArray[np.float32] = ndimage.zoom(
-        values.astype(np.float32), factors, order=order, mode="nearest", grid_mode=True
-    )
-    return resampled
-
-
-def _resample_label(label: NDArray[np.uint8], extent: Sequence[int]) -> NDArray[np.uint8]:
-    """Label by label, linear, the largest wins: nearest-neighbour would leave stair steps."""
-    values = np.unique(label)
-    shares = np.stack([resample(label == value, extent, order=1) for value in values])
-    return values[shares.argmax(axis=0)]
-
-
-def _foreground(image: NDArray[np.float32], task: Task) -> tuple[tuple[int, int], ...]:
+def _foreground(channels: Sequence[NDArray[np.float32]], images: ImageSet) -> tuple[tuple[int, int], ...]:
     """Smallest box around what is not background in any channel; the whole image if that is nothing."""
-    present = image > task.normalisation.low if isinstance(task.normalisation, Window) else image != 0
-    inside = np.asarray(present.any(axis=0))
-    box = []
+    inside = np.zeros(channels[0].shape, dtype=np.bool_)
+    for channel in channels:
+        inside |= channel > images.normalisation.low if isinstance(images.normalisation, Window) else channel != 0
+    box: list[tuple[int, int]] = []
     for axis in range(3):
-        where = np.flatnonzero(np.moveaxis(inside, axis, 0).any(axis=(1, 2)))
-        box.append((int(where[0]), int(where[-1]) + 1) if len(where) else (0, image.shape[axis + 1]))
+        where = np.flatnonzero(inside.any(axis=tuple(other for other in range(3) if other != axis)))
+        box.append((int(where[0]), int(where[-1]) + 1) if len(where) else (0, inside.shape[axis]))
     return tuple(box)
 
 
-def _points(task: Task, label: NDArray[np.uint8]) -> NDArray[np.int32]:
+def _points(images: ImageSet, label: NDArray[np.uint8]) -> NDArray[np.int32]:
     """Voxels of every target for foreground-centred crops; evenly spread, so no randomness is needed."""
-    rows = []
-    for number, mask in enumerate(task.masks(label)):
-        voxels = np.argwhere(mask)
-        chosen = voxels[np.linspace(0, len(voxels) - 1, min(len(voxels), POINTS_PER_TARGET)).astype(int)]
-        rows.append(np.column_stack([np.full(len(chosen), number), chosen]))
+    rows = [np.zeros((0, 4), dtype=np.int64)]
+    for number, values in enumerate(images.targets.values()):
+        flat = np.flatnonzero(np.isin(label, values))
+        chosen = flat[np.linspace(0, len(flat) - 1, min(len(flat), POINTS_PER_TARGET)).astype(int)]
+        rows.append(np.column_stack([np.full(len(chosen), number), *np.unravel_index(chosen, label.shape)]))
     return np.concatenate(rows).astype(np.int32)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 SCHEMA = 1
 NEEDED = (
     *("run_id", "method", "backbone", "task", "task_version", "mode", "protocol", "preset", "overrides"),
-    *("label_fraction", "seed", "data", "metrics", "metric_policy", "timing"),
+    *("label_fraction", "seed", "data", "config", "metrics", "metric_policy", "timing"),
 )
 
 
@@ -47,7 +47,7 @@ class Run:
         return (
             record["task"] if record["task_version"] == "1" else f"{record['task']}@{record['task_version']}",
             f"{data['source']}:{data['fingerprint'][:8]}",
-            _label(record["preset"], record["overrides"], ("pretrain", "finetune", "evaluate")),
+            _label(record["preset"], self._overrides, ("split", "task", "pretrain", "finetune", "evaluate")),
             record["mode"],
             record["protocol"],
             float(record["label_fraction"]),
@@ -56,9 +56,21 @@ class Run:
         )
 
     @property
+    def num_test_seen(self) -> int:
+        """Test cases that were trained or pre-trained on: 0 in an honest run."""
+        return int(self.record["data"].get("n_test_seen", 0))
+
+    @property
+    def _overrides(self) -> dict[str, str]:
+        split = self.record["data"].get("split", "fixed")
+        return dict(self.record["overrides"]) | ({"split": split} if split != "fixed" else {})
+
+    @property
     def method(self) -> str:
-        """Its name, with the settings that were changed from the preset; files by name and digest, not by path."""
+        """Its name, with corpora and the settings that were changed; files by name and digest, not by path."""
         overrides = dict(self.record["overrides"])
+        if corpora := self.record["config"].get("corpora"):
+            overrides["method.corpus"] = "+".join(corpora)
         for field, digest in self.record.get("files", {}).items():
             overrides[f"method.{field}"] = f"{PurePath(overrides.get(f'method.{field}', field)).name}@{digest[:8]}"
         return _label(self.record["method"], overrides, ("method",))

@@ -15,7 +15,7 @@ COLUMNS = [
     *("task", "data", "preset", "mode", "protocol", "label_fraction", "method", "backbone", "n_seeds", "target"),
     *("dice", "dice_ci_low", "dice_ci_high", "hd95_mm", "hd95_ci_low", "hd95_ci_high", "n_cases", "n_missed"),
     *("delta_dice_vs_scratch", "delta_ci_low", "delta_ci_high", "p_value_holm", "rank", "step_ms_p50"),
-    *("pretrain_seconds", "source", "run_ids"),
+    *("pretrain_seconds", "source", "run_ids", "n_test_seen"),
 ]
 CONTROL = "scratch"
 TABLE = COLUMNS[:6]
@@ -25,13 +25,24 @@ def build(runs: Sequence[Run]) -> pd.DataFrame:
     """One row per table, method, backbone and target (`average` too), in the columns of `COLUMNS`.
 
     Runs share a table, and are compared, only where task, data, preset, mode, protocol, label fraction, metric
-    policy and test cases are the same. What cannot be computed is empty.
+    policy and test cases are the same. What cannot be computed is empty. The control pre-trains on nothing, so it stands
+    in the tables of both modes.
     """
     tables: dict[tuple[Any, ...], dict[tuple[str, str], list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         tables[run.table][run.method, run.backbone].append(run)
+    for run in [run for run in runs if run.record["method"] == CONTROL]:
+        for other in tables:
+            if other != run.table and without_mode(other) == without_mode(run.table):
+                tables[other][run.method, run.backbone].append(run)
     rows = [row for key in sorted(tables) for row in _rows(key, tables[key])]
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def without_mode(table: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A table's key (`Run.table`) but for what was pre-trained on: the controls of its rows are found under it."""
+    place = TABLE.index("mode")
+    return (*table[:place], *table[place + 1 :])
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
@@ -55,6 +66,7 @@ def render(frame: pd.DataFrame) -> str:
     for key, rows in frame.groupby(TABLE, sort=False):
         task, data, preset, mode, protocol, fraction = map(str, key if isinstance(key, tuple) else (key,))
         mark = "PHANTOM DATA, says nothing about any method - " if data.startswith("phantom") else ""
+        mark += "TEST CASES WERE TRAINED OR PRE-TRAINED ON (column seen) - " if rows["n_test_seen"].any() else ""
         heading = f"{mark}{task}, {data}, preset {preset}, {mode}, {protocol}, {float(fraction):.0%} of the labels"
         parts.append("\n".join([heading, *_grid(rows)]))
     return "\n\n".join(parts)
@@ -101,6 +113,7 @@ def _measured(runs: Sequence[Run], number: int | None) -> dict[str, Any]:
         "pretrain_seconds": float(np.mean(seconds)) if seconds else None,
         "source": "measured",
         "run_ids": " ".join(sorted(run.record["run_id"] for run in runs)),
+        "n_test_seen": max(run.num_test_seen for run in runs),
     }
 
 
@@ -146,6 +159,7 @@ def _grid(rows: pd.DataFrame) -> list[str]:
         *targets,
         "cases",
         "missed",
+        *(["seen"] if rows["n_test_seen"].any() else []),
         "pretrain s",
         "ms/step",
     ]
@@ -165,6 +179,7 @@ def _grid(rows: pd.DataFrame) -> list[str]:
                 *(_number(same.loc[target, "dice"], ".4f") for target in targets),
                 str(row["n_cases"]),
                 str(row["n_missed"]),
+                *([str(row["n_test_seen"])] if rows["n_test_seen"].any() else []),
                 _number(row["pretrain_seconds"], ".0f"),
                 _number(row["step_ms_p50"], ".0f"),
             ]

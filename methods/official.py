@@ -10,7 +10,7 @@ from pydantic import Field, FilePath
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harness import Backbone, Method, Settings, UserError
+from harness import Backbone, Method, Settings, UserError, inflate
 
 Triple = tuple[int, int, int]
 CONTAINERS = ("state_dict", "model", "model_state_dict", "network_weights", "net")
@@ -154,11 +154,3 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 def _usable(value: Any) -> bool:
     """Dense tensors only; what is left out is reported as not there."""
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
-
-
-def inflate(value: Tensor, shape: torch.Size) -> Tensor:
-    """A convolution of one input channel for `shape[1]` of them, such that equal channels give what one gave."""
-    one_to_many = value.ndim == len(shape) == 5 and value.shape[1] == 1 and shape[1] > 1
-    if one_to_many and value.shape[:1] + value.shape[2:] == shape[:1] + shape[2:]:
-        return value.repeat(1, shape[1], 1, 1, 1) / shape[1]
-    return value

@@ -26,7 +26,6 @@ from harness import (
     Transform,
     UserError,
     VolumeSource,
-    cut,
 )
 from methods.models_genesis import paint_in, paint_out, remap_intensities, shuffle_locally
 
@@ -152,7 +151,7 @@ class TransVW(Method):
     def _extent(self, volumes: Sequence[VolumeSource], crop: Triple) -> Triple:
         if self.config.extent is not None:
             return self.config.extent
-        smallest = np.min([volume.image.shape[1:] for volume in volumes], axis=0)
+        smallest = np.min([volume.shape for volume in volumes], axis=0)
         x, y, z = (max(1, min(edge, int(least) // 2)) for edge, least in zip(crop, smallest, strict=True))
         return x, y, z
 
@@ -193,7 +192,7 @@ def discover_words(
         extent: of a word in voxels; it lies inside all the volumes of its word.
         distance: least Euclidean distance of two coordinates in voxels.
     """
-    shapes = np.array([volume.image.shape[1:] for volume in volumes])
+    shapes = np.array([volume.shape for volume in volumes])
     nearest = cdist(codes, codes).argsort(axis=1, kind="stable")
     words: list[dict[str, Any]] = []
     references: list[int] = []
@@ -230,7 +229,7 @@ def _free_coordinate(
         if len(taken) and cdist(taken, coordinate[None]).min() < distance:
             continue
         # Prepared intensities begin above 0.001, which stands for background and for the lowest of a window.
-        if (cut(reference.image, coordinate.tolist(), extent) > 0.002).mean() >= 0.1:
+        if (reference.crop(coordinate.tolist(), extent) > 0.002).mean() >= 0.1:
             return [int(value) for value in coordinate]
     return None
 
@@ -254,8 +253,8 @@ class Instance:
             shift = extent[:2] * rng.integers(-10, 10, size=2) / 64
             extent[:2], origin[:2] = np.maximum(1, np.round(larger)), origin[:2] + np.round(shift).astype(int)
             # Back inside, as published cubes are; padding would tell where the word lies.
-            origin = np.clip(origin, 0, np.maximum(0, np.array(self.volume.image.shape[1:]) - extent))
-        crop = cut(self.volume.image, origin.tolist(), extent.tolist())
+            origin = np.clip(origin, 0, np.maximum(0, np.array(self.volume.shape) - extent))
+        crop = self.volume.crop(origin.tolist(), extent.tolist())
         return {"image": resize(crop, size), "word": np.int64(self.word)}
 
 
@@ -267,7 +266,7 @@ class Whole:
 
     def sample(self, size: Triple, rng: np.random.Generator) -> dict[str, Any]:
         """`image` (C, *size)."""
-        return {"image": resize(np.array(self.volume.image), size)}
+        return {"image": resize(self.volume.image, size)}
 
 
 class Autoencoder(nn.Module):

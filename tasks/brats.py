@@ -1,7 +1,9 @@
-"""BraTS 2020: four MR modalities, three nested and therefore overlapping tumour targets."""
+"""BraTS: four MR modalities, three nested and therefore overlapping tumour targets; the releases of 2020, 2021 and 2023."""
 
+import json
 import re
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -10,35 +12,72 @@ from numpy.typing import NDArray
 
 from harness import Case, Percentiles, PhantomShape, Task, UserError
 
-FOLDER = "MICCAI_BraTS2020_TrainingData"
-CASE = re.compile(r"BraTS20_Training_\d{3}")
+ODD_LABEL = "W39_1998.09.19_Segm.nii"  # what case 355 of 2020 calls its label, as released
+
+
+@dataclass(frozen=True)
+class Release:
+    """How one year names its folders and files, and numbers its tissues.
+
+    Attributes:
+        case: of a case folder; its first group is the patient.
+        files: `{case}` and the modalities flair, t1, t1ce, t2 and the label, in this order.
+        numbering: (value on disk, BraTS 2020's value); 2023 moved the enhancing tumour from 4 to 3.
+    """
+
+    year: str
+    case: re.Pattern[str]
+    separator: str
+    files: tuple[str, ...]
+    numbering: tuple[tuple[int, int], ...]
+
+
+OLD = ((0, 0), (1, 1), (2, 2), (4, 4))
+NEW = ((0, 0), (1, 1), (2, 2), (3, 4))
+RELEASES = (
+    Release("2020", re.compile(r"(BraTS20_Training_\d{3})"), "_", ("flair", "t1", "t1ce", "t2", "seg"), OLD),
+    Release("2021", re.compile(r"(BraTS2021_\d{5})"), "_", ("flair", "t1", "t1ce", "t2", "seg"), OLD),
+    Release("2023", re.compile(r"(BraTS-GLI-\d{5})-\d{3}"), "-", ("t2f", "t1n", "t1c", "t2w", "seg"), NEW),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BraTSTask(Task):
-    """`BraTS20_Training_NNN/BraTS20_Training_NNN_{flair,t1,t1ce,t2,seg}.nii[.gz]`, as unpacked."""
+    """A folder per case with a file per modality, as unpacked; the release is told by the names, never by the labels."""
 
     def find(self, data: Path) -> Path:
-        for root in (data, data / FOLDER):
-            if _case_folders(root):
-                return root
-        raise UserError(
-            f"task {self.name!r}: no BraTS20_Training_NNN folder in {data} nor in {data / FOLDER}: give --data the "
-            "unpacked BraTS 2020 training folder (registration: www.med.upenn.edu/cbica/brats2020)"
-        )
+        below = sorted(path for path in data.iterdir() if path.is_dir()) if data.is_dir() else []
+        found = [root for root in (data, *below) if _case_folders(root)]
+        if len(found) > 1:
+            raise UserError(
+                f"task {self.name!r}: {data} holds several releases ({', '.join(root.name for root in found)}), which share "
+                "patients: give --data one of these folders"
+            )
+        if not found:
+            raise UserError(
+                f"task {self.name!r}: no folder named BraTS20_Training_NNN, BraTS2021_NNNNN or BraTS-GLI-NNNNN-NNN in {data} "
+                f"or one level below: give --data the unpacked training folder ({self.registration})"
+            )
+        return found[0]
 
     def cases(self, root: Path) -> list[Case]:
-        return [
-            Case(
-                id=folder.name,
-                images=tuple(_volume(folder, channel) for channel in self.channels),
-                label=_volume(folder, "seg"),
+        folders = _case_folders(root)
+        years = sorted({release.year for release, _ in folders})
+        if len(years) > 1:
+            raise UserError(
+                f"task {self.name!r}: {root} mixes the releases {' and '.join(years)}, which share patients under other "
+                "names and number the tumour otherwise: keep one release in it"
             )
-            for folder in _case_folders(root)
-        ]
+        cases = []
+        for release, folder in folders:
+            match = release.case.fullmatch(folder.name)
+            assert match is not None, folder
+            *images, label = (_volume(folder, release, kind) for kind in release.files)
+            cases.append(Case(folder.name, tuple(images), label, patient=match[1], numbering=release.numbering))
+        return cases
 
     def write_case(
-        self, root: Path, number: int, images: NDArray[np.float32], label: NDArray[np.uint8], affine: NDArray[Any]
+        self, root: Path, number: int, images: NDArray[Any], label: NDArray[np.uint8], affine: NDArray[Any]
     ) -> None:
         import nibabel as nib
 
@@ -48,27 +87,37 @@ class BraTSTask(Task):
             nib.save(nib.Nifti1Image(voxels, affine), folder / f"{folder.name}_{channel}.nii.gz")
 
 
-def _case_folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob("BraTS20_Training_*") if path.is_dir() and CASE.fullmatch(path.name))
+def _case_folders(root: Path) -> list[tuple[Release, Path]]:
+    folders = sorted(path for path in root.glob("BraTS*") if path.is_dir())
+    return [(release, path) for path in folders for release in RELEASES if release.case.fullmatch(path.name)]
 
 
-def _volume(folder: Path, kind: str) -> Path:
-    for ending in (".nii.gz", ".nii"):
-        path = folder / f"{folder.name}_{kind}{ending}"
-        if path.is_file():
+def _volume(folder: Path, release: Release, kind: str) -> Path:
+    name = f"{folder.name}{release.separator}{kind}"
+    for path in (folder / f"{name}.nii.gz", folder / f"{name}.nii"):
+        if path.exists() or path.is_symlink():
             return path
+    if kind == "seg" and (folder / ODD_LABEL).exists():
+        return folder / ODD_LABEL
     raise UserError(
-        f"{folder / folder.name}_{kind}.nii.gz (or .nii) is missing; a BraTS 2020 case has flair, t1, t1ce, t2 and seg: "
+        f"{folder / name}.nii.gz (or .nii) is missing; a case of BraTS {release.year} has {', '.join(release.files)}: "
         "unpack it again, or take the folder out"
     )
 
 
+def _shipped_test_ids() -> frozenset[str]:
+    return frozenset(json.loads((resources.files("tasks") / "splits" / "brats2020.json").read_text())["test"])
+
+
 brats = BraTSTask(
     name="brats",
-    version="1",
-    description="BraTS 2020: glioma in four MR modalities; whole tumour, tumour core, enhancing tumour",
+    version="2",
+    description="BraTS 2020, 2021 or 2023 (GLI): glioma in four MR modalities; whole tumour, tumour core, enhancing tumour",
     licence="CC-BY-NC 4.0 on registration",
     reference="Menze et al. 2015, doi:10.1109/TMI.2014.2377694; Bakas et al. 2017, doi:10.1038/sdata.2017.117",
+    registration="www.med.upenn.edu/cbica/brats2020, or www.synapse.org for 2021 and 2023",
+    layout="MICCAI_BraTS2020_TrainingData/BraTS20_Training_NNN/BraTS20_Training_NNN_{flair,t1,t1ce,t2,seg}.nii.gz, "
+    "or BraTS2021_NNNNN/BraTS2021_NNNNN_{...}.nii.gz, or BraTS-GLI-NNNNN-NNN/BraTS-GLI-NNNNN-NNN-{t2f,t1n,t1c,t2w,seg}.nii.gz",
     channels=("flair", "t1", "t1ce", "t2"),
     # Label 3 does not exist in BraTS 2020; MSD Task01 and BraTS 2023 number the same tissues differently.
     targets={"whole_tumor": (1, 2, 4), "tumor_core": (1, 4), "enhancing_tumor": (4,)},
@@ -98,4 +147,5 @@ brats = BraTSTask(
         PhantomShape(4, (0.33, 0.12, 0.02), (0.18, 0.17, 0.19), (0.3, 0.05, 0.9, 0.1), inside=1),
     ),
     phantom_size=(72, 80, 64),
+    test_ids=_shipped_test_ids(),
 )

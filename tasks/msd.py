@@ -1,178 +1,98 @@
-"""Medical Segmentation Decathlon folders: `dataset.json`, `imagesTr`, `labelsTr`."""
+"""The ten tasks of the Medical Segmentation Decathlon, and its brain tumours in BraTS' terms."""
 
 import json
-import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from harness import Case, Percentiles, PhantomShape, Task, UserError
+from harness import Archive, Percentiles, PhantomShape, Window
+from tasks.folders import FolderTask, crops
 
 REFERENCE = "Antonelli et al. 2022, The Medical Segmentation Decathlon, Nat. Commun. 13:4128"
+LICENCE = "CC-BY-SA 4.0"
+ABDOMEN = Window(-175, 250)  # as commonly used for abdominal organs (MONAI's BTCV bundles); the paper states none
+LUNG = Window(-1000, 400)
+PAPER = {"finetune.epochs": 600}  # section IV-C, liver and spleen
+# Few steps: a phantom's first table, control included, is to be there within minutes.
+QUICK = {"pretrain.steps": 60, "finetune.steps": 150}
 
 
 @dataclass(frozen=True, kw_only=True)
-class MSDTask(Task):
-    """One Decathlon task; `folder` is its name on disk and `title` what its `dataset.json` calls itself."""
-
-    folder: str
-    title: str
-
-    def find(self, data: Path) -> Path:
-        for root in (data, data / self.folder):
-            if (root / "dataset.json").is_file():
-                break
-        else:
-            raise UserError(
-                f"task {self.name!r}: no dataset.json in {data} nor in {data / self.folder}: give --data the task's "
-                "folder or the one that contains it"
-            )
-        title = read_description(root).get("name")
-        if title != self.title:
-            raise UserError(
-                f"task {self.name!r}: {root / 'dataset.json'} describes {title!r}, expected {self.title!r}: give --data "
-                f"the folder {self.folder}, or --task {root} to use this one"
-            )
-        return root
-
-    def cases(self, root: Path) -> list[Case]:
-        entries = read_description(root).get("training")
-        if not isinstance(entries, list) or not entries:
-            raise UserError(f"{root / 'dataset.json'}: 'training' must list the labelled cases")
-        return sorted((_case(root, entry) for entry in entries), key=lambda case: case.id)
-
-    def write_case(
-        self, root: Path, number: int, images: NDArray[np.float32], label: NDArray[np.uint8], affine: NDArray[Any]
-    ) -> None:
-        import nibabel as nib
-
-        name = f"{self.title.lower()}_{number:03d}.nii.gz"
-        for sub, voxels in (
-            ("imagesTr", np.moveaxis(images, 0, -1) if len(images) > 1 else images[0]),
-            ("labelsTr", label),
-        ):
-            (root / sub).mkdir(parents=True, exist_ok=True)
-            nib.save(nib.Nifti1Image(voxels, affine), root / sub / name)
-        path = root / "dataset.json"
-        described: dict[str, Any] = read_description(root) if path.exists() else self._description()
-        described["training"].append({"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"})
-        described["numTraining"] = len(described["training"])
-        path.write_text(json.dumps(described, indent=1))
-
-    def _description(self) -> dict[str, Any]:
-        names = {str(values[0]): target for target, values in self.targets.items()}
-        return {
-            "name": self.title,
-            "description": f"phantom in the layout of {self.folder}, not real data",
-            "reference": self.reference,
-            "licence": self.licence,
-            "tensorImageSize": "3D" if len(self.channels) == 1 else "4D",
-            "modality": {str(number): channel for number, channel in enumerate(self.channels)},
-            "labels": {"0": "background", **names},
-            "training": [],
-            "numTest": 0,
-            "test": [],
-        }
+class DecathlonTask(FolderTask):
+    """A task of the Decathlon, of which there is a public archive."""
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "MSDTask | None":
-        """Any Decathlon-style folder: channels, targets and spacing follow from `dataset.json` and the headers.
-
-        Intensities are scaled by percentiles; the spacing is the median of the cases'.
-        """
-        if not (folder / "dataset.json").is_file() or "modality" not in (described := read_description(folder)):
+    def from_folder(cls, folder: Path) -> FolderTask | None:
+        """One of the ten where the folder is recognised, in the Decathlon's or nnU-Net's layout; else a task of its own."""
+        if not (folder / "dataset.json").is_file():
             return None
-        title, labels, modality = str(described.get("name")), described.get("labels"), described["modality"]
-        if title == hippocampus.title:
-            return hippocampus
-        if not isinstance(labels, dict) or not all(key.isdigit() for key in labels) or not isinstance(modality, dict):
-            raise UserError(f"{folder / 'dataset.json'}: 'labels' and 'modality' must map numbers to names")
-        task = cls(
-            name=f"msd_{_slug(title)}",
-            version="1",
-            description=str(described.get("description", title)),
-            licence=str(described.get("licence", "see dataset.json")),
-            reference=REFERENCE,
-            channels=tuple(str(modality[key]) for key in sorted(modality, key=int)),
-            targets={_slug(str(name)): (int(key),) for key, name in labels.items() if int(key)},
-            labels=tuple(sorted(map(int, labels))),
-            overlapping=False,
-            spacing=None,
-            normalisation=Percentiles(),
-            folder=folder.name,
-            title=title,
-        )
-        return _replace_spacing(task, folder)
+        known = next((task for task in TEN if task.recognises(folder)), None)
+        return known or FolderTask.from_folder(folder)
+
+    def archive(self) -> Archive:
+        from monai.apps import DecathlonDataset
+
+        return Archive(DecathlonDataset.resource[self.folder], DecathlonDataset.md5[self.folder], self.folder)
 
 
-def read_description(root: Path) -> dict[str, Any]:
-    """`dataset.json` of a Decathlon folder. Raises UserError where it is not a JSON object."""
-    path = root / "dataset.json"
-    try:
-        described = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(described, dict):
-        raise UserError(f"{path} must hold a JSON object, it holds a {type(described).__name__}")
-    return described
+def _ct(
+    name: str, folder: str, targets: dict[str, int], shapes: Any, window: Window = ABDOMEN, **more: Any
+) -> DecathlonTask:
+    """A CT task with the paper's geometry for liver and spleen: 1.5 x 1.5 x 2 mm, crops of 96^3 (section IV-A)."""
+    return DecathlonTask(
+        name=name,
+        version="1",
+        licence=LICENCE,
+        reference=REFERENCE,
+        channels=("CT",),
+        targets={target: (value,) for target, value in targets.items()},
+        labels=(0, *targets.values()),
+        overlapping=False,
+        spacing=(1.5, 1.5, 2.0),
+        normalisation=window,
+        folder=folder,
+        presets=crops((96, 96, 96), demo=QUICK, paper=PAPER),
+        phantom=tuple(shapes),
+        phantom_size=(72, 64, 64),
+        layout=_layout(folder),
+        **more,
+    )
 
 
-def _case(root: Path, entry: Any) -> Case:
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("image", "label")):
-        raise UserError(f"{root / 'dataset.json'}: a training entry needs 'image' and 'label', it is {str(entry)[:80]}")
-    paths = []
-    for key in ("image", "label"):
-        path = (root / entry[key]).resolve()
-        if not path.is_relative_to(root.resolve()):
-            raise UserError(f"{root / 'dataset.json'}: {entry[key]!r} leaves the task's folder")
-        if not path.is_file():
-            raise UserError(f"{path} is missing, {root / 'dataset.json'} lists it: unpack the archive again")
-        paths.append(path)
-    return Case(id=paths[0].name.removesuffix(".gz").removesuffix(".nii"), images=(paths[0],), label=paths[1])
+def _mr(name: str, folder: str, presets: Mapping[str, Any], **more: Any) -> DecathlonTask:
+    return DecathlonTask(
+        name=name,
+        licence=LICENCE,
+        reference=REFERENCE,
+        normalisation=Percentiles(),
+        folder=folder,
+        presets=presets,
+        layout=_layout(folder),
+        **{"version": "1", "overlapping": False, **more},
+    )
 
 
-def _replace_spacing(task: MSDTask, folder: Path) -> MSDTask:
-    from dataclasses import replace
-
-    import nibabel as nib
-
-    headers: list[Any] = [nib.load(case.images[0]).header for case in task.cases(folder)]
-    spacings = [header.get_zooms()[:3] for header in headers]
-    median = [round(float(value), 4) for value in np.median(spacings, axis=0)]
-    return replace(task, spacing=(median[0], median[1], median[2]))
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") or "unnamed"
+def _layout(folder: str) -> str:
+    return f"{folder}/ with dataset.json, imagesTr/ and labelsTr/"
 
 
 def _shipped_test_ids(name: str) -> frozenset[str]:
     return frozenset(json.loads((resources.files("tasks") / "splits" / f"{name}.json").read_text())["test"])
 
 
-hippocampus = MSDTask(
-    name="msd_hippocampus",
-    version="1",
+hippocampus = _mr(
+    "msd_hippocampus",
+    "Task04_Hippocampus",
+    crops((35, 50, 35)),
+    version="2",
     description="MSD Task04 Hippocampus: T1 MR, anterior and posterior hippocampus, 1 mm",
-    licence="CC-BY-SA 4.0",
-    reference=REFERENCE,
+    titles=("Hippocampus",),
     channels=("MRI",),
     targets={"anterior": (1,), "posterior": (2,)},
     labels=(0, 1, 2),
-    overlapping=False,
     spacing=(1.0, 1.0, 1.0),
-    normalisation=Percentiles(),
-    folder="Task04_Hippocampus",
-    title="Hippocampus",
-    presets={
-        "demo": {"pretrain.crop": (32, 64, 32), "finetune.crop": (32, 64, 32)},
-        "small": {"pretrain.crop": (64, 64, 64), "finetune.crop": (64, 64, 64)},
-        "paper": {"pretrain.crop": (64, 64, 64), "finetune.crop": (64, 64, 64), "finetune.epochs": 600},
-    },
     phantom=(
         PhantomShape(1, (0.0, 0.3, -0.1), (0.32, 0.34, 0.32), (-0.25,)),
         PhantomShape(2, (0.05, -0.3, 0.05), (0.25, 0.42, 0.28), (-0.38,)),
@@ -180,3 +100,126 @@ hippocampus = MSDTask(
     phantom_size=(36, 52, 36),
     test_ids=_shipped_test_ids("msd_hippocampus"),
 )
+
+brain_tumour = _mr(
+    "msd_brain_tumour",
+    "Task01_BrainTumour",
+    crops((138, 170, 138), demo=QUICK),
+    description="MSD Task01 BrainTumour in the Decathlon's terms: edema, non-enhancing and enhancing tumour",
+    titles=("BRATS", "BrainTumour"),
+    channels=("FLAIR", "T1w", "t1gd", "T2w"),
+    targets={"edema": (1,), "non_enhancing_tumor": (2,), "enhancing_tumour": (3,)},
+    labels=(0, 1, 2, 3),
+    spacing=(1.0, 1.0, 1.0),
+    phantom=(
+        PhantomShape(1, (0.3, 0.1, 0.0), (0.42, 0.38, 0.42), (0.75, -0.15, 0.05, 0.65)),
+        PhantomShape(2, (0.3, 0.1, 0.0), (0.26, 0.25, 0.27), (-0.25, -0.35, -0.3, 0.2), inside=1),
+        PhantomShape(3, (0.33, 0.12, 0.02), (0.18, 0.17, 0.19), (0.3, 0.05, 0.9, 0.1), inside=2),
+    ),
+    phantom_size=(72, 80, 64),
+)
+
+# The same scans in the terms of BraTS: the tissues are numbered otherwise than in BraTS' own releases.
+brats = replace(
+    brain_tumour,
+    name="msd_brats",
+    description="MSD Task01 BrainTumour in BraTS' terms: whole tumour, tumour core, enhancing tumour, which overlap",
+    targets={"whole_tumor": (1, 2, 3), "tumor_core": (2, 3), "enhancing_tumor": (3,)},
+    overlapping=True,
+)
+
+heart = _mr(
+    "msd_heart",
+    "Task02_Heart",
+    crops((320, 320, 130), demo=QUICK),
+    description="MSD Task02 Heart: MR, left atrium",
+    titles=("LeftAtrium", "Heart"),
+    channels=("MRI",),
+    targets={"left_atrium": (1,)},
+    labels=(0, 1),
+    spacing=(1.25, 1.25, 1.37),
+    phantom=(PhantomShape(1, (0.1, -0.15, 0.0), (0.34, 0.3, 0.4), (0.5,)),),
+)
+
+prostate = _mr(
+    "msd_prostate",
+    "Task05_Prostate",
+    crops((320, 320, 20), demo=QUICK),
+    description="MSD Task05 Prostate: T2 and ADC MR, peripheral and transition zone",
+    titles=("PROSTATE",),
+    channels=("T2", "ADC"),
+    targets={"pz": (1,), "tz": (2,)},
+    labels=(0, 1, 2),
+    spacing=(0.6, 0.6, 3.6),
+    phantom=(
+        PhantomShape(1, (0.0, -0.1, 0.0), (0.42, 0.4, 0.5), (0.55, 0.35)),
+        PhantomShape(2, (0.0, 0.05, 0.0), (0.26, 0.22, 0.34), (-0.4, -0.35), inside=1),
+    ),
+    phantom_size=(64, 64, 34),
+)
+
+liver = _ct(
+    "msd_liver",
+    "Task03_Liver",
+    {"liver": 1, "tumor": 2},
+    [
+        PhantomShape(1, (0.3, 0.05, 0.1), (0.46, 0.48, 0.55), (70,)),
+        PhantomShape(2, (0.35, 0.0, 0.15), (0.16, 0.18, 0.18), (-75,), inside=1),
+    ],
+    description="MSD Task03 Liver: CT, liver and liver tumour",
+    titles=("LITS", "Liver"),
+)
+
+lung = _ct(
+    "msd_lung",
+    "Task06_Lung",
+    {"cancer": 1},
+    [PhantomShape(1, (0.35, 0.1, 0.0), (0.2, 0.2, 0.22), (250,))],
+    window=LUNG,
+    description="MSD Task06 Lung: CT, lung cancer",
+    titles=("Lung",),
+)
+
+pancreas = _ct(
+    "msd_pancreas",
+    "Task07_Pancreas",
+    {"pancreas": 1, "cancer": 2},
+    [
+        PhantomShape(1, (0.0, 0.1, 0.0), (0.44, 0.22, 0.24), (60,)),
+        PhantomShape(2, (0.12, 0.1, 0.0), (0.16, 0.14, 0.14), (-70,), inside=1),
+    ],
+    description="MSD Task07 Pancreas: CT, pancreas and its masses",
+    titles=("Pancreas",),
+)
+
+hepatic_vessel = _ct(
+    "msd_hepatic_vessel",
+    "Task08_HepaticVessel",
+    {"vessel": 1, "tumour": 2},
+    [
+        PhantomShape(1, (0.2, 0.2, 0.0), (0.12, 0.12, 0.6), (150,)),
+        PhantomShape(2, (0.3, -0.25, 0.1), (0.2, 0.2, 0.2), (-60,)),
+    ],
+    description="MSD Task08 HepaticVessel: CT, hepatic vessels and tumours",
+    titles=("HepaticVessel",),
+)
+
+spleen = _ct(
+    "msd_spleen",
+    "Task09_Spleen",
+    {"spleen": 1},
+    [PhantomShape(1, (-0.5, -0.2, 0.1), (0.24, 0.32, 0.34), (80,))],
+    description="MSD Task09 Spleen: CT, spleen",
+    titles=("Spleen",),
+)
+
+colon = _ct(
+    "msd_colon",
+    "Task10_Colon",
+    {"cancer": 1},
+    [PhantomShape(1, (0.3, 0.15, -0.2), (0.2, 0.18, 0.2), (90,))],
+    description="MSD Task10 Colon: CT, colon cancer primaries",
+    titles=("COLON",),
+)
+
+TEN = (brain_tumour, heart, liver, hippocampus, prostate, lung, pancreas, hepatic_vessel, spleen, colon)

@@ -10,9 +10,9 @@ from monai.networks.nets import BasicUNet, SegResNet, SwinUNETR
 from safetensors.torch import save_file
 
 from backbones import genesis_unet3d, segresnet, swinunetr, unet, unetr
-from harness import UserError
+from harness import UserError, inflate
 from harness.transfer import transfer
-from methods.official import Official, inflate, read_state_dict
+from methods.official import Official, read_state_dict
 
 
 def genesis(channels=1, first=4):

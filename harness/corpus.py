@@ -1,0 +1,98 @@
+"""Corpora: unlabelled scans for pre-training in `generic` mode, named ones and any folder."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from harness.errors import UserError
+from harness.files import slug
+from harness.formats import ENDINGS, stem
+from harness.task import Case, ImageSet, Percentiles, Task, Window
+
+LABEL_FOLDERS = re.compile(r"(labels?|masks?|seg|segmentations?)(Tr|Ts)?", re.IGNORECASE)
+NORMALISATION = re.compile(r"(-?\d+(?:\.\d+)?),(-?\d+(?:\.\d+)?)|percentiles")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus(ImageSet):
+    """Unlabelled scans as they are unpacked.
+
+    Attributes:
+        folders: names that the corpus has in a data folder.
+        patterns: globs of its images, below its folder.
+        phantom: name of a phantom's file, with the case number as `{:03d}` or the like.
+    """
+
+    folders: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = ("**/*",)
+    phantom: str = "scan_{:03d}.nii.gz"
+
+    def find(self, data: Path) -> Path:
+        """The corpus's own folder: `data`, or a folder of its name in it or beside it.
+
+        Raises:
+            UserError: it is in none of these places.
+        """
+        places = [data / name for name in self.folders] + [data.parent / name for name in self.folders] + [data]
+        for place in places:
+            if place.is_dir() and next(self._images(place), None) is not None:
+                return place
+        raise UserError(
+            f"corpus {self.name!r}: not found as {', '.join(self.folders) or 'itself'} in or beside {data}; expected: "
+            f"{self.layout}; get it from {self.registration}, or name its folder: --corpus DIR"
+        )
+
+    def cases(self, root: Path) -> list[Case]:
+        """Its scans as cases without labels, sorted; ids are paths below `root`. Raises UserError for none."""
+        paths = sorted(set(self._images(root)))
+        if not paths:
+            raise UserError(
+                f"corpus {self.name!r}: no image below {root}; images end in {', '.join(ENDINGS)}: give another folder"
+            )
+        return [Case(id=f"{self.name}/{stem(path, root)}", images=(path,), label=None) for path in paths]
+
+    def _images(self, root: Path) -> Iterator[Path]:
+        for pattern in self.patterns:
+            for path in root.glob(pattern):
+                inner = path.relative_to(root).parts
+                hidden = any(part.startswith(".") for part in inner)
+                labels = any(LABEL_FOLDERS.fullmatch(part) for part in inner[:-1])
+                if path.name.endswith(ENDINGS) and not hidden and not labels and not path.is_dir():
+                    yield path
+
+
+def folder_corpus(folder: Path, like: Task | None = None) -> Corpus:
+    """Any folder of scans: every image below it (folders of labels are left out), prepared like a task's images.
+
+    Without a task: on each scan's own grid, scaled by percentiles.
+    """
+    return Corpus(
+        name=slug(folder.resolve().name),
+        version="1",
+        description=f"images below {folder}",
+        licence="unknown",
+        reference="",
+        channels=like.channels[:1] if like else ("image",),
+        spacing=like.spacing if like else None,
+        normalisation=like.normalisation if like else Percentiles(),
+    )
+
+
+def parse_spec(spec: str) -> tuple[str, Percentiles | Window | None]:
+    """`NAME|DIR[=LOW,HIGH|=percentiles]` -> the name or folder, and the normalisation where it was given."""
+    name, sign, how = spec.rpartition("=")
+    match = NORMALISATION.fullmatch(how) if sign else None
+    if match is None:
+        return spec, None
+    if how == "percentiles":
+        return name, Percentiles()
+    low, high = float(match[1]), float(match[2])
+    if low >= high:
+        raise UserError(f"--corpus {spec}: the window {how} is empty: give its lower end first, for instance -1000,400")
+    return name, Window(low, high)
+
+
+def with_normalisation(corpus: Corpus, normalisation: Percentiles | Window | None) -> Corpus:
+    """The corpus under another window, where one was given."""
+    return corpus if normalisation is None else replace(corpus, normalisation=normalisation)

@@ -1,0 +1,122 @@
+"""What `harness data` does: check, prepare, fetch, phantom. Nothing here imports torch."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from harness.corpus import Corpus, folder_corpus
+from harness.errors import UserError, unknown
+from harness.registry import Registry
+from harness.task import Case, ImageSet, Task
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Open every file, print a table per problem, write the report; status 2 where something would spoil a run."""
+    from harness.check import SPOILS, check_cases, problems_of, report_path
+    from harness.files import write_atomic
+    from harness.report import render_report
+
+    images, root, data = _image_set(arguments)
+    if data is None:
+        raise UserError("no data to check: give --data DIR or set HARNESS_DATA")
+    cases = images.cases(root)
+    checked = check_cases(images, cases)
+    groups = problems_of(checked)
+    for (weight, kind), found in groups.items():
+        print(f"{kind} ({weight}, {len(found)}):")
+        print(*(f"  {_line(problem.case)}: {_line(problem.text)}" for problem in found), sep="\n")
+    bad = {problem.case for (weight, _), found in groups.items() for problem in found if weight == SPOILS}
+    summary = f"{len(cases)} cases{_split(images, cases)}; {len(bad)} with a problem that spoils a run"
+    report = arguments.report or report_path(arguments.runs, images.name)
+    write_atomic(report, render_report(images, str(root), checked, summary))
+    print(f"{summary}\nreport:\n  {report}")
+    return 2 if bad else 0
+
+
+def _split(images: Task | Corpus, cases: list[Case]) -> str:
+    from harness.splits import split_cases
+
+    if not isinstance(images, Task):
+        return ""
+    try:
+        split = split_cases(images, cases)
+    except UserError as error:
+        return f", which cannot be split ({error})"
+    return f", {len(split.train)} for training and {len(split.test)} for testing"
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Fill the cache of prepared volumes; what is there is compared with its digests."""
+    from harness.identity import digest_cases, fingerprint
+    from harness.planning import writable
+    from harness.volumes import prepare
+
+    writable(arguments.runs)
+    cache = arguments.runs / "cache"
+    images, root, _ = _image_set(arguments)
+    cases = images.cases(root)
+    digests = digest_cases(cases, cache)
+    volumes = prepare(images, cases, digests, cache, verify=True)
+    print(f"{len(volumes)} cases prepared in {volumes[0].stem.parent}, fingerprint {fingerprint(digests)}")
+
+
+def fetch(arguments: argparse.Namespace) -> int:
+    """Bring a public archive, or say where to get data that needs a registration and what is expected of it."""
+    from harness.fetch import fetch
+
+    registry = Registry(arguments.plugins)
+    known = registry.names("task") + registry.names("corpus")
+    if arguments.task not in known:
+        raise unknown("task or corpus", arguments.task, known)
+    images: ImageSet = registry.load("task" if arguments.task in registry.names("task") else "corpus", arguments.task)
+    archive = images.archive() if isinstance(images, Task) else None
+    folder = Path(arguments.data or ".")
+    if archive is None:
+        raise UserError(
+            f"{images.name} cannot be fetched, its owners ask for a registration: {images.registration}; then unpack it so "
+            f"that {folder} holds {images.layout}"
+        )
+    place = fetch(replace(archive, url=arguments.url or archive.url), folder, keep=arguments.keep)
+    print(f"{images.name} is in\n  {place}\nnext: harness data check {images.name} --data {folder}")
+    return 0
+
+
+def phantom(arguments: argparse.Namespace) -> None:
+    """Write a phantom."""
+    from harness.phantom import CORPUS_CASES, write_phantom
+
+    registry = Registry(arguments.plugins)
+    name = arguments.task
+    images = registry.load("corpus", name) if name in registry.names("corpus") else registry.task(name)
+    number = arguments.cases
+    if number is None:
+        number = images.phantom_cases if isinstance(images, Task) else CORPUS_CASES
+    least = 2 if isinstance(images, Task) else 1
+    if number < least:
+        raise UserError(f"--cases {number}: a phantom needs at least 2 cases, one to train and one to test")
+    write_phantom(images, arguments.out, number, arguments.seed)
+    print(f"{number} phantom cases of {images.name} in {arguments.out}")
+
+
+def _image_set(arguments: argparse.Namespace) -> tuple[Task | Corpus, Path, Path | None]:
+    """The task or corpus that is named, its folder, and the data folder that was given, if any."""
+    from harness.data import find_corpora, find_data
+
+    registry, name = Registry(arguments.plugins), arguments.task
+    data = None if arguments.data is None else Path(arguments.data)
+    if data is not None and not data.is_dir():
+        raise UserError(f"--data {data} is not a folder: give the task's folder or the one that contains it")
+    if name in registry.names("corpus"):
+        ((corpus, root),) = find_corpora(registry, [name], None, data, arguments.runs)
+        return corpus, root, data
+    folder = registry.task_folder(name)
+    if folder is not None and folder.is_dir() and not (folder / "dataset.json").exists():
+        return folder_corpus(folder), folder, folder
+    task = registry.task(name)
+    data = folder or data
+    return task, find_data(task, data, arguments.runs), data
+
+
+def _line(text: str) -> str:
+    """One line, whatever a file's name holds."""
+    return " ".join(text.split())

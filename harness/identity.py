@@ -1,0 +1,190 @@
+"""Which scans are the same scan: recognised by their voxels, whatever the file, its type and its header say.
+
+A scan is averaged onto a small cube of blocks, centred and scaled to length 1. Two scans are the same where the blocks
+correlate in one of the 48 orientations of the array. That stands re-saving, other types, rescaled or rounded
+intensities, mirrored or turned arrays, header edits and resampling; cropping it does not stand.
+
+On the 220 scans of MSD Hippocampus the highest correlation of two different ones is 0.854, the lowest of a scan and its
+own turned copy in 8 bits 0.99997.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import permutations, product
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.errors import UserError
+from harness.files import digest, digest_file, file_size, write_atomic
+from harness.images import load_case
+from harness.progress import progress
+from harness.task import Case, ImageSet
+
+GRID = 16
+SAME = 0.999
+KIND = 1  # raise it when the signature of an image changes
+ROWS = 4096  # signatures that are compared at a time
+
+Signature = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What the files of some cases hold, by case id.
+
+    Attributes:
+        digests: of the content of each case's files.
+        signatures: (channels, GRID, GRID, GRID) per case.
+        bad: what is wrong with the cases that cannot be used, where those are to be skipped.
+    """
+
+    digests: dict[str, str]
+    signatures: dict[str, Signature]
+    bad: dict[str, str]
+
+
+def take_inventory(images: ImageSet, cases: Sequence[Case], cache: Path, skip_bad: bool = False) -> Inventory:
+    """Open, check and recognise every case. What was seen before is not read again.
+
+    Raises:
+        UserError: a case that cannot be used, unless `skip_bad`; or two cases of one name.
+    """
+    found = Inventory({}, {}, {})
+    folder = cache / "signatures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for case, digested in zip(cases, _digest_files(cases, cache, skip_bad), strict=True):
+        if isinstance(digested, UserError):
+            found.bad[case.id] = str(digested)
+        else:
+            found.digests[case.id] = digested
+    readable = [case for case in cases if case.id in found.digests]
+    work = partial(_signature, images, folder, found.digests, skip_bad)
+    with ThreadPoolExecutor(2) as pool:
+        for case, signature in zip(
+            readable, progress(pool.map(work, readable), "inventory", total=len(readable)), strict=True
+        ):
+            if isinstance(signature, UserError):
+                found.bad[case.id] = str(signature)
+                del found.digests[case.id]
+            else:
+                found.signatures[case.id] = signature
+    return found
+
+
+def digest_cases(cases: Sequence[Case], cache: Path) -> dict[str, str]:
+    """Case id -> digest of its files' content. Files that did not change since last time are not read again.
+
+    Raises:
+        UserError: a file cannot be read, or two cases have one id.
+    """
+    return {case.id: str(found) for case, found in zip(cases, _digest_files(cases, cache, False), strict=True)}
+
+
+def fingerprint(digests: dict[str, str]) -> str:
+    """One digest for the content of all cases: case id -> digest of its files."""
+    return digest(dict(sorted(digests.items())))
+
+
+def signature(voxels: NDArray[np.float32]) -> Signature:
+    """(x, y, z) -> block means (GRID, GRID, GRID), centred, of length 1; zeros for a constant image."""
+    blocks = voxels
+    for axis in range(3):
+        means = np.tensordot(_averages(blocks.shape[axis]), blocks, (1, axis))
+        blocks = np.moveaxis(means, 0, axis)
+    blocks = blocks - blocks.mean()
+    length = np.linalg.norm(blocks)
+    return (blocks / length if length > 1e-12 else blocks * 0).astype(np.float32)
+
+
+def same_scans(first: Sequence[Signature], second: Sequence[Signature]) -> list[tuple[int, int]]:
+    """Pairs (i, j) where `first[i]` and `second[j]` are signatures (GRID, GRID, GRID) of the same scan."""
+    if not first or not second:
+        return []
+    theirs = np.stack(second).reshape(len(second), -1)
+    pairs: set[tuple[int, int]] = set()
+    for start in range(0, len(first), ROWS):
+        mine = np.stack(first[start : start + ROWS])
+        for turned in _orientations(mine):
+            found = np.argwhere(turned.reshape(len(mine), -1) @ theirs.T > SAME)
+            pairs |= {(start + int(i), int(j)) for i, j in found}
+    return sorted(pairs)
+
+
+def twins(signatures: Sequence[Signature]) -> list[tuple[int, int]]:
+    """Pairs i < j of cases (channels, GRID, GRID, GRID) whose first channels are the same scan."""
+    firsts = [signature[0] for signature in signatures]
+    return [(i, j) for i, j in same_scans(firsts, firsts) if i < j]
+
+
+def _orientations(cubes: Signature) -> Iterator[Signature]:
+    """(N, GRID, GRID, GRID) in all 48 orders and directions of the axes."""
+    for axes in permutations((1, 2, 3)):
+        turned = cubes.transpose(0, *axes)
+        for x, y, z in product((1, -1), repeat=3):
+            yield turned[:, ::x, ::y, ::z]
+
+
+def _averages(number: int) -> NDArray[np.float32]:
+    """(GRID, number): means over equal parts of an axis; voxels on a border count in shares, alike from both ends."""
+    edges, voxel = np.linspace(0, number, GRID + 1), np.arange(number)
+    shares = np.minimum(edges[1:, None], voxel + 1) - np.maximum(edges[:-1, None], voxel)
+    shares = shares.clip(0)
+    return (shares / shares.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def _signature(
+    images: ImageSet, folder: Path, digests: dict[str, str], skip_bad: bool, case: Case
+) -> Signature | UserError:
+    # What is accepted depends on the set (channels, labels), so it is part of the name.
+    accepted = [KIND, images.channels, images.labels, case.numbering, type(images.normalisation).__name__]
+    path = folder / f"{digests[case.id][:20]}-{digest(accepted)[:8]}.npy"
+    if path.exists():
+        kept: Signature = np.load(path).astype(np.float32)
+        return kept
+    try:
+        loaded = load_case(images, case)
+    except UserError as error:
+        if skip_bad:
+            return error
+        raise
+    found = np.stack([signature(channel) for channel in loaded.image])
+    partial_path = path.with_name(f".{path.name}")
+    np.save(partial_path, found)
+    partial_path.replace(path)
+    return found
+
+
+def _digest_files(cases: Sequence[Case], cache: Path, skip_bad: bool) -> list[str | UserError]:
+    import json
+
+    memory = cache / "digests.json"
+    known: dict[str, str] = json.loads(memory.read_text()) if memory.exists() else {}
+    before, names = len(known), set()
+    found: list[str | UserError] = []
+    for case in progress(cases, "fingerprint"):
+        if case.id in names:
+            raise UserError(f"two cases are named {case.id!r}: rename one")
+        names.add(case.id)
+        try:
+            keys = []
+            for path in case.files:
+                file_size(path)
+                status = path.stat()
+                key = f"{path}|{status.st_size}|{status.st_mtime_ns}"
+                if key not in known:
+                    known[key] = digest_file(path)
+                keys.append(known[key])
+            found.append(digest(keys))
+        except UserError as error:
+            if not skip_bad:
+                raise
+            found.append(error)
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
+    if len(known) != before:
+        write_atomic(memory, json.dumps(known, indent=0))
+    return found

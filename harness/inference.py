@@ -1,0 +1,167 @@
+"""New images through a finished run: `harness predict`. Needs the run's folder and its backbone, not its data."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harness.config import Evaluate, Finetune
+from harness.errors import UserError
+from harness.formats import ENDINGS, stem, write_label
+from harness.images import load_case
+from harness.progress import progress
+from harness.registry import Registry
+from harness.settings import build
+from harness.task import Case, Percentiles, Task, Window
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedTask(Task):
+    """What a record says of its task: enough to prepare and decide, without the data's layout on disk."""
+
+    def find(self, data: Path) -> Path:
+        return data
+
+    def cases(self, root: Path) -> list[Case]:
+        return group_images(root, self.channels)
+
+    def write_case(
+        self, root: Path, number: int, images: NDArray[Any], label: NDArray[np.uint8], affine: NDArray[Any]
+    ) -> None:
+        raise TypeError("a recorded task has no layout to write a phantom in")
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What inference needs of a finished run."""
+
+    task: RecordedTask
+    backbone: Any
+    trained: Finetune
+    evaluate: Evaluate
+
+
+def predict_images(run: Path, inputs: Sequence[Path], output: Path, plugins: Sequence[str]) -> list[Path]:
+    """Segment one case (a file per channel, or one 4D file) into a file, or a folder of cases into a folder.
+
+    Raises:
+        UserError: a record that cannot be used, images that do not fit the task, or outputs that would be overwritten.
+    """
+    record = _read(run)
+    restored = _restore(run, record, Registry(plugins))
+    task = restored.task
+    folder = len(inputs) == 1 and inputs[0].is_dir()
+    if folder:
+        cases = group_images(inputs[0], task.channels)
+    else:
+        if not output.name.endswith((".nii.gz", ".nii")):
+            raise UserError(f"{output}: predictions are written as .nii.gz or .nii: give such a name")
+        cases = [Case(id=stem(output), images=tuple(inputs), label=None)]
+    places = [output / f"{case.id}.nii.gz" if folder else output for case in cases]
+    read = {path.resolve() for case in cases for path in case.images}
+    for place in places:
+        if place.resolve() in read:
+            raise UserError(f"{place} is an input, which would be overwritten: give another output")
+    for case, place in zip(progress(cases, "predict"), places, strict=True):
+        _predict(restored, case, place)
+    return places
+
+
+def _predict(restored: "Restored", case: Case, place: Path) -> None:
+    from harness.stages import predict
+    from harness.volumes import STEPS, prepare_arrays, quantise
+
+    loaded = load_case(restored.task, case)
+    image, _, geometry = prepare_arrays(restored.task, loaded, str(case.images[0]))
+    # As the cache holds it, so that a test case gets the prediction that was scored.
+    image = quantise(image).astype(np.float32) * np.float32(1 / STEPS)
+    probabilities = predict(restored.task, restored.backbone, image, restored.trained, restored.evaluate)
+    write_label(place, restored.task.compose(geometry.decide(restored.task, probabilities)), loaded.affine)
+
+
+def group_images(folder: Path, channels: Sequence[str]) -> list[Case]:
+    """The images of a folder (and below) as cases: one file each, or grouped where the task has several channels.
+
+    Channels are told by a suffix: `_0000`, `_0001` ... as nnU-Net's, or the channel's name after `_` or `-`. Files that
+    carry none are whole cases (4D).
+
+    Raises:
+        UserError: no image, or a case without one of its channels.
+    """
+    paths = sorted(
+        p for p in folder.rglob("*") if p.name.endswith(ENDINGS) and not p.name.startswith(".") and p.is_file()
+    )
+    if not paths:
+        raise UserError(f"{folder} holds no image; images end in {', '.join(ENDINGS)}: give another folder")
+    names = "|".join(re.escape(name) for name in channels)
+    pattern = re.compile(rf"(.+)[_-](?:(\d{{4}})|({names}))", re.IGNORECASE | re.DOTALL)
+    positions = {name.lower(): place for place, name in enumerate(channels)}
+    groups: dict[str, dict[int, Path]] = defaultdict(dict)
+    for path in paths:
+        name = stem(path, folder)
+        match = pattern.fullmatch(name)
+        place = -1 if match is None else int(match[2]) if match[2] else positions[match[3].lower()]
+        if match is None or (len(channels) == 1 and match[2] != "0000"):
+            name, place = name, -1
+        else:
+            name = match[1]
+        groups[name][place] = path
+    cases = []
+    for name, files in sorted(groups.items()):
+        if -1 not in files and set(files) != set(range(len(channels))):
+            there = ", ".join(path.name for path in files.values())
+            raise UserError(
+                f"{folder / name}: there is {there}, due are the channels {', '.join(channels)}: add what is missing"
+            )
+        cases.append(Case(id=name, images=tuple(files[place] for place in sorted(files)), label=None))
+    return cases
+
+
+def _read(run: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((run / "record.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run} is no finished run ({error}): give a run id or a run folder") from None
+    if not isinstance(record, dict) or not isinstance(record.get("task_description"), dict):
+        raise UserError(f"{run / 'record.json'} does not describe its task: run it again with this version")
+    return record
+
+
+def _restore(run: Path, record: dict[str, Any], registry: Registry) -> Restored:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        described, config = record["task_description"], record["config"]
+        prepared = config["prepared"]
+        kind = {"Window": Window, "Percentiles": Percentiles}[prepared["normalisation"]]
+        task = RecordedTask(
+            name=record["task"],
+            version=record["task_version"],
+            description="",
+            licence=record["data"]["licence"],
+            reference="",
+            channels=tuple(described["channels"]),
+            targets={name: tuple(values) for name, values in described["targets"].items()},
+            labels=tuple(described["labels"]),
+            overlapping=described["overlapping"],
+            spacing=None if prepared["spacing"] is None else tuple(prepared["spacing"]),
+            normalisation=kind(prepared["low"], prepared["high"]),
+        )
+        backbone_class = registry.load("backbone", record["backbone"])
+        settings = build(backbone_class.Config, config["backbone_settings"], "backbone")
+        backbone = backbone_class(settings, len(task.channels))
+        backbone.set_head(task.num_outputs)
+        backbone.load_state_dict(load_file(run / "weights.safetensors"))
+        return Restored(task, backbone, Finetune(**config["finetune"]), Evaluate(**config["evaluate"]))
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{run} cannot be used ({type(error).__name__}: {reason}): is it a run of this version?"
+        ) from None

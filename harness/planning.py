@@ -1,0 +1,282 @@
+"""What a run will do, known before it starts: names, data, configuration, split, and whether all of it fits."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.config import RunConfig, change_task, parse_overrides, resolve
+from harness.corpus import Corpus
+from harness.data import CorpusData, TaskData, check_overlap, find_corpora, find_data, open_corpora, open_task
+from harness.errors import UserError
+from harness.files import digest, digest_file
+from harness.presets import read_preset
+from harness.registry import Registry
+from harness.splits import check_how
+from harness.task import Case, Task
+
+if TYPE_CHECKING:
+    from harness.stages import Plugins
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, before anything was resolved."""
+
+    method: str
+    task: str
+    backbone: str = "unet"
+    preset: str = "demo"
+    seed: int = 0
+    label_fraction: float = 1.0
+    data: Path | None = None
+    runs: Path = Path("runs")
+    settings: tuple[str, ...] = ()
+    plugins: tuple[str, ...] = ()
+    mode: str = "task-specific"
+    corpora: tuple[str, ...] = ()
+    split: str = "fixed"
+    skip_bad: bool = False
+    allow_overlap: bool = False
+    save_predictions: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything about a run that is known before it starts."""
+
+    config: RunConfig
+    plugins: "Plugins"
+    data: TaskData
+    corpora: list[CorpusData]
+    overlap: list[tuple[str, str]]
+    sources: list[str]
+    files: dict[str, str]
+
+    @property
+    def task(self) -> Task:
+        """The task, as this run prepares it."""
+        return self.data.task
+
+    @property
+    def train(self) -> list[Case]:
+        """Training cases; prefixes are the label fractions."""
+        return self.data.split.train
+
+    @property
+    def test(self) -> list[Case]:
+        """Test cases."""
+        return self.data.split.test
+
+    @property
+    def phantom(self) -> bool:
+        """Whether anything in the run is made up."""
+        return self.data.phantom or any(each.phantom for each in self.corpora)
+
+    @property
+    def label_cases(self) -> list[Case]:
+        """The nested subset of the training cases whose labels are used."""
+        return self.train[: max(1, ceil(self.config.label_fraction * len(self.train)))]
+
+    @property
+    def pretrain_channels(self) -> int:
+        """Channels of the images that are pre-trained on."""
+        return len(self.corpora[0].corpus.channels if self.corpora else self.task.channels)
+
+    @property
+    def num_pretrain(self) -> int:
+        """Scans that are pre-trained on."""
+        return sum(len(each.cases) for each in self.corpora) or len(self.train)
+
+    @property
+    def pretrain_key(self) -> str:
+        """Digest of all that determines the pre-trained weights."""
+        parts = self.config.model_dump(mode="json", include={"method", "backbone", "seed", "mode", "pretrain"})
+        settings = self.config.model_dump(mode="json", include={"method_settings", "backbone_settings"})
+        versions = [self.plugins.method.version, self.plugins.backbone.version, version("ssl-seg-harness")]
+        return digest([parts, settings, versions, self._pretrain_data, self.sources, self.files])
+
+    @property
+    def discovery(self) -> list[Any]:
+        """All that whatever a method discovers depends on; the settings it depends on it states itself."""
+        method = self.plugins.method
+        return [
+            method.name,
+            method.version,
+            version("ssl-seg-harness"),
+            self.sources,
+            self._pretrain_data,
+            self.config.seed,
+        ]
+
+    @property
+    def _pretrain_data(self) -> list[Any]:
+        if self.corpora:
+            return [
+                [each.corpus.name, each.corpus.version, each.corpus.spacing, repr(each.corpus.normalisation)]
+                + [each.inventory.digests[case.id] for case in each.cases]
+                for each in self.corpora
+            ]
+        digests = [self.data.inventory.digests[case.id] for case in self.train]
+        return [self.task.name, self.task.version, self.config.prepared, digests]
+
+    @property
+    def num_test_seen(self) -> int:
+        """Test cases that were trained or pre-trained on."""
+        trained = {case.id for case in self.train} | {case for _, case in self.overlap}
+        return len(trained & {case.id for case in self.test})
+
+    @property
+    def run_id(self) -> str:
+        """Readable name, made unique by a digest of all that determines the result."""
+        config = self.config
+        tested = [case.id for case in self.test]
+        key = digest([self.pretrain_key, config.model_dump(mode="json"), self.data.fingerprint, tested])
+        return f"{config.task}-{config.method}-{config.backbone}-{config.preset}-s{config.seed}-{key[:10]}"
+
+
+def locate(request: Request) -> tuple[Registry, Task, Path, list[tuple[Corpus, Path]]]:
+    """Names checked, and the folders of the data found; a phantom is written where none was given.
+
+    Raises:
+        UserError: an unknown name, data that is not there, or a mode that does not fit the corpora.
+    """
+    registry = Registry(request.plugins)
+    overrides = parse_overrides(request.settings)
+    task = change_task(registry.task(request.task), overrides)
+    # Names are checked before a phantom is written or data is read.
+    registry.plugin("method", request.method)
+    registry.plugin("backbone", request.backbone)
+    read_preset(request.preset)
+    check_how(request.split)
+    if request.mode == "generic" and not request.corpora:
+        raise UserError("--mode generic needs what to pre-train on: give --corpus NAME or --corpus DIR, also several")
+    if request.mode != "generic" and request.corpora:
+        raise UserError("--corpus is for --mode generic; in task-specific mode the task's own training cases are used")
+    writable(request.runs)
+    # A task that is a folder is its own data.
+    data = registry.task_folder(request.task) or request.data
+    root = find_data(task, data, request.runs)
+    return registry, task, root, find_corpora(registry, request.corpora, task, request.data or data, request.runs)
+
+
+def plan(
+    request: Request, registry: Registry, task: Task, root: Path, found: Sequence[tuple[Corpus, Path]] = ()
+) -> Setting:
+    """Configuration, plugins, split, data fingerprint and the leakage guard; every case is opened once.
+
+    Raises:
+        UserError: anything that does not fit, found before anything is computed.
+    """
+    from harness.stages import Plugins
+
+    plugins = Plugins(registry.load("method", request.method), registry.load("backbone", request.backbone))
+    if not plugins.method.trains:
+        found = ()  # nothing is pre-trained, so that one run serves both modes
+    config = resolve_request(request, registry, task)
+    channels = len(found[0][0].channels if found else task.channels)
+    check_fit(registry, config, plugins, len(task.channels), channels)
+    cache = request.runs / "cache"
+    data = open_task(task, root, cache, request.split)
+    corpora = open_corpora(found, cache, request.skip_bad)
+    pairs = check_overlap(data, corpora, request.allow_overlap)
+    # A plugin that is named as a file changes without a new version; installed ones state theirs.
+    named = [(kind, getattr(request, kind)) for kind in ("method", "backbone")]
+    sources = [registry.digest(*each) for each in named if registry.plugin(*each).entry_point is None]
+    # Paths say where a file lies, not what is in it.
+    files = {name: digest_file(path) for name, path in config.method_settings if isinstance(path, Path)}
+    labels = tuple(each.label for each in corpora)
+    setting = Setting(config.model_copy(update={"corpora": labels}), plugins, data, corpora, pairs, sources, files)
+    # A warm-up that does not fit fine-tuning is to be known before pre-training.
+    if plugins.method.trains:
+        config.pretrain.schedule(setting.num_pretrain, num_processes=1)
+    config.finetune.schedule(len(setting.label_cases), num_processes=1)
+    return setting
+
+
+def plan_without_data(request: Request) -> tuple[RunConfig, Setting | None]:
+    """What a run would do: its configuration, and with data given everything that `plan` finds. No phantom is written.
+
+    Raises:
+        UserError: as `locate` and `plan`.
+    """
+    from harness.stages import Plugins
+
+    registry = Registry(request.plugins)
+    if request.data is not None or registry.task_folder(request.task) is not None:
+        setting = plan(request, *locate(request))
+        return setting.config, setting
+    task = change_task(registry.task(request.task), parse_overrides(request.settings))
+    config = resolve_request(request, registry, task)
+    plugins = Plugins(registry.load("method", config.method), registry.load("backbone", config.backbone))
+    check_fit(registry, config, plugins, len(task.channels), len(task.channels))
+    return config, None
+
+
+def resolve_request(request: Request, registry: Registry, task: Task) -> RunConfig:
+    """The validated configuration of a request; `task` is as `change_task` gives it. Raises UserError as `resolve`."""
+    trains = registry.load("method", request.method).trains
+    return resolve(
+        registry,
+        task,
+        method=request.method,
+        backbone=request.backbone,
+        preset=request.preset,
+        overrides=parse_overrides(request.settings),
+        seed=request.seed,
+        label_fraction=request.label_fraction,
+        mode=request.mode if trains else "task-specific",
+        split=request.split,
+    )
+
+
+def check_fit(registry: Registry, config: RunConfig, plugins: "Plugins", channels: int, pretrain_channels: int) -> None:
+    """Whether method, backbone, crops and batch fit each other; builds the modules, reads no data.
+
+    Raises:
+        UserError: a need that the backbone does not meet, a crop that is not a multiple of its stride, or whatever
+            the method itself refuses.
+    """
+    backbone = plugins.new_backbone(config, channels)
+    missing = plugins.method.needs - backbone.abilities
+    if missing:
+        able = [
+            name
+            for name in registry.names("backbone")
+            if registry.load("backbone", name).abilities >= plugins.method.needs
+        ]
+        raise UserError(
+            f"method {config.method!r} needs a backbone with {', '.join(sorted(missing))}, {config.backbone!r} has "
+            f"{', '.join(sorted(backbone.abilities)) or 'no optional ability'}: choose --backbone from "
+            f"{', '.join(able) or 'none of those installed'}"
+        )
+    for section, crop in (("pretrain", config.pretrain.crop), ("finetune", config.finetune.crop)):
+        if any(edge % stride for edge, stride in zip(crop, backbone.stride, strict=True)):
+            raise UserError(
+                f"{section}.crop={','.join(map(str, crop))} is not a multiple of the deepest stride "
+                f"{','.join(map(str, backbone.stride))} of backbone {config.backbone!r}: set {section}.crop to one"
+            )
+        if crop == backbone.stride:
+            raise UserError(
+                f"{section}.crop={','.join(map(str, crop))} leaves a single voxel of the deepest features of backbone "
+                f"{config.backbone!r}, which cannot be normalised: set it to at least twice as much along one axis"
+            )
+    if pretrain_channels != channels:
+        backbone = plugins.new_backbone(config, pretrain_channels)
+    plugins.method(config.method_settings, backbone).check(config.pretrain.crop, config.pretrain.batch_size)
+
+
+def writable(runs: Path) -> Path:
+    """The runs folder, made if need be. Raises UserError where it cannot be written."""
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=runs):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"the runs folder {runs} cannot be written ({error.strerror}): give another with --runs or HARNESS_RUNS"
+        ) from None
+    return runs

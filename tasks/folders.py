@@ -1,0 +1,347 @@
+"""Folders that describe themselves in `dataset.json`: Medical Segmentation Decathlon and nnU-Net v2 raw data sets."""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field, ValidationError
+
+from harness import Case, Percentiles, Task, UserError, Window, slug
+from harness.formats import ENDINGS, read_header, stem
+
+FOLDER_NAME = re.compile(r"(?:Task|Dataset)\d+_(.+)")
+WHOLE_CT = Window(-1000, 1000)  # nothing but dense bone is cut off; `--set task.window` narrows it
+
+
+class _Entry(BaseModel):
+    image: str
+    label: str
+
+
+class _Decathlon(BaseModel):
+    """The fields of a Decathlon `dataset.json` that are used."""
+
+    name: str = ""
+    description: str = ""
+    licence: str = "see dataset.json"
+    modality: dict[int, str] = Field(min_length=1)
+    labels: dict[int, str] = Field(min_length=2)
+    training: list[_Entry] = []
+
+    def regions(self) -> dict[str, tuple[int, ...]]:
+        return {name: (value,) for value, name in sorted(self.labels.items())}
+
+    def channels(self) -> dict[int, str]:
+        return self.modality
+
+
+class _Listed(BaseModel):
+    images: list[str] = Field(min_length=1)
+    label: str
+
+
+class _NNUNet(BaseModel):
+    """The fields of an nnU-Net v2 `dataset.json` that are used."""
+
+    name: str = ""
+    description: str = ""
+    licence: str = "see dataset.json"
+    channel_names: dict[int, str] = Field(min_length=1)
+    labels: dict[str, int | list[int]] = Field(min_length=2)
+    file_ending: str
+    dataset: dict[str, _Listed] | None = None
+
+    def regions(self) -> dict[str, tuple[int, ...]]:
+        return {n: tuple(value) if isinstance(value, list) else (value,) for n, value in self.labels.items()}
+
+    def channels(self) -> dict[int, str]:
+        return self.channel_names
+
+
+Description = _Decathlon | _NNUNet
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderTask(Task):
+    """A data set in a folder with `dataset.json`, in the Decathlon's layout or nnU-Net v2's.
+
+    Attributes:
+        folder: its name as unpacked.
+        titles: other names that it has in `dataset.json` or in a folder's name.
+    """
+
+    folder: str
+    titles: tuple[str, ...] = ()
+
+    def find(self, data: Path) -> Path:
+        near = sorted(path for path in data.iterdir() if self._is_named(path.name)) if data.is_dir() else []
+        for root in (data, data / self.folder, *near):
+            if (root / "dataset.json").is_file():
+                break
+        else:
+            raise UserError(
+                f"task {self.name!r}: no dataset.json in {data} nor in {data / self.folder}: give --data the task's "
+                "folder or the one that contains it"
+            )
+        described = read_description(root)
+        if not self._describes(described):
+            raise UserError(
+                f"task {self.name!r}: {root / 'dataset.json'} describes {described.name!r} with {len(described.channels())} "
+                f"channels and labels {_inline(described)}; expected {len(self.channels)} channels and labels "
+                f"{', '.join(map(str, self.labels))} ({', '.join(self.targets)}): give --data the folder {self.folder}, "
+                f"or --task {root} to use this one"
+            )
+        return root
+
+    def cases(self, root: Path) -> list[Case]:
+        described = read_description(root)
+        found = (
+            _decathlon_cases(root, described) if isinstance(described, _Decathlon) else _nnunet_cases(root, described)
+        )
+        if not found:
+            raise UserError(f"{root / 'dataset.json'}: 'training' must list the labelled cases, it lists none")
+        return sorted(found, key=lambda case: case.id)
+
+    def write_case(
+        self, root: Path, number: int, images: NDArray[Any], label: NDArray[np.uint8], affine: NDArray[Any]
+    ) -> None:
+        import nibabel as nib
+
+        name = f"{self.titles[0].lower() if self.titles else self.name}_{number:03d}.nii.gz"
+        for sub, voxels in (
+            ("imagesTr", np.moveaxis(images, 0, -1) if len(images) > 1 else images[0]),
+            ("labelsTr", label),
+        ):
+            (root / sub).mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(voxels, affine), root / sub / name)
+        path = root / "dataset.json"
+        described: dict[str, Any] = json.loads(path.read_text()) if path.exists() else self._description()
+        described["training"].append({"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"})
+        described["numTraining"] = len(described["training"])
+        path.write_text(json.dumps(described, indent=1))
+
+    def _description(self) -> dict[str, Any]:
+        names = {value: "background" if not value else f"label {value}" for value in self.labels}
+        for target, values in self.targets.items():
+            if len(values) == 1:
+                names[values[0]] = target
+        return {
+            "name": self.titles[0] if self.titles else self.name,
+            "description": f"phantom in the layout of {self.folder}, not real data",
+            "reference": self.reference,
+            "licence": self.licence,
+            "tensorImageSize": "3D" if len(self.channels) == 1 else "4D",
+            "modality": {str(number): channel for number, channel in enumerate(self.channels)},
+            "labels": {str(value): name for value, name in names.items()},
+            "training": [],
+            "numTest": 0,
+            "test": [],
+        }
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "FolderTask | None":
+        """A task from any folder with `dataset.json`, in either layout.
+
+        Channels, targets and whether they overlap follow from the file; the spacing is the median of the cases', crops
+        follow from their extent. CT (every channel is called so) is seen from -1000 to 1000 HU, other images are scaled
+        by percentiles.
+
+        Raises:
+            UserError: `dataset.json` is there and cannot be used.
+        """
+        if not (folder / "dataset.json").is_file():
+            return None
+        described = read_description(folder)
+        title = described.name or _title(folder.resolve().name)
+        regions = described.regions()
+        overlapping = isinstance(described, _NNUNet) and any(isinstance(v, list) for v in described.labels.values())
+        channels = tuple(name for _, name in sorted(described.channels().items()))
+        task = FolderTask(
+            name=slug(title),
+            version="1",
+            description=described.description or title,
+            licence=described.licence,
+            reference="",
+            channels=channels,
+            targets={slug(name): values for name, values in regions.items() if values != (0,)},
+            labels=tuple(sorted({0} | {value for values in regions.values() for value in values})),
+            overlapping=overlapping,
+            spacing=None,
+            normalisation=WHOLE_CT if all(name.casefold() == "ct" for name in channels) else Percentiles(),
+            folder=folder.name,
+            titles=(title,),
+        )
+        return _with_geometry(task, folder)
+
+    def recognises(self, folder: Path) -> bool:
+        """Whether a folder with `dataset.json` calls itself by a name of this task, and has its labels and channels."""
+        described = read_description(folder)
+        title = described.name or _title(folder.resolve().name)
+        return self._is_named(title) and self._describes(described)
+
+    def _is_named(self, name: str) -> bool:
+        return _plain(_title(name)) in {_plain(_title(self.folder)), *map(_plain, self.titles)}
+
+    def _describes(self, described: Description) -> bool:
+        """Whether the label values and the number of channels are this task's, and the names of one or the other."""
+        values = {value for region in described.regions().values() for value in region} | {0}
+        if len(described.channels()) != len(self.channels) or values != set(self.labels):
+            return False
+        named = {slug(name): region for name, region in described.regions().items() if region != (0,)}
+        return self._is_named(described.name) or named == dict(self.targets) or not described.name
+
+
+def crops(extent: Sequence[float], **budgets: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Presets whose crops follow from the median extent of a data set: the nearest multiple of 32, 64 or 96 at most.
+
+    `budgets` are further settings per preset.
+    """
+    nearest = [max(32, 32 * round(edge / 32)) for edge in extent]
+    if max(nearest) == 32:  # a single voxel of the deepest features could not be normalised
+        nearest[int(np.argmax(extent))] = 64
+    presets = {}
+    for preset, most in (("demo", 64), ("small", 96), ("paper", 96)):
+        crop = tuple(min(most, edge) for edge in nearest)
+        presets[preset] = {"pretrain.crop": crop, "finetune.crop": crop, **budgets.get(preset, {})}
+    return presets
+
+
+@cache
+def _read(path: Path, changed: int) -> Description:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {' '.join(str(error).split())[:160]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, it holds a {type(content).__name__}")
+    if "channel_names" not in content and "modality" not in content:
+        raise UserError(
+            f"{path} is no description of a data set: it has neither 'modality' (Decathlon) nor 'channel_names' (nnU-Net v2)"
+        )
+    try:
+        described: Description = (_NNUNet if "channel_names" in content else _Decathlon).model_validate(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise UserError(f"{path}: {where} = {str(problem['input'])[:80]!r} cannot be used: {problem['msg']}") from None
+    _check(path, described)
+    return described
+
+
+def read_description(root: Path) -> Description:
+    """`dataset.json`, validated. Raises UserError where it is no description of a data set."""
+    path = root / "dataset.json"
+    return _read(path, path.stat().st_mtime_ns if path.exists() else 0)
+
+
+def _check(path: Path, described: Description) -> None:
+    channels, regions = described.channels(), described.regions()
+    if sorted(channels) != list(range(len(channels))):
+        raise UserError(f"{path}: channels are numbered {sorted(channels)}: number them from 0 without a gap")
+    values = [value for region in regions.values() for value in region]
+    if (bad := [value for value in values if not 0 <= value <= 255]) or () in regions.values():
+        raise UserError(
+            f"{path}: labels are whole numbers of 0..255, one or more each; it has {bad or 'an empty list'}"
+        )
+    if (0,) not in regions.values():
+        raise UserError(f"{path}: no label is 0: name the background, as 0")
+    if any(name.casefold() == "ignore" for name in regions):
+        raise UserError(f"{path}: an 'ignore' label is not supported: every voxel counts here; give the voxels a label")
+    names = [slug(name) for name in regions]
+    if len(set(names)) < len(names) or "average" in names:
+        raise UserError(f"{path}: label names {', '.join(regions)} cannot be told apart, or one is 'average': rename")
+    single = [region for region in regions.values() if len(region) == 1]
+    if len(set(single)) < len(single):
+        raise UserError(f"{path}: two labels have the same value ({_inline(described)}): give each its own")
+
+
+def _decathlon_cases(root: Path, described: _Decathlon) -> list[Case]:
+    cases = []
+    for entry in described.training:
+        image, label = _inside(root, entry.image), _inside(root, entry.label)
+        cases.append(Case(id=stem(image), images=(image,), label=label))
+    return cases
+
+
+def _nnunet_cases(root: Path, described: _NNUNet) -> list[Case]:
+    if described.dataset is not None:
+        return [
+            Case(
+                id=name,
+                images=tuple(_inside(root, image) for image in listed.images),
+                label=_inside(root, listed.label),
+            )
+            for name, listed in described.dataset.items()
+        ]
+    ending = described.file_ending
+    if ending not in ENDINGS:
+        raise UserError(f"{root / 'dataset.json'}: file_ending {ending!r} is not read here: use {', '.join(ENDINGS)}")
+    images, number = root / "imagesTr", len(described.channel_names)
+    if not images.is_dir():
+        raise UserError(
+            f"{images} is missing: an nnU-Net data set has imagesTr/CASE_0000{ending} and labelsTr/CASE{ending}"
+        )
+    pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(ending)}", re.DOTALL)
+    found: dict[str, set[int]] = {}
+    for path in images.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match and not path.name.startswith("."):
+            found.setdefault(match[1], set()).add(int(match[2]))
+    cases = []
+    for name, channels in found.items():
+        if channels != set(range(number)):
+            raise UserError(
+                f"{images / name}: channels {', '.join(f'{c:04d}' for c in sorted(channels))} are there, "
+                f"{', '.join(f'{c:04d}' for c in range(number))} are due: restore what is missing or take the case out"
+            )
+        files = tuple(images / f"{name}_{channel:04d}{ending}" for channel in range(number))
+        cases.append(Case(id=name, images=files, label=root / "labelsTr" / f"{name}{ending}"))
+    return cases
+
+
+def _inside(root: Path, named: str) -> Path:
+    """A path that `dataset.json` names, which may not lead out of the folder (links in it are the user's own)."""
+    if "\0" in named or Path(named).is_absolute() or os.path.normpath(named).startswith(".."):
+        raise UserError(f"{root / 'dataset.json'}: {named!r} leaves the task's folder: name files below it")
+    return root / os.path.normpath(named)
+
+
+def _with_geometry(task: FolderTask, folder: Path) -> FolderTask:
+    """Median spacing and extent along the canonical axes; headers that cannot be read are reported when the case is."""
+    import nibabel as nib
+
+    spacings, extents, problem = [], [], None
+    for case in task.cases(folder):
+        try:
+            header = read_header(case.images[0])
+        except UserError as error:
+            problem = problem or error
+            continue
+        order = nib.orientations.io_orientation(header.affine)[:, 0].astype(int).argsort()
+        spacings.append(header.spacing[order])
+        extents.append(np.asarray(header.shape[:3])[order] * header.spacing[order])
+    if problem is not None and not spacings:
+        raise problem
+    median = np.median(spacings, axis=0)
+    x, y, z = (round(float(value), 4) for value in median)
+    return replace(task, spacing=(x, y, z), presets=crops(np.median(extents, axis=0) / median))
+
+
+def _title(name: str) -> str:
+    match = FOLDER_NAME.fullmatch(name)
+    return match[1] if match else name
+
+
+def _plain(name: str) -> str:
+    return slug(name).replace("_", "").replace("tumour", "tumor")
+
+
+def _inline(described: Description) -> str:
+    return ", ".join(f"{'+'.join(map(str, values))} {name}" for name, values in described.regions().items())
