@@ -55,8 +55,10 @@ def prepare(arguments: argparse.Namespace) -> None:
     cache = arguments.runs / "cache"
     images, root, _ = _image_set(arguments)
     cases = images.cases(root)
-    digests = digest_cases(cases, cache)
-    volumes = prepare(images, cases, digests, cache, verify=True)
+    digests, bad = digest_cases(cases, cache)
+    volumes = prepare(images, [case for case in cases if case.id in digests], digests, cache, verify=True)
+    if bad:
+        raise UserError(f"{next(iter(bad.values()))} ({len(bad)} of {len(cases)} cases; the others are prepared)")
     print(f"{len(volumes)} cases prepared in {volumes[0].stem.parent}, fingerprint {fingerprint(digests)}")
 
 

@@ -8,6 +8,9 @@ On the 220 scans of MSD Hippocampus the highest correlation of two different one
 own turned copy in 8 bits 0.99997.
 """
 
+import json
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +24,7 @@ from numpy.typing import NDArray
 from harness.errors import UserError
 from harness.files import digest, digest_file, file_size, write_atomic
 from harness.images import load_case
-from harness.progress import progress
+from harness.progress import progress, say
 from harness.task import Case, ImageSet
 
 GRID = 16
@@ -56,11 +59,11 @@ def take_inventory(images: ImageSet, cases: Sequence[Case], cache: Path, skip_ba
     found = Inventory({}, {}, {})
     folder = cache / "signatures"
     folder.mkdir(parents=True, exist_ok=True)
-    for case, digested in zip(cases, _digest_files(cases, cache, skip_bad), strict=True):
-        if isinstance(digested, UserError):
-            found.bad[case.id] = str(digested)
-        else:
-            found.digests[case.id] = digested
+    digests, unreadable = digest_cases(cases, cache)
+    if unreadable and not skip_bad:
+        raise UserError(next(iter(unreadable.values())))
+    found.digests.update(digests)
+    found.bad.update(unreadable)
     readable = [case for case in cases if case.id in found.digests]
     work = partial(_signature, images, folder, found.digests, skip_bad)
     with ThreadPoolExecutor(2) as pool:
@@ -75,13 +78,43 @@ def take_inventory(images: ImageSet, cases: Sequence[Case], cache: Path, skip_ba
     return found
 
 
-def digest_cases(cases: Sequence[Case], cache: Path) -> dict[str, str]:
-    """Case id -> digest of its files' content. Files that did not change since last time are not read again.
+def digest_cases(cases: Sequence[Case], cache: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Case id -> digest of its files' content, and case id -> what is wrong with a file that is no readable one.
+
+    Files that did not change since last time are not read again.
 
     Raises:
-        UserError: a file cannot be read, or two cases have one id.
+        UserError: two cases have one id.
     """
-    return {case.id: str(found) for case, found in zip(cases, _digest_files(cases, cache, False), strict=True)}
+    memory = cache / "digests.json"
+    try:
+        known: dict[str, str] = json.loads(memory.read_text()) if memory.exists() else {}
+    except ValueError:
+        say(f"{memory} is damaged: every file is read again")
+        known = {}
+    before = len(known)
+    digests: dict[str, str] = {}
+    bad: dict[str, str] = {}
+    for case in progress(cases, "fingerprint"):
+        if case.id in digests or case.id in bad:
+            raise UserError(f"two cases are named {case.id!r}: rename one")
+        try:
+            digests[case.id] = digest([_digest_known(path, known) for path in case.files])
+        except UserError as error:
+            bad[case.id] = str(error)
+        except OSError as error:
+            bad[case.id] = f"{error.filename} cannot be read: {error.strerror}"
+    if len(known) != before:
+        write_atomic(memory, json.dumps(known, indent=0))
+    return digests, bad
+
+
+def _digest_known(path: Path, known: dict[str, str]) -> str:
+    size = file_size(path)
+    key = f"{path.resolve()}|{size}|{path.stat().st_mtime_ns}"
+    if key not in known:
+        known[key] = digest_file(path)
+    return known[key]
 
 
 def fingerprint(digests: dict[str, str]) -> str:
@@ -152,39 +185,8 @@ def _signature(
             return error
         raise
     found = np.stack([signature(channel) for channel in loaded.image])
-    partial_path = path.with_name(f".{path.name}")
+    # Two threads may meet the same content under two names, two processes the same case.
+    partial_path = path.with_name(f".{os.getpid()}-{threading.get_ident()}-{path.name}")
     np.save(partial_path, found)
     partial_path.replace(path)
-    return found
-
-
-def _digest_files(cases: Sequence[Case], cache: Path, skip_bad: bool) -> list[str | UserError]:
-    import json
-
-    memory = cache / "digests.json"
-    known: dict[str, str] = json.loads(memory.read_text()) if memory.exists() else {}
-    before, names = len(known), set()
-    found: list[str | UserError] = []
-    for case in progress(cases, "fingerprint"):
-        if case.id in names:
-            raise UserError(f"two cases are named {case.id!r}: rename one")
-        names.add(case.id)
-        try:
-            keys = []
-            for path in case.files:
-                file_size(path)
-                status = path.stat()
-                key = f"{path}|{status.st_size}|{status.st_mtime_ns}"
-                if key not in known:
-                    known[key] = digest_file(path)
-                keys.append(known[key])
-            found.append(digest(keys))
-        except UserError as error:
-            if not skip_bad:
-                raise
-            found.append(error)
-        except OSError as error:
-            raise UserError(f"{error.filename} cannot be read: {error.strerror}") from None
-    if len(known) != before:
-        write_atomic(memory, json.dumps(known, indent=0))
     return found

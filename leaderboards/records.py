@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 SCHEMA = 1
 NEEDED = (
     *("run_id", "method", "backbone", "task", "task_version", "mode", "protocol", "preset", "overrides"),
-    *("label_fraction", "seed", "data", "config", "metrics", "metric_policy", "timing"),
+    *("label_fraction", "seed", "data", "metrics", "metric_policy", "timing"),
 )
 
 
@@ -69,8 +69,8 @@ class Run:
     def method(self) -> str:
         """Its name, with corpora and the settings that were changed; files by name and digest, not by path."""
         overrides = dict(self.record["overrides"])
-        if corpora := self.record["config"].get("corpora"):
-            overrides["method.corpus"] = "+".join(corpora)
+        if corpora := self.record["data"].get("corpora"):
+            overrides["method.corpus"] = "+".join(f"{each['name']}@{each['fingerprint']}" for each in corpora)
         for field, digest in self.record.get("files", {}).items():
             overrides[f"method.{field}"] = f"{PurePath(overrides.get(f'method.{field}', field)).name}@{digest[:8]}"
         return _label(self.record["method"], overrides, ("method",))

@@ -33,7 +33,7 @@ def registry() -> Registry:
     return Registry()
 
 
-@pytest.fixture(scope="session", params=["msd_hippocampus", "brats"])
+@pytest.fixture(scope="session", params=["msd_hippocampus", "brats", "msd_spleen"])
 def phantom(request, registry, tmp_path_factory) -> tuple[Task, Path]:
     """Each task with a phantom of four cases on disk."""
     task = small(registry.task(request.param))

@@ -8,14 +8,15 @@ from torch.utils.data import DataLoader
 from harness.arrays import cut
 from harness.config import Finetune
 from harness.crops import Augment, CropDataset
-from harness.volumes import digest_cases, prepare
+from harness.identity import digest_cases
+from harness.volumes import prepare
 
 
 @pytest.fixture
 def volumes(phantom, tmp_path):
     task, root = phantom
     cases = task.cases(root)
-    return task, prepare(task, cases, digest_cases(cases, tmp_path), tmp_path)
+    return task, prepare(task, cases, digest_cases(cases, tmp_path)[0], tmp_path)
 
 
 def augment(**probabilities) -> Augment:

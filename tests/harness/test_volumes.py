@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from harness import Percentiles, UserError, Window
+from harness.identity import digest_cases, fingerprint
 from harness.images import Loaded
 from harness.registry import Registry
-from harness.volumes import digest_cases, fingerprint, normalise, prepare, prepare_arrays
+from harness.volumes import normalise, prepare, prepare_arrays
 
 TASK = Registry().task("msd_hippocampus")
 ORIENTATIONS = [(axes, flips) for axes in permutations(range(3)) for flips in product((1, -1), repeat=3)]
@@ -37,7 +38,7 @@ def test_native_round_trip_in_every_orientation(axes, flips):
     prepared, prepared_label, geometry = prepare_arrays(TASK, Loaded(image, label, affine), "x")
     assert prepared.shape[1:] == prepared_label.shape
     probabilities = np.stack([prepared_label == value for value in (0, 1, 2)]).astype(np.float32)
-    back = TASK.decide(geometry.to_native(probabilities))
+    back = geometry.decide(TASK, probabilities)
     assert np.array_equal(back, TASK.masks(label))
 
 
@@ -63,7 +64,7 @@ def test_resampled_round_trip_keeps_the_structures():
     prepared, prepared_label, geometry = prepare_arrays(task, Loaded(image, label, np.diag([1, 1, 2, 1])), "x")
     assert prepared.shape == (1, 30, 40, 48)
     probabilities = np.stack([prepared_label == value for value in (0, 1, 2)]).astype(np.float32)
-    back = task.decide(geometry.to_native(probabilities))
+    back = geometry.decide(task, probabilities)
     for mine, theirs in zip(back, task.masks(label), strict=True):
         assert 2 * (mine & theirs).sum() / (mine.sum() + theirs.sum()) > 0.95
 
@@ -100,14 +101,15 @@ def test_an_image_without_contrast_is_refused(value):
 def prepared(phantom, tmp_path):
     task, root = phantom
     cases = task.cases(root)
-    digests = digest_cases(cases, tmp_path)
+    digests = digest_cases(cases, tmp_path)[0]
     return task, cases, digests, prepare(task, cases, digests, tmp_path), tmp_path
 
 
 def test_cache_is_memory_mapped_and_not_made_twice(prepared):
     task, cases, digests, volumes, cache = prepared
-    assert isinstance(volumes[0].image, np.memmap)
-    assert volumes[0].image.shape[1:] == volumes[0].label.shape
+    assert isinstance(volumes[0].label, np.memmap)
+    assert isinstance(volumes[0]._stored, np.memmap)
+    assert volumes[0].shape == volumes[0].label.shape
     written = {path: path.stat().st_mtime_ns for path in Path(cache).rglob("*.npy")}
     again = prepare(task, cases, digests, cache)
     assert {path: path.stat().st_mtime_ns for path in Path(cache).rglob("*.npy")} == written
@@ -120,13 +122,13 @@ def test_an_interrupted_prepare_goes_on(prepared):
     Path(f"{volumes[1].stem}.image.npy").write_bytes(b"half")
     before = volumes[0].image.copy()
     again = prepare(task, cases, digests, cache)
-    assert again[1].image.shape[1:] == again[1].label.shape
+    assert again[1].shape == again[1].label.shape
     assert np.array_equal(again[0].image, before)
 
 
 def test_foreground_points_lie_in_their_targets(prepared):
     task, _, _, volumes, _ = prepared
-    masks = task.masks(volumes[0].label)
+    masks = task.masks(np.array(volumes[0].label))
     points = volumes[0].points
     assert set(points[:, 0]) == set(range(len(task.targets)))
     assert all(masks[tuple(row)] for row in points)
@@ -137,10 +139,10 @@ def test_fingerprint_follows_content_not_place_or_time(phantom, tmp_path):
 
     task, root = phantom
     shutil.copytree(root, tmp_path / "copy")
-    first = fingerprint(digest_cases(task.cases(root), tmp_path / "a"))
-    second = fingerprint(digest_cases(task.cases(tmp_path / "copy"), tmp_path / "b"))
+    first = fingerprint(digest_cases(task.cases(root), tmp_path / "a")[0])
+    second = fingerprint(digest_cases(task.cases(tmp_path / "copy"), tmp_path / "b")[0])
     assert first == second
     cases = task.cases(tmp_path / "copy")
     shutil.copy(cases[0].label, cases[1].label)
-    assert fingerprint(digest_cases(task.cases(tmp_path / "copy"), tmp_path / "b")) != first
+    assert fingerprint(digest_cases(task.cases(tmp_path / "copy"), tmp_path / "b")[0]) != first
     assert json.loads((tmp_path / "b" / "digests.json").read_text())
