@@ -140,7 +140,6 @@ def _kind(text: str) -> str:
         "NaN": "NaN and infinite voxels",
         "label values": "label values",
         "same value": "constant images",
-        "0 everywhere": "constant images",
         "outside of the window": "constant images",
         "axes run": "mirrored or turned",
         "same grid": "images and labels on different grids",

@@ -120,7 +120,7 @@ def _nifti_voxels(path: Path) -> NDArray[Any]:
     proxy = image.dataobj
     if (proxy.slope, proxy.inter) == (1, 0):
         return np.asarray(proxy.get_unscaled())
-    return np.asarray(proxy.get_scaled(dtype=np.float32))
+    return np.asarray(proxy, dtype=np.float32)
 
 
 def _itk_reader(path: Path) -> Any:

@@ -128,9 +128,10 @@ def signature(voxels: NDArray[np.float32]) -> Signature:
     for axis in range(3):
         means = np.tensordot(_averages(blocks.shape[axis]), blocks, (1, axis))
         blocks = np.moveaxis(means, 0, axis)
-    blocks = blocks - blocks.mean()
-    length = np.linalg.norm(blocks)
-    return (blocks / length if length > 1e-12 else blocks * 0).astype(np.float32)
+    centred = blocks - blocks.mean()
+    length = np.linalg.norm(centred)
+    # What is left of a constant image is rounding.
+    return (centred / length if length > 1e-5 * np.linalg.norm(blocks) else centred * 0).astype(np.float32)
 
 
 def same_scans(first: Sequence[Signature], second: Sequence[Signature]) -> list[tuple[int, int]]:

@@ -134,7 +134,9 @@ class Setting:
         """Readable name, made unique by a digest of all that determines the result."""
         config = self.config
         tested = [case.id for case in self.test]
-        key = digest([self.pretrain_key, config.model_dump(mode="json"), self.data.fingerprint, tested])
+        # What was skipped changes nothing but the record, which counts it.
+        skipped = [sorted(each.inventory.bad) for each in self.corpora]
+        key = digest([self.pretrain_key, config.model_dump(mode="json"), self.data.fingerprint, tested, skipped])
         return f"{config.task}-{config.method}-{config.backbone}-{config.preset}-s{config.seed}-{key[:10]}"
 
 

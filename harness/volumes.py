@@ -253,7 +253,7 @@ def normalise(channel: NDArray[np.float32], how: Percentiles | Window, source: s
     else:
         present = channel[channel != 0]
         if not present.size:
-            raise UserError(f"{source}: a channel is 0 everywhere: restore the image or take the case out")
+            raise UserError(f"{source}: a channel has the same value 0 everywhere: restore the image")
         low, high = (float(value) for value in np.percentile(present, [how.low, how.high]))
         if not low < high:
             raise UserError(f"{source}: a channel has the same value {low:g} nearly everywhere: restore the image")

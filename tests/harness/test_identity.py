@@ -1,0 +1,123 @@
+"""The same scan is recognised whatever its file says, and different scans are not."""
+
+import time
+from functools import cache
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from harness.errors import UserError
+from harness.geometry import resample
+from harness.identity import SAME, same_scans, signature, take_inventory, twins
+from harness.phantom import make_phantom
+from harness.registry import Registry
+
+TASKS = ["msd_hippocampus", "brats", "btcv"]
+
+
+@cache
+def scans(task_name, number=8):
+    task = Registry().task(task_name)
+    return [make_phantom(task, np.random.default_rng(seed))[0][0].astype(np.float32) for seed in range(number)]
+
+
+CHANGES = {
+    "as it is": lambda v: v,
+    "float64": lambda v: v.astype(np.float64),
+    "8 bits": lambda v: np.round((v - v.min()) / np.ptp(v) * 255),
+    "scaled and shifted": lambda v: 0.37 * v - 1000,
+    "mirrored": lambda v: v[::-1],
+    "turned": lambda v: v.transpose(2, 0, 1)[:, ::-1],
+    "inverted order of all axes": lambda v: v.T[::-1, ::-1, ::-1],
+    "resampled": lambda v: resample(v, [round(0.8 * edge) for edge in v.shape], order=3),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_copy_is_the_same_scan(task, change):
+    volumes = scans(task)
+    known = [signature(volume) for volume in volumes]
+    copy = signature(np.asarray(CHANGES[change](volumes[3]), dtype=np.float32))
+    assert same_scans([copy], known) == [(0, 3)]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_different_scans_differ(task):
+    known = [signature(volume) for volume in scans(task, 12)]
+    assert twins([one[None] for one in known]) == []
+
+
+def test_a_constant_image_is_like_nothing():
+    nothing = signature(np.full((20, 20, 20), 7, np.float32))
+    assert not nothing.any()
+    assert same_scans([nothing], [nothing]) == []
+
+
+def test_real_scans_are_told_apart_with_room(real_hippocampus):
+    """The numbers of the module's docstring."""
+    volumes = [
+        np.asarray(nib.load(p).dataobj, np.float32) for p in sorted((real_hippocampus / "imagesTr").glob("*.gz"))
+    ]
+    known = np.stack([signature(volume) for volume in volumes]).reshape(len(volumes), -1)
+    eights = [np.round((v - v.min()) / np.ptp(v) * 255)[::-1].transpose(1, 2, 0) for v in volumes]
+    copies = np.stack([signature(v.transpose(2, 0, 1)[::-1].astype(np.float32)) for v in eights]).reshape(
+        len(volumes), -1
+    )
+    assert (known * copies).sum(axis=1).min() > 0.9999
+    others = known @ known.T - 2 * np.eye(len(volumes))
+    assert others.max() < 0.9 < SAME
+    assert same_scans([*known.reshape(-1, 16, 16, 16)], [*known.reshape(-1, 16, 16, 16)]) == [
+        (i, i) for i in range(220)
+    ]
+
+
+def test_inventory_is_taken_once(phantom, tmp_path, monkeypatch):
+    task, root = phantom
+    cases = task.cases(root)
+    first = take_inventory(task, cases, tmp_path)
+    assert set(first.digests) == set(first.signatures) == {case.id for case in cases}
+
+    def never(*_):
+        raise AssertionError("read again")
+
+    monkeypatch.setattr("harness.identity.load_case", never)
+    monkeypatch.setattr("harness.identity.digest_file", never)
+    again = take_inventory(task, cases, tmp_path)
+    assert again.digests == first.digests
+    assert all(np.array_equal(again.signatures[name], first.signatures[name]) for name in first.signatures)
+
+
+def test_damaged_memory_is_taken_anew(phantom, tmp_path, capsys):
+    task, root = phantom
+    cases = task.cases(root)
+    first = take_inventory(task, cases, tmp_path)
+    (tmp_path / "digests.json").write_text("{")
+    assert take_inventory(task, cases, tmp_path).digests == first.digests
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_bad_cases_are_skipped_only_when_asked(hippocampus_phantom, tmp_path):
+    import shutil
+
+    shutil.copytree(hippocampus_phantom, tmp_path / "data")
+    task = Registry().task("msd_hippocampus")
+    cases = task.cases(tmp_path / "data")
+    cases[0].images[0].write_bytes(b"")
+    image = nib.load(cases[1].images[0])
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj) * np.nan, image.affine), cases[1].images[0])
+    with pytest.raises(UserError, match="zero bytes"):
+        take_inventory(task, cases, tmp_path / "cache")
+    found = take_inventory(task, cases, tmp_path / "cache", skip_bad=True)
+    assert set(found.bad) == {cases[0].id, cases[1].id}
+    assert set(found.signatures) == set(found.digests) == {case.id for case in cases[2:]}
+
+
+def test_two_thousand_scans_are_compared_in_seconds():
+    rng = np.random.default_rng(0)
+    many = [signature(rng.random((20, 20, 20), np.float32)) for _ in range(2000)]
+    tested = [signature(rng.random((20, 20, 20), np.float32)) for _ in range(40)] + [many[77]]
+    began = time.perf_counter()
+    assert same_scans(many, tested) == [(77, 40)]
+    assert time.perf_counter() - began < 60
