@@ -18,7 +18,7 @@ atm22 = _ct(
     reference="Zhang et al. 2023, Multi-site, multi-domain airway tree modeling, Med. Image Anal. 90:102957",
     registration="atm22.grand-challenge.org",
     folders=("ATM22", "atm22"),
-    patterns=("**/imagesTr/ATM_*", "**/imagesVal/ATM_*"),
+    patterns=("imagesTr/ATM_*", "*/imagesTr/ATM_*", "imagesVal/ATM_*", "*/imagesVal/ATM_*"),
     layout="ATM22/TrainBatch1/imagesTr/ATM_NNN_0000.nii.gz",
     phantom="TrainBatch1/imagesTr/ATM_{:03d}_0000.nii.gz",
 )
@@ -42,7 +42,7 @@ covid19_20 = _ct(
     reference="Roth et al. 2022, Med. Image Anal. 82:102605",
     registration="covid-segmentation.grand-challenge.org",
     folders=("COVID-19-20_v2", "COVID-19-20", "covid19_20"),
-    patterns=("**/volume-covid19-A-*_ct.nii.gz", "**/volume-covid19-A-*_ct.nii"),
+    patterns=("volume-covid19-A-*_ct.nii*", "*/volume-covid19-A-*_ct.nii*"),
     layout="COVID-19-20_v2/Train/volume-covid19-A-NNNN_ct.nii.gz (the _seg files are not read)",
     phantom="Train/volume-covid19-A-{:04d}_ct.nii.gz",
 )

@@ -1,0 +1,235 @@
+"""`harness data fetch` against a server on the loopback address: broken transfers, wrong content, hostile archives."""
+
+import hashlib
+import io
+import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from harness import UserError
+from harness.cli import main
+from harness.fetch import fetch
+from harness.registry import Registry
+from harness.task import Archive
+
+NAME = "Task04_Hippocampus"
+
+
+def packed(members, kind="w") -> bytes:
+    """A tar of (name, content) or ready TarInfo members."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode=kind) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+                continue
+            name, content = member
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+GOOD = packed(
+    [(f"{NAME}/dataset.json", b"{}"), (f"{NAME}/imagesTr/a.nii.gz", b"x" * 300_000), (f"./{NAME}/._a", b"shadow")]
+)
+
+
+class Server:
+    """Serves `content`; `breaks` lists after how many bytes the next answers stop, `ranges` what was asked for."""
+
+    def __init__(self, content, breaks=(), status=200, resumes=True):
+        self.content, self.breaks, self.status, self.resumes = content, list(breaks), status, resumes
+        self.ranges: list[str | None] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                asked = self.headers.get("Range")
+                outer.ranges.append(asked)
+                if outer.status != 200:
+                    self.send_error(outer.status)
+                    return
+                start = int(asked.split("=")[1].rstrip("-")) if asked and outer.resumes else 0
+                if start >= len(outer.content):
+                    self.send_error(416)
+                    return
+                body = outer.content[start:]
+                self.send_response(206 if start else 200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body[: outer.breaks.pop(0)] if outer.breaks else body)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def archive(self):
+        url = f"http://127.0.0.1:{self.server.server_port}/{NAME}.tar"
+        return Archive(url, hashlib.md5(self.content, usedforsecurity=False).hexdigest(), NAME)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def test_brought_verified_unpacked_once(tmp_path):
+    with Server(GOOD) as server:
+        place = fetch(server.archive, tmp_path / "data")
+        assert sorted(path.name for path in place.rglob("*") if path.is_file()) == ["a.nii.gz", "dataset.json"]
+        assert [path.name for path in (tmp_path / "data").iterdir()] == [NAME]
+        assert fetch(server.archive, tmp_path / "data") == place
+        assert len(server.ranges) == 1
+
+
+@pytest.mark.parametrize("breaks", [[1000], [1000, 0, 50_000], [299_000, 1]])
+def test_a_broken_transfer_goes_on_where_it_stopped(breaks, tmp_path):
+    with Server(GOOD, breaks) as server:
+        fetch(server.archive, tmp_path)
+        done = 0
+        for asked, sent in zip(server.ranges[1:], breaks, strict=True):
+            done += sent
+            assert asked == (f"bytes={done}-" if done else None)
+
+
+def test_an_interrupted_fetch_goes_on(tmp_path):
+    (tmp_path / f"{NAME}.tar.part").write_bytes(GOOD[:1234])
+    with Server(GOOD) as server:
+        fetch(server.archive, tmp_path)
+        assert server.ranges == ["bytes=1234-"]
+
+
+def test_a_whole_part_needs_no_transfer(tmp_path):
+    (tmp_path / f"{NAME}.tar.part").write_bytes(GOOD)
+    with Server(GOOD) as server:
+        assert fetch(server.archive, tmp_path).is_dir()
+
+
+def test_a_server_that_cannot_resume_starts_again(tmp_path):
+    with Server(GOOD, [5000], resumes=False) as server:
+        assert fetch(server.archive, tmp_path).is_dir()
+
+
+def test_a_server_that_always_breaks_is_given_up_and_what_came_is_kept(tmp_path):
+    with Server(GOOD, [5000] + [0] * 10) as server, pytest.raises(UserError, match=r"5 times; 0\.0 MiB are kept in"):
+        fetch(server.archive, tmp_path)
+    assert (tmp_path / f"{NAME}.tar.part").stat().st_size == 5000
+
+
+def test_wrong_content_is_removed(tmp_path):
+    with Server(GOOD) as server, pytest.raises(UserError, match="expected 0000"):
+        fetch(Archive(server.archive.url, "0000", NAME), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_not_found_is_said_at_once(tmp_path):
+    with Server(GOOD, status=404) as server:
+        with pytest.raises(UserError, match="answers 404"):
+            fetch(server.archive, tmp_path)
+        assert len(server.ranges) == 1
+
+
+def test_no_server(tmp_path):
+    with pytest.raises(UserError, match="5 times"):
+        fetch(Archive("http://127.0.0.1:9/x.tar", "0", NAME), tmp_path)
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://x/y", "/etc/passwd"])
+def test_only_web_addresses(url, tmp_path):
+    with pytest.raises(UserError, match=r"begins with https://"):
+        fetch(Archive(url, "0", NAME), tmp_path)
+
+
+def link(name, target, kind):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def device(name):
+    info = tarfile.TarInfo(name)
+    info.type = tarfile.CHRTYPE
+    return info
+
+
+HOSTILE = {
+    "path out": [(f"{NAME}/../../escaped", b"x")],
+    "plain path out": [("../escaped", b"x")],
+    "absolute path": [("/tmp/escaped-from-archive", b"x")],
+    "other folder": [("Other/a", b"x")],
+    "link out": [link(f"{NAME}/l", "/etc", tarfile.SYMTYPE), (f"{NAME}/l/escaped", b"x")],
+    "hard link": [link(f"{NAME}/l", "../../escaped", tarfile.LNKTYPE)],
+    "device": [device(f"{NAME}/null")],
+    "file named like the folder": [(NAME, b"x")],
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_archives_leave_nothing(kind, tmp_path):
+    content = packed([(f"{NAME}/dataset.json", b"{}"), *HOSTILE[kind]])
+    folder = tmp_path / "inner" / "data"
+    with (
+        Server(content) as server,
+        pytest.raises(UserError, match=r"is no plain file|does not hold|cannot be unpacked"),
+    ):
+        fetch(server.archive, folder)
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".tar"]
+    assert left == []
+    assert not (folder / NAME).exists()
+
+
+@pytest.mark.parametrize("content", [b"no tar at all" * 100, GOOD[:2000]])
+def test_archives_that_cannot_be_unpacked(content, tmp_path):
+    with Server(content) as server, pytest.raises(UserError, match="cannot be unpacked"):
+        fetch(server.archive, tmp_path)
+    assert not (tmp_path / NAME).exists()
+
+
+def test_an_archive_that_claims_more_than_the_disk(tmp_path):
+    """A sparse member: few bytes in the archive, many on the disk."""
+    info = tarfile.TarInfo(f"{NAME}/big")
+    info.size = 2**50
+    header = info.tobuf(format=tarfile.GNU_FORMAT)
+    with Server(header + bytes(1024)) as server, pytest.raises(UserError, match="unpacks to more than"):
+        fetch(server.archive, tmp_path)
+
+
+def test_addresses_and_sums_are_monais():
+    for name in Registry().names("task"):
+        task = Registry().task(name)
+        archive = task.archive()
+        if name in ("brats", "btcv"):
+            assert archive is None
+            continue
+        assert archive.url.startswith("https://")
+        assert archive.url.endswith(f"{task.folder}.tar")
+        assert len(archive.md5) == 32
+
+
+def test_the_command_brings_from_another_address(tmp_path, capsys, monkeypatch):
+    with Server(GOOD) as server:
+        # The published sum stays in force: other content from another address is refused.
+        words = ["data", "fetch", "msd_hippocampus", "--data", str(tmp_path), "--url", server.archive.url]
+        assert main(words) == 2
+        assert "expected 9d24dba78a72977dbd1d2e110310f31b" in capsys.readouterr().err
+        monkeypatch.setattr("tasks.msd.DecathlonTask.archive", lambda self: server.archive)
+        assert main(words) == 0
+    assert (tmp_path / NAME / "dataset.json").is_file()
+    assert "next: harness data check msd_hippocampus" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["brats", "btcv", "atm22", "luna16", "covid19_20", "flare21"])
+def test_what_needs_a_registration_says_where_and_what_is_expected(name, tmp_path, capsys):
+    assert main(["data", "fetch", name, "--data", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    known = Registry().load("task" if name in ("brats", "btcv") else "corpus", name)
+    assert known.registration in message
+    assert known.layout in message

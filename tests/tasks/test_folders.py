@@ -1,0 +1,191 @@
+"""Folders that describe themselves, in the Decathlon's layout and nnU-Net v2's; recognised ones and one's own."""
+
+import json
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from harness import Percentiles, UserError, Window
+from harness.images import load_case
+from harness.registry import Registry
+from harness.splits import split_cases
+from tasks.folders import crops
+
+LABELS = {"background": 0, "Anterior": 1, "Posterior": 2}
+
+
+def as_nnunet(source, folder, **described):
+    """A Decathlon folder copied into nnU-Net v2's raw layout."""
+    content = json.loads((source / "dataset.json").read_text())
+    for sub in ("imagesTr", "labelsTr"):
+        (folder / sub).mkdir(parents=True)
+    for entry in content["training"]:
+        name = entry["image"].rpartition("/")[2].removesuffix(".nii.gz")
+        image = nib.load(source / entry["image"])
+        channels = np.asarray(image.dataobj)
+        for number, channel in enumerate(np.moveaxis(channels, -1, 0) if channels.ndim == 4 else [channels]):
+            nib.save(nib.Nifti1Image(channel, image.affine), folder / "imagesTr" / f"{name}_{number:04d}.nii.gz")
+        shutil.copyfile(source / entry["label"], folder / "labelsTr" / f"{name}.nii.gz")
+    written = {"channel_names": {"0": "MRI"}, "labels": LABELS, "numTraining": 4, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(written | described))
+    return folder
+
+
+@pytest.mark.parametrize("described", [{}, {"name": "Hippocampus"}])
+def test_the_decathlons_own_are_recognised_in_nnunets_layout(described, hippocampus_phantom, tmp_path):
+    folder = as_nnunet(hippocampus_phantom, tmp_path / "Dataset004_Hippocampus", **described)
+    task = Registry().task(str(folder))
+    assert task is Registry().task("msd_hippocampus")
+    assert task.find(tmp_path) == folder
+    theirs = Registry().task("msd_hippocampus").cases(hippocampus_phantom)
+    mine = task.cases(folder)
+    assert [case.id for case in mine] == [case.id for case in theirs]
+    for a, b in zip(mine, theirs, strict=True):
+        assert np.array_equal(load_case(task, a).image, load_case(task, b).image)
+
+
+def test_an_unnamed_copy_is_treated_alike(real_hippocampus, tmp_path):
+    """Split, geometry, intensities and crops follow from the data, so a copy under another name gives the same numbers."""
+    known = Registry().task("msd_hippocampus")
+    folder = tmp_path / "my scans"
+    (folder / "imagesTr").mkdir(parents=True)
+    for case in known.cases(real_hippocampus):
+        (folder / "imagesTr" / f"{case.id}_0000.nii.gz").symlink_to(case.images[0])
+    (folder / "labelsTr").symlink_to(real_hippocampus / "labelsTr")
+    described = {"channel_names": {"0": "T1"}, "labels": LABELS, "numTraining": 220, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(described))
+    mine = Registry().task(str(folder))
+    assert mine.name == "my_scans"
+    for what in ("spacing", "normalisation", "targets", "overlapping"):
+        assert getattr(mine, what) == getattr(known, what)
+    assert {name: dict(preset) for name, preset in mine.presets.items()} == known.presets
+    splits = [split_cases(task, task.cases(root)) for task, root in ((mine, folder), (known, real_hippocampus))]
+    assert [case.id for case in splits[0].train] == [case.id for case in splits[1].train]
+    assert [case.id for case in splits[0].test] == [case.id for case in splits[1].test]
+
+
+def organ(folder, **described):
+    """Two channels, anisotropic, oblique axes, three labels."""
+    rng = np.random.default_rng(0)
+    for sub in ("imagesTr", "labelsTr"):
+        (folder / sub).mkdir(parents=True)
+    affine = np.array([[0, 0, 2.5, 1], [1, 0, 0, 2], [0, 1, 0, 3], [0, 0, 0, 1]])
+    for number in range(3):
+        for channel in range(2):
+            image = nib.Nifti1Image(rng.random((9, 8, 7), np.float32), affine)
+            nib.save(image, folder / "imagesTr" / f"organ_{number}_{channel:04d}.nii.gz")
+        label = nib.Nifti1Image(rng.integers(0, 4, (9, 8, 7)).astype(np.uint8), affine)
+        nib.save(label, folder / "labelsTr" / f"organ_{number}.nii.gz")
+    written = {
+        "channel_names": {"0": "T2", "1": "ADC"},
+        "labels": {"background": 0, "left part": 1, "Right": 2, "cyst": 3},
+        "numTraining": 3,
+        "file_ending": ".nii.gz",
+    }
+    (folder / "dataset.json").write_text(json.dumps(written | described))
+    return folder
+
+
+def test_regions_overlap(tmp_path):
+    regions = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "inner": 3}
+    folder = organ(tmp_path / "Dataset123_Organ", labels=regions, regions_class_order=[1, 2, 3])
+    task = Registry().task(str(folder))
+    assert task.name == "organ"
+    assert task.overlapping
+    assert task.targets == {"whole": (1, 2, 3), "core": (2, 3), "inner": (3,)}
+    assert task.labels == (0, 1, 2, 3)
+    assert task.num_outputs == 3
+    label = load_case(task, task.cases(folder)[0]).label
+    assert np.array_equal(task.compose(task.masks(label)), label)
+
+
+def test_geometry_follows_the_canonical_axes(tmp_path):
+    task = Registry().task(str(organ(tmp_path / "Dataset123_Organ")))
+    assert task.spacing == (2.5, 1.0, 1.0)
+    assert load_case(task, task.cases(tmp_path / "Dataset123_Organ")[0]).image.shape == (2, 9, 8, 7)
+
+
+def test_holes_in_the_numbering_are_fine(tmp_path):
+    folder = organ(tmp_path / "Dataset123_Organ", labels={"background": 0, "a": 1, "b": 3})
+    task = Registry().task(str(folder))
+    assert task.labels == (0, 1, 3)
+    with pytest.raises(UserError, match="label values 2 are unknown to task 'organ', which has 0, 1, 3"):
+        load_case(task, task.cases(folder)[0])
+
+
+@pytest.mark.parametrize(
+    ("names", "how"),
+    [({"0": "CT"}, Window(-1000, 1000)), ({"0": "ct"}, Window(-1000, 1000)), ({"0": "T1"}, Percentiles())],
+)
+def test_intensities_follow_the_channel_names(names, how, hippocampus_phantom, tmp_path):
+    folder = as_nnunet(hippocampus_phantom, tmp_path / "Dataset500_Mine", channel_names=names)
+    assert Registry().task(str(folder)).normalisation == how
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"file_ending": ".png"}, "file_ending '.png' is not read here"),
+        ({"channel_names": {"0": "a", "2": "b"}}, "number them from 0 without a gap"),
+        ({"channel_names": {"0": "a", "1": "b", "2": "c"}}, "0000, 0001 are there, 0000, 0001, 0002 are due"),
+        ({"channel_names": {"0": "a"}}, "0000, 0001 are there, 0000 are due"),
+        ({"labels": {"background": 0, "a": 1, "ignore": 2}}, "an 'ignore' label is not supported"),
+        ({"labels": {"background": 0, "a": []}}, "an empty list"),
+        ({"labels": {"background": 0, "a": 1, "b": 1}}, "the same value"),
+        ({"labels": {"background": 0, "average": 1}}, "one is 'average'"),
+        ({"labels": {"background": 0, "a": 1.5}}, "labels.a"),
+        ({"dataset": {"x": {"images": ["../x.nii.gz"], "label": "y.nii.gz"}}}, "leaves the task's folder"),
+    ],
+)
+def test_descriptions_that_cannot_be_used(changed, says, tmp_path):
+    folder = organ(tmp_path / "Dataset123_Organ", **changed)
+    with pytest.raises(UserError, match=says):
+        Registry().task(str(folder))
+
+
+def test_missing_modality_and_label(tmp_path):
+    folder = organ(tmp_path / "Dataset123_Organ")
+    task = Registry().task(str(folder))
+    (folder / "labelsTr" / "organ_1.nii.gz").unlink()
+    with pytest.raises(UserError, match=r"organ_1\.nii\.gz is missing"):
+        load_case(task, task.cases(folder)[1])
+    (folder / "imagesTr" / "organ_1_0001.nii.gz").unlink()
+    with pytest.raises(UserError, match="organ_1: channels 0000 are there, 0000, 0001 are due"):
+        task.cases(folder)
+
+
+def test_listed_cases(tmp_path):
+    """nnU-Net's `dataset` key names the files of each case."""
+    listed = {
+        "one": {
+            "images": ["imagesTr/organ_0_0000.nii.gz", "imagesTr/organ_2_0001.nii.gz"],
+            "label": "labelsTr/organ_0.nii.gz",
+        }
+    }
+    folder = organ(tmp_path / "Dataset123_Organ", dataset=listed)
+    task = Registry().task(str(folder))
+    (case,) = task.cases(folder)
+    assert case.id == "one"
+    assert load_case(task, case).image.shape == (2, 9, 8, 7)
+
+
+@pytest.mark.parametrize(
+    ("extent", "demo", "small"),
+    [
+        ((35, 50, 35), (32, 64, 32), (32, 64, 32)),
+        ((300, 300, 100), (64, 64, 64), (96, 96, 96)),
+        ((10, 12, 9), (32, 64, 32), (32, 64, 32)),
+        ((320, 320, 20), (64, 64, 32), (96, 96, 32)),
+    ],
+)
+def test_crops_follow_the_extent(extent, demo, small):
+    presets = crops(extent)
+    assert presets["demo"]["pretrain.crop"] == presets["demo"]["finetune.crop"] == demo
+    assert presets["small"]["finetune.crop"] == presets["paper"]["finetune.crop"] == small
+
+
+def test_an_unlabelled_folder_is_no_task(tmp_path):
+    with pytest.raises(UserError, match="nnU-Net v2"):
+        Registry().task(str(tmp_path))
