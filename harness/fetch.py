@@ -86,9 +86,9 @@ def _download(archive: Archive, packed: Path) -> None:
 
 def _transfer(url: str, part: Path, start: int) -> bool:
     """Append to `part` from byte `start`; whether the end was reached."""
-    request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     if not url.startswith(("https://", "http://")):
         raise UserError(f"{url} is no address that is fetched: give one that begins with https:// or http://")
+    request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         answer: Any = urlopen(request, timeout=TIMEOUT_S)
     except HTTPError as error:
@@ -144,7 +144,8 @@ def _members(packed: Path, tar: tarfile.TarFile, place: Path) -> Iterator[tarfil
         parts = [part for part in path.parts if part != "."]
         if not parts:
             continue
-        if path.is_absolute() or ".." in parts or parts[0] != place.name or not (member.isfile() or member.isdir()):
+        below = parts[0] == place.name and ".." not in parts and not path.is_absolute()
+        if not below or not (member.isdir() or (member.isfile() and len(parts) > 1)):
             raise UserError(
                 f"{packed}: member {member.name!r} is no plain file or folder below {place.name}: nothing of the archive was "
                 "kept; it is not the published one"
