@@ -15,9 +15,9 @@ from harness.errors import UserError
 from harness.formats import read_header
 from harness.identity import Signature, signature, twins
 from harness.images import Loaded, load_case
-from harness.progress import progress
+from harness.progress import num_workers, progress
 from harness.task import Case, ImageSet, Window
-from harness.volumes import normalise, num_workers
+from harness.volumes import normalise
 
 SPOILS, LOOK = "spoils a run", "deserves a look"
 OUTSIDE = 0.5  # of a target's voxels that lie where the image has nothing

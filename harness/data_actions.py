@@ -26,7 +26,8 @@ def check(arguments: argparse.Namespace) -> int:
         print(f"{kind} ({weight}, {len(found)}):")
         print(*(f"  {_line(problem.case)}: {_line(problem.text)}" for problem in found), sep="\n")
     bad = {problem.case for (weight, _), found in groups.items() for problem in found if weight == SPOILS}
-    summary = f"{len(cases)} cases{_split(images, cases)}; {len(bad)} with a problem that spoils a run"
+    number = f"{len(cases)} case{'s' if len(cases) != 1 else ''}"
+    summary = f"{number}{_split(images, cases)}; {len(bad)} with a problem that spoils a run"
     report = arguments.report or report_path(arguments.runs, images.name)
     write_atomic(report, render_report(images, str(root), checked, summary))
     print(f"{summary}\nreport:\n  {report}")

@@ -24,13 +24,14 @@ from numpy.typing import NDArray
 from harness.errors import UserError
 from harness.files import digest, digest_file, file_size, write_atomic
 from harness.images import load_case
-from harness.progress import progress, say
+from harness.progress import num_workers, progress, say
 from harness.task import Case, ImageSet
 
 GRID = 16
 SAME = 0.999
 KIND = 1  # raise it when the signature of an image changes
 ROWS = 4096  # signatures that are compared at a time
+CASE_BYTES = 2**30  # that a large case takes while it is opened
 
 Signature = NDArray[np.float32]
 
@@ -66,7 +67,7 @@ def take_inventory(images: ImageSet, cases: Sequence[Case], cache: Path, skip_ba
     found.bad.update(unreadable)
     readable = [case for case in cases if case.id in found.digests]
     work = partial(_signature, images, folder, found.digests, skip_bad)
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(num_workers(CASE_BYTES, len(readable))) as pool:
         for case, signature in zip(
             readable, progress(pool.map(work, readable), "inventory", total=len(readable)), strict=True
         ):

@@ -1,5 +1,6 @@
-"""Progress on stderr, so that stdout stays for results."""
+"""Long work: progress on stderr, so that stdout stays for results, and how many cases at a time."""
 
+import os
 import sys
 from collections.abc import Iterable
 from functools import cache
@@ -33,3 +34,11 @@ def say(text: str) -> None:
 def say_once(text: str) -> None:
     """As `say`, the same text once in a process."""
     say(text)
+
+
+def num_workers(largest: int, jobs: int) -> int:
+    """All cores, as far as half of the free memory holds that many cases of `largest` bytes."""
+    import psutil
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, jobs, psutil.virtual_memory().available // 2 // max(1, largest)))

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.check import SPOILS, Checked, problems_of
+from harness.picture import COLOURS
 from harness.task import ImageSet
 
 STYLE = """
@@ -19,9 +20,10 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72re
 h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; } td.text { overflow-wrap: anywhere; }
+td:last-child { overflow-wrap: anywhere; } .cases td { white-space: nowrap; font-variant-numeric: tabular-nums; }
 .bad { color: var(--bad); } .look { color: var(--look); } .good { color: var(--good); }
-.strip { display: flex; flex-wrap: wrap; gap: .5rem; } figure { margin: 0; width: 96px; }
+.strip { display: flex; flex-wrap: wrap; gap: .5rem; } figure { margin: 0; width: 112px; }
+.key { display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 1em; }
 figure img { display: block; max-width: 96px; background: #000; } figure.bad img { outline: 3px solid var(--bad); }
 figcaption { font-size: .68rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
@@ -41,7 +43,8 @@ def render_report(images: ImageSet, root: str, checked: Sequence[Checked], summa
         mark = "bad" if weight == SPOILS else "look"
         parts.append(f"<h2 class={mark}>{escape(kind)} <small>({escape(weight)}, {len(found)})</small></h2>")
         parts.append(_table(["case", "what"], [[problem.case, problem.text] for problem in found]))
-    parts += ["<h2>Slices</h2><p>The axial slice of each case with the most labelled voxels.</p><div class=strip>"]
+    parts += ["<h2>Slices</h2><p>The axial slice of each case with the most labelled voxels.", _key(images)]
+    parts += ["</p><div class=strip>"]
     parts += [_figure(each, each.case.id in bad) for each in checked]
     parts += ["</div><h2>Cases</h2>", _cases(images, checked)]
     title = escape(f"data check: {images.name}")
@@ -64,16 +67,30 @@ def _cases(images: ImageSet, checked: Sequence[Checked]) -> str:
                 " x ".join(f"{edge:.3g}" for edge in each.spacing),
                 each.axes,
                 each.types,
-                *(f"{volume:.3g}" if each.voxels else "" for volume in volumes),
+                *(_volume(volume) if each.voxels else "" for volume in volumes),
             ]
         )
-    return _table(heads, rows)
+    return _table(heads, rows, "cases")
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def _volume(millilitres: float) -> str:
+    return f"{millilitres:.0f}" if millilitres >= 100 else f"{millilitres:.3g}"
+
+
+def _key(images: ImageSet) -> str:
+    """The colours of the label values, by the names of the targets that have them alone."""
+    names = {values[0]: name for name, values in images.targets.items() if len(values) == 1}
+    return "".join(
+        f"<span class=key style='background:{COLOURS[number % len(COLOURS)]}'></span>"
+        f"{value} {escape(names.get(value, ''))}"
+        for number, value in enumerate(images.labels[1:])
+    )
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "problems") -> str:
     head = "".join(f"<th scope=col>{escape(text)}" for text in heads)
-    body = "".join("<tr>" + "".join(f"<td class=text>{escape(str(cell))}" for cell in row) for row in rows)
-    return f"<div class=scroll><table><thead><tr>{head}<tbody>{body}</table></div>"
+    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}" for cell in row) for row in rows)
+    return f"<div class='scroll {kind}'><table><thead><tr>{head}<tbody>{body}</table></div>"
 
 
 def _figure(each: Checked, bad: bool) -> str:

@@ -25,7 +25,7 @@ from harness.files import digest, digest_file, write_atomic
 from harness.formats import read_header
 from harness.geometry import Geometry, resample, resample_label
 from harness.images import Loaded, load_case
-from harness.progress import progress, say
+from harness.progress import num_workers, progress, say
 from harness.task import Case, ImageSet, Percentiles, Window
 
 PREPARED = 2  # raise it when preparing changes what it writes
@@ -158,14 +158,6 @@ def _prepare_missing(images: ImageSet, missing: Sequence[Volume], folder: Path) 
     if problems:
         others = f" ({len(problems) - 1} more cases have a problem: `harness data check`)" if len(problems) > 1 else ""
         raise UserError(problems[0] + others)
-
-
-def num_workers(largest: int, jobs: int) -> int:
-    """All cores, as far as half of the free memory holds that many cases of `largest` bytes."""
-    import psutil
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, jobs, psutil.virtual_memory().available // 2 // max(1, largest)))
 
 
 def _needed(images: ImageSet, volumes: Sequence[Volume]) -> tuple[int, int]:

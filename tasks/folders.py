@@ -114,7 +114,7 @@ class FolderTask(Task):
     ) -> None:
         import nibabel as nib
 
-        name = f"{self.titles[0].lower() if self.titles else self.name}_{number:03d}.nii.gz"
+        name = f"{_title(self.folder).lower()}_{number:03d}.nii.gz"
         for sub, voxels in (
             ("imagesTr", np.moveaxis(images, 0, -1) if len(images) > 1 else images[0]),
             ("labelsTr", label),

@@ -30,6 +30,29 @@ def cells(tmp_path, text, **base) -> list[Cell]:
     return read(path, Request(method="", task="", **base))
 
 
+def test_corpora_and_splits_are_axes(tmp_path):
+    found = cells(
+        tmp_path,
+        """
+        [[matrix]]
+        method = "hybridmim"
+        task = "btcv"
+        mode = "generic"
+        split = ["1/2", "2/2"]
+        corpus = ["flare21", ["flare21", "atm22"], ["./scans"]]
+        """,
+    )
+    requests = [cell.request for cell in found]
+    assert [(r.split, r.corpora) for r in requests] == [
+        (split, corpora)
+        for split in ("1/2", "2/2")
+        for corpora in (("flare21",), ("flare21", "atm22"), (str(tmp_path / "scans"),))
+    ]
+    assert str(found[1]) == "hybridmim unet btcv demo seed 0 split 1/2 on flare21+atm22"
+    with pytest.raises(UserError, match="give names or folders"):
+        cells(tmp_path, '[[matrix]]\nmethod = "mae"\ntask = "btcv"\ncorpus = [3]')
+
+
 def test_a_matrix_is_the_product_of_its_axes(tmp_path):
     found = cells(
         tmp_path,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from harness import UserError
+from harness import UserError, cut
 from harness.bench import Bench, PhantomVolume
 from methods.models_genesis import paint_in
 from methods.transvw import Instance, Perturb, TransVW, Whole, deform, discover_words, resize
@@ -25,6 +25,9 @@ class Coordinates:
     def image(self):
         where = np.arange(np.prod(self.shape), dtype=np.float32).reshape(self.shape) + 1
         return np.stack([where, np.full(self.shape, self.number + 1, np.float32)])
+
+    def crop(self, origin, size):
+        return cut(self.image, origin, size)
 
 
 def discover(volumes, codes=None, extent=(16, 16, 16), words=6, instances=3, distance=5.0):

@@ -1,0 +1,189 @@
+"""Random 96^3 crops of a 512 x 512 x 200 volume: our cache against its peers, in one run; `pytest -m benchmark -s`.
+
+Everything is in the page cache, as it is in training after the first pass where memory suffices.
+"""
+
+import multiprocessing
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import psutil
+import pytest
+import torch
+from monai.data import PersistentDataset
+from monai.transforms import Compose, RandSpatialCropd, ToTensord
+from scipy import ndimage
+
+from harness.registry import Registry
+from harness.task import Case
+from harness.volumes import STEPS, Volume, prepare, quantise
+from tests.benchmarks.test_speed import fastest
+
+pytestmark = pytest.mark.benchmark
+
+SHAPE, EDGE, CROPS = (512, 512, 200), 96, 40
+# What nnU-Net v2 (July 2026) chooses for this shape and a patch of 96^3 in float32: LZ4HC at level 5, these chunks and
+# blocks, and the better of no filter and shuffle; one thread per reader, memory-mapped.
+BLOCKS, CHUNKS = (1, 32, 32, 32), (1, 128, 128, 96)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """One CT-like volume (1, x, y, z) in [0, 1], in every format."""
+    folder = tmp_path_factory.mktemp("cache")
+    rng = np.random.default_rng(0)
+    smooth = ndimage.gaussian_filter(rng.standard_normal(SHAPE).astype(np.float32), 4)
+    x, y = np.indices(SHAPE[:2], dtype=np.float32)
+    body = (((x - 256) / 220) ** 2 + ((y - 256) / 160) ** 2 < 1)[..., None]
+    noise = 0.02 * rng.standard_normal(SHAPE).astype(np.float32)
+    image = np.where(body, 0.5 + 0.1 * smooth / smooth.std() + noise, 0.001).clip(0.001, 1).astype(np.float32)[None]
+    np.save(folder / "volume.image.npy", quantise(image))
+    np.save(folder / "float32.npy", image)
+    sizes = {}
+    for name in ("NOFILTER", "SHUFFLE"):
+        place = folder / f"{name}.b2nd"
+        params = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "nthreads": 2, "filters": [blosc2.Filter[name]]}
+        blosc2.asarray(image, urlpath=str(place), chunks=CHUNKS, blocks=BLOCKS, cparams=params)
+        sizes[place] = place.stat().st_size
+    torch.save({"image": torch.from_numpy(image)}, folder / "source.pt")
+    return folder, image, min(sizes, key=sizes.__getitem__)
+
+
+def origins():
+    rng = np.random.default_rng(1)
+    return [[int(rng.integers(0, edge - EDGE + 1)) for edge in SHAPE] for _ in range(CROPS)]
+
+
+def ours(folder):
+    volume = Volume(Case("x", (), None), folder / "volume")
+    return lambda: [volume.crop(origin, (EDGE,) * 3) for origin in origins()]
+
+
+def test_crops_against_persistent_dataset(stored, benchmark, tmp_path):
+    folder, image, _ = stored
+    crop = RandSpatialCropd("image", (EDGE,) * 3, random_size=False)
+    load = Compose([_Load(), ToTensord("image"), crop])
+    data = PersistentDataset([{"image": str(folder / "source.pt")}], load, cache_dir=tmp_path / "monai")
+    theirs = fastest(lambda: [data[0] for _ in range(3)]) / 3
+    benchmark.pedantic(ours(folder), rounds=5, warmup_rounds=1)
+    mine = benchmark.stats.stats.min / CROPS
+    print(f"crop of 96^3, PersistentDataset / ours: {theirs / mine:.0f} ({theirs * 1000:.1f} ms, {mine * 1000:.2f} ms)")
+    assert theirs / mine > 10
+    crops = ours(folder)()
+    for (x, y, z), found in zip(origins(), crops, strict=True):
+        assert np.abs(found - image[:, x : x + EDGE, y : y + EDGE, z : z + EDGE]).max() <= 0.51 / STEPS
+
+
+class _Load:
+    """A deterministic first transform, whose result PersistentDataset keeps on disk."""
+
+    def __call__(self, item):
+        return torch.load(item["image"], weights_only=True)
+
+
+def test_crops_against_blosc2_as_nnunet_configures_it(stored, benchmark):
+    folder, _, place = stored
+    blosc2.set_nthreads(1)
+
+    def theirs():
+        for x, y, z in origins():
+            opened = blosc2.open(urlpath=str(place), mode="r", dparams={"nthreads": 1}, mmap_mode="r")
+            opened[:, x : x + EDGE, y : y + EDGE, z : z + EDGE]
+
+    other = fastest(theirs, rounds=5) / CROPS
+    benchmark.pedantic(ours(folder), rounds=5, warmup_rounds=1)
+    mine = benchmark.stats.stats.min / CROPS
+    print(f"crop of 96^3, blosc2 / ours: {other / mine:.1f} ({other * 1000:.2f} ms, {mine * 1000:.2f} ms)")
+    assert other / mine > 1
+
+
+def test_crops_against_float32(stored, benchmark):
+    """Half the space costs no more than a little time."""
+    folder, _, _ = stored
+
+    def theirs():
+        for x, y, z in origins():
+            opened = np.load(folder / "float32.npy", mmap_mode="r")
+            np.array(opened[:, x : x + EDGE, y : y + EDGE, z : z + EDGE])
+
+    other = fastest(theirs, rounds=5) / CROPS
+    benchmark.pedantic(ours(folder), rounds=5, warmup_rounds=1)
+    mine = benchmark.stats.stats.min / CROPS
+    print(
+        f"crop of 96^3, float32 memory-mapped / ours: {other / mine:.2f} ({other * 1000:.2f} ms, {mine * 1000:.2f} ms)"
+    )
+    assert other / mine > 0.4
+
+
+def _worker(folder, number, pipe):
+    """Crops of many volumes; then the memory of its own and the shared memory, in MiB."""
+    volumes = [Volume(Case(str(n), (), None), Path(folder) / f"v{n}") for n in range(number)]
+    before = psutil.Process().memory_full_info()
+    rng = np.random.default_rng(os.getpid())
+    for volume in volumes:
+        volume.sample((EDGE,) * 3, rng)
+    after = psutil.Process().memory_full_info()
+    pipe.send(((after.uss - before.uss) / 2**20, (after.rss - before.rss) / 2**20))
+
+
+def test_workers_share_pages(tmp_path):
+    """200 volumes of 16 MiB in two workers: memory of their own does not grow with the volumes."""
+    number = 200
+    stored = np.zeros((1, 256, 256, 128), np.int16)
+    np.save(tmp_path / "v0.image.npy", stored)
+    for n in range(1, number):
+        (tmp_path / f"v{n}.image.npy").hardlink_to(tmp_path / "v0.image.npy")
+    context = multiprocessing.get_context("spawn")
+    grown = []
+    for _ in range(2):
+        here, there = context.Pipe()
+        process = context.Process(target=_worker, args=(str(tmp_path), number, there))
+        process.start()
+        grown.append(here.recv())
+        process.join()
+    print(f"workers grew by {grown[0][0]:.0f} and {grown[1][0]:.0f} MiB of their own for 200 volumes of 16 MiB")
+    assert max(own for own, _ in grown) < 100
+
+
+@pytest.mark.slow
+def test_preparing_uses_all_cores_in_three_gib(tmp_path):
+    """100 abdominal CTs of 512 x 512 x 100 at 0.8 x 0.8 x 3 mm with thirteen organs, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_prepare_many, args=(str(tmp_path), there))
+    process.start()
+    seconds, cores, peak = here.recv()
+    process.join()
+    print(f"100 CTs prepared in {seconds:.0f} s on {cores:.2f} cores, peak {peak:.2f} GiB")
+    assert peak < 3
+    assert cores > 0.7 * len(os.sched_getaffinity(0))
+
+
+def _prepare_many(folder, pipe):
+    import resource
+    import time
+
+    import nibabel as nib
+
+    root = Path(folder)
+    rng = np.random.default_rng(0)
+    shape = (512, 512, 100)
+    fields = np.stack([ndimage.zoom(rng.standard_normal((16, 16, 8)), (32, 32, 12.5), order=1) for _ in range(14)])
+    label = fields.argmax(axis=0).astype(np.uint8)
+    image = (label * 20 + rng.normal(0, 15, shape)).astype(np.int16)
+    affine = np.diag([0.8, 0.8, 3.0, 1.0])
+    nib.save(nib.Nifti1Image(image, affine), root / "image.nii.gz")
+    nib.save(nib.Nifti1Image(label, affine), root / "label.nii.gz")
+    del fields, label, image
+    cases = [Case(f"c{n}", (root / "image.nii.gz",), root / "label.nii.gz") for n in range(100)]
+    task = replace(Registry().task("btcv"), name="many")
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    began = time.perf_counter()
+    prepare(task, cases, {case.id: case.id.ljust(20, "x") for case in cases}, root / "cache")
+    seconds = time.perf_counter() - began
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    busy = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    pipe.send((seconds, busy / seconds, after.ru_maxrss / 2**20))
