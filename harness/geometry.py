@@ -1,7 +1,8 @@
 """Between grids: resampling, and the way of a prediction back to the image's own grid.
 
-Spline interpolation is linear in the voxels and separable, so it is a matrix per axis. The matrices come from
-scipy.ndimage and are applied by matrix products: the same values, several times faster, in single precision.
+Spline interpolation is linear in the voxels and separable, so it is a matrix per axis. For cubic splines the matrices come
+from scipy.ndimage and are applied by matrix products; linear interpolation has two taps. Both give scipy's values, several
+times faster, in single precision.
 """
 
 from collections.abc import Sequence
@@ -45,15 +46,12 @@ class Geometry:
         masks = np.zeros((len(task.targets), *canonical), dtype=np.bool_)
         extent = [stop - start for start, stop in self.box]
         inside = masks[(slice(None), *(slice(start, stop) for start, stop in self.box))]
-        matrices = [_operator(old, new, 1) for old, new in zip(probabilities.shape[1:], extent, strict=True)]
+        x, y, z = (_taps(old, new) for old, new in zip(probabilities.shape[1:], extent, strict=True))
         rows = max(1, SLAB_BYTES // (4 * len(probabilities) * extent[1] * extent[2]))
         for start in range(0, extent[0], rows):
-            part = matrices[0][start : start + rows]
-            used = np.flatnonzero(part.any(axis=0))
-            near = slice(int(used[0]), int(used[-1]) + 1)
-            slab = probabilities[:, near]
-            for axis, matrix in enumerate((part[:, near], *matrices[1:])):
-                slab = _along(slab, matrix, axis)
+            slab = probabilities
+            for axis, taps in enumerate((x.part(start, start + rows), y, z), start=1):
+                slab = taps.apply(slab, axis)
             inside[:, start : start + rows] = task.decide(slab)
         identity = np.column_stack([np.arange(3), np.ones(3)])
         back = nib.orientations.ornt_transform(identity, to_canonical)
@@ -64,7 +62,11 @@ def resample(values: NDArray[np.float32], extent: Sequence[int], order: int) -> 
     """(x, y, z) onto `extent` voxels over the same physical box (voxel centres at half steps); splines of `order`."""
     # The axis that shrinks most comes first: less work for the others.
     for axis in sorted(range(3), key=lambda axis: extent[axis] / values.shape[axis]):
-        values = _along(values, _operator(values.shape[axis], extent[axis], order), axis)
+        old, new = values.shape[axis], extent[axis]
+        if order == 1:
+            values = _taps(old, new).apply(values, axis)
+        elif old != new:
+            values = _along(values, _operator(old, new, order), axis)
     return values
 
 
@@ -73,24 +75,20 @@ def resample_label(label: NDArray[np.uint8], extent: Sequence[int]) -> NDArray[n
 
     Each label is resampled in its own box, and only the best so far is kept, so memory does not grow with their number.
     """
-    matrices = [_operator(old, new, 1) for old, new in zip(label.shape, extent, strict=True)]
+    taps = [_taps(old, new) for old, new in zip(label.shape, extent, strict=True)]
     winner = np.zeros(extent, dtype=np.uint8)
     best, taken = np.zeros(extent, dtype=np.float32), np.zeros(extent, dtype=np.float32)
     for number, box in enumerate(ndimage.find_objects(label), start=1):
         if box is None:
             continue
-        share = (label[box] == number).astype(np.float32)
-        where = []
-        for axis, matrix in enumerate(matrices):
-            part = matrix[:, box[axis]]
-            reached = np.flatnonzero(part.any(axis=1))
-            if not len(reached):
-                break
-            where.append(slice(int(reached[0]), int(reached[-1]) + 1))
-            share = _along(share, part[where[-1]], axis)
-        if len(where) < 3:
-            continue  # a few voxels between the new ones
-        place = tuple(where)
+        # A margin of one voxel, as far as linear interpolation reaches.
+        wide = tuple(
+            slice(max(0, span.start - 1), min(n, span.stop + 1)) for span, n in zip(box, label.shape, strict=True)
+        )
+        share = (label[wide] == number).astype(np.float32)
+        place = tuple(each.reached(span) for each, span in zip(taps, wide, strict=True))
+        for axis, (each, span, here) in enumerate(zip(taps, wide, place, strict=True)):
+            share = each.part(here.start, here.stop).shifted(span.start).apply(share, axis)
         taken[place] += share
         better = share > best[place]
         best[place][better] = share[better]
@@ -100,23 +98,59 @@ def resample_label(label: NDArray[np.uint8], extent: Sequence[int]) -> NDArray[n
     return winner
 
 
+@dataclass(frozen=True)
+class _Taps:
+    """Linear interpolation along an axis: output i is `low[i]` and `high[i]` in the shares 1 - `share[i]` and `share[i]`."""
+
+    low: NDArray[np.intp]
+    high: NDArray[np.intp]
+    share: NDArray[np.float32]
+
+    def part(self, start: int, stop: int) -> "_Taps":
+        """Outputs `start`..`stop`."""
+        return _Taps(self.low[start:stop], self.high[start:stop], self.share[start:stop])
+
+    def shifted(self, start: int) -> "_Taps":
+        """The same for an input that begins at `start`."""
+        return _Taps(self.low - start, self.high - start, self.share)
+
+    def reached(self, span: slice) -> slice:
+        """Outputs that lie within the inputs `span`, and depend on nothing else."""
+        inside = np.flatnonzero((self.low >= span.start) & (self.high < span.stop))
+        return slice(int(inside[0]), int(inside[-1]) + 1) if len(inside) else slice(0, 0)
+
+    def apply(self, values: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
+        """Interpolate along `axis`."""
+        found = values.take(self.low, axis)
+        if not self.share.any():
+            return found
+        rise = values.take(self.high, axis)
+        rise -= found
+        rise *= self.share.reshape([-1 if place == axis else 1 for place in range(values.ndim)])
+        rise += found
+        return rise
+
+
+@lru_cache(maxsize=256)
+def _taps(old: int, new: int) -> _Taps:
+    """From `old` to `new` voxels over the same length; outside the first and last centre their values hold."""
+    place = ((np.arange(new) + 0.5) * old / new - 0.5).clip(0, old - 1)
+    low = np.floor(place).astype(np.intp)
+    return _Taps(low, np.minimum(low + 1, old - 1), (place - low).astype(np.float32))
+
+
 @lru_cache(maxsize=256)
 def _operator(old: int, new: int, order: int) -> NDArray[np.float32]:
     """(new, old): what each of `old` voxels gives to each of `new`."""
-    if old == new:
-        return np.eye(old, dtype=np.float32)
     columns = [ndimage.zoom(unit, new / old, order=order, mode="nearest", grid_mode=True) for unit in np.eye(old)]
     return np.stack(columns, axis=1).astype(np.float32)
 
 
 def _along(values: NDArray[np.float32], matrix: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
-    """Apply (new, old) along one of the last three axes of (..., x, y, z)."""
-    new, old = matrix.shape
-    if old == new and np.array_equal(matrix, np.eye(old, dtype=np.float32)):
-        return values
+    """Apply (new, old) along an axis of (x, y, z)."""
     if axis == 2:
         return values @ matrix.T
     if axis == 1:
         return matrix @ values
-    *lead, _, y, z = values.shape
-    return (matrix @ values.reshape(*lead, old, y * z)).reshape(*lead, new, y, z)
+    x, y, z = values.shape
+    return (matrix @ values.reshape(x, y * z)).reshape(-1, y, z)

@@ -1,5 +1,6 @@
 """Images from disk, checked: nothing that would spoil a run gets past here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,14 +80,8 @@ def load_label(images: ImageSet, case: Case) -> tuple[NDArray[np.uint8], Affine,
     if voxels.dtype.kind == "f":
         voxels, notes = _rounded(path, voxels)
     numbering = dict(case.numbering) or {value: value for value in images.labels}
-    label = np.zeros(voxels.shape, dtype=np.uint8)
-    known = 0
-    for theirs, ours in numbering.items():
-        mask = voxels == theirs
-        known += int(np.count_nonzero(mask))
-        if ours:
-            label[mask] = ours
-    if known != voxels.size:
+    label = _renumber(voxels, numbering)
+    if label is None:
         foreign = np.unique(voxels[~np.isin(voxels, list(numbering))])
         raise UserError(
             f"{path}: label values {', '.join(f'{value:g}' for value in foreign[:5])} are unknown to task "
@@ -94,6 +89,18 @@ def load_label(images: ImageSet, case: Case) -> tuple[NDArray[np.uint8], Affine,
             f"{' in files of this name' if case.numbering else ''}: is this another release or another task?"
         )
     return label, affine, notes
+
+
+def _renumber(voxels: NDArray[Any], numbering: Mapping[int, int]) -> NDArray[np.uint8] | None:
+    """Whole numbers on disk -> the task's, by a table; None where one is unknown."""
+    limits = np.iinfo(np.int16)
+    if voxels.min() < limits.min or voxels.max() > limits.max:
+        return None
+    table = np.full(2**16, -1, dtype=np.int16)
+    for theirs, ours in numbering.items():
+        table[theirs] = ours
+    found = table[voxels.astype(np.int16, copy=False).view(np.uint16)]
+    return None if (found < 0).any() else found.astype(np.uint8)
 
 
 def _plausible(images: ImageSet, path: Path, voxels: NDArray[Any]) -> None:

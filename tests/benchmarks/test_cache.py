@@ -5,10 +5,13 @@ Everything is in the page cache, as it is in training after the first pass where
 
 import multiprocessing
 import os
+import resource
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import blosc2
+import nibabel as nib
 import numpy as np
 import psutil
 import pytest
@@ -17,6 +20,7 @@ from monai.data import PersistentDataset
 from monai.transforms import Compose, RandSpatialCropd, ToTensord
 from scipy import ndimage
 
+from harness.phantom import make_phantom
 from harness.registry import Registry
 from harness.task import Case
 from harness.volumes import STEPS, Volume, prepare, quantise
@@ -150,7 +154,12 @@ def test_workers_share_pages(tmp_path):
 
 @pytest.mark.slow
 def test_preparing_uses_all_cores_in_three_gib(tmp_path):
-    """100 abdominal CTs of 512 x 512 x 100 at 0.8 x 0.8 x 3 mm with thirteen organs, in a process of its own."""
+    """100 abdominal CTs of 512 x 512 x 100 at 0.8 x 0.8 x 3 mm with thirteen organs, prepared in a process of its own."""
+    images, label = make_phantom(Registry().task("btcv"), np.random.default_rng(0))
+    zoom = [new / old for new, old in zip((512, 512, 100), label.shape, strict=True)]
+    for name, voxels, order in (("image", images[0], 1), ("label", label, 0)):
+        grown = ndimage.zoom(voxels, zoom, order=order, mode="nearest", grid_mode=True)
+        nib.save(nib.Nifti1Image(grown, np.diag([0.8, 0.8, 3.0, 1.0])), tmp_path / f"{name}.nii.gz")
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_prepare_many, args=(str(tmp_path), there))
@@ -163,21 +172,7 @@ def test_preparing_uses_all_cores_in_three_gib(tmp_path):
 
 
 def _prepare_many(folder, pipe):
-    import resource
-    import time
-
-    import nibabel as nib
-
     root = Path(folder)
-    rng = np.random.default_rng(0)
-    shape = (512, 512, 100)
-    fields = np.stack([ndimage.zoom(rng.standard_normal((16, 16, 8)), (32, 32, 12.5), order=1) for _ in range(14)])
-    label = fields.argmax(axis=0).astype(np.uint8)
-    image = (label * 20 + rng.normal(0, 15, shape)).astype(np.int16)
-    affine = np.diag([0.8, 0.8, 3.0, 1.0])
-    nib.save(nib.Nifti1Image(image, affine), root / "image.nii.gz")
-    nib.save(nib.Nifti1Image(label, affine), root / "label.nii.gz")
-    del fields, label, image
     cases = [Case(f"c{n}", (root / "image.nii.gz",), root / "label.nii.gz") for n in range(100)]
     task = replace(Registry().task("btcv"), name="many")
     before = resource.getrusage(resource.RUSAGE_SELF)
