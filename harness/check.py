@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.errors import UserError
+from harness.files import check_name
 from harness.formats import read_header
 from harness.identity import Signature, signature, twins
 from harness.images import Loaded, load_case
 from harness.progress import num_workers, progress
 from harness.task import Case, ImageSet, Window
-from harness.volumes import normalise
+from harness.volumes import normalise, prepared_extent
 
 SPOILS, LOOK = "spoils a run", "deserves a look"
 OUTSIDE = 0.5  # of a target's voxels that lie where the image has nothing
@@ -55,6 +56,7 @@ def check_cases(images: ImageSet, cases: Sequence[Case]) -> list[Checked]:
     largest = max((_bytes(case) for case in cases), default=1)
     with ThreadPoolExecutor(num_workers(largest, len(cases))) as pool:
         checked = list(progress(pool.map(partial(_check_case, images), cases), "check", total=len(cases)))
+    _names(checked)
     _duplicates(checked)
     _unlike_the_others(checked)
     return checked
@@ -86,6 +88,7 @@ def _check_case(images: ImageSet, case: Case) -> Checked:
         loaded = load_case(images, case)
         for channel in loaded.image:
             _contrast(images, channel, case)
+        _room(images, loaded, case)
     except UserError as error:
         problem(SPOILS, _kind(str(error)), str(error))
         return found
@@ -134,6 +137,13 @@ def _contrast(images: ImageSet, channel: NDArray[np.float32], case: Case) -> Non
     normalise(channel, images.normalisation, str(case.images[0]))
 
 
+def _room(images: ImageSet, loaded: Loaded, case: Case) -> None:
+    order = nib.orientations.io_orientation(loaded.affine)[:, 0].astype(int).argsort()
+    shape, spacing = np.array(loaded.image.shape[1:])[order], loaded.spacing[order]
+    target = spacing if images.spacing is None else images.spacing
+    prepared_extent(shape, spacing, target, len(loaded.image), str(case.images[0]))
+
+
 def _kind(text: str) -> str:
     """A heading for a problem, from its words."""
     kinds = {
@@ -141,6 +151,7 @@ def _kind(text: str) -> str:
         "label values": "label values",
         "same value": "constant images",
         "outside of the window": "constant images",
+        "resampling it": "spacings that cannot be",
         "axes run": "mirrored or turned",
         "same grid": "images and labels on different grids",
         "different affines": "images and labels on different grids",
@@ -148,6 +159,21 @@ def _kind(text: str) -> str:
         "without a sign": "intensities",
     }
     return next((kind for words, kind in kinds.items() if words in text), "files that cannot be used")
+
+
+def _names(checked: Sequence[Checked]) -> None:
+    """Names that cannot be a file's or a table's, and names of two cases."""
+    first: dict[str, Checked] = {}
+    for each in checked:
+        try:
+            # A scan of a corpus is named by its path, which nothing is written to.
+            check_name(each.case.id.replace("/", "_") if each.case.label is None else each.case.id)
+        except UserError as error:
+            each.problems.append(Problem(SPOILS, "names", each.case.id, str(error)))
+        other = first.setdefault(each.case.id, each)
+        if other is not each:
+            text = f"{each.case.images[0]} has the name of another case: rename one"
+            each.problems.append(Problem(SPOILS, "names", each.case.id, text))
 
 
 def _duplicates(checked: Sequence[Checked]) -> None:

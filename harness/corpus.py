@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 
 from harness.errors import UserError
@@ -10,7 +11,8 @@ from harness.files import slug
 from harness.formats import ENDINGS, stem
 from harness.task import Case, ImageSet, Percentiles, Task, Window
 
-LABEL_FOLDERS = re.compile(r"(labels?|masks?|seg|segmentations?)(Tr|Ts)?", re.IGNORECASE)
+LABEL_FOLDERS = re.compile(r"(labels?|masks?|seg|segmentations?|predictions)(Tr|Ts)?", re.IGNORECASE)
+LABEL_NAMES = re.compile(r"(.*[_.-])?(seg|segm|segmentation|label|labels|mask|gt)\d*", re.IGNORECASE | re.DOTALL)
 NORMALISATION = re.compile(r"(-?\d+(?:\.\d+)?),(-?\d+(?:\.\d+)?)|percentiles")
 
 
@@ -36,7 +38,7 @@ class Corpus(ImageSet):
         """
         places = [data / name for name in self.folders] + [data.parent / name for name in self.folders] + [data]
         for place in places:
-            if place.is_dir() and next(self._images(place), None) is not None:
+            if place.is_dir() and any(not label for _, label in self._matching(place)):
                 return place
         raise UserError(
             f"corpus {self.name!r}: not found as {', '.join(self.folders) or 'itself'} in or beside {data}; expected: "
@@ -45,25 +47,33 @@ class Corpus(ImageSet):
 
     def cases(self, root: Path) -> list[Case]:
         """Its scans as cases without labels, sorted; ids are paths below `root`. Raises UserError for none."""
-        paths = sorted(set(self._images(root)))
+        paths = sorted({path for path, label in self._matching(root) if not label})
         if not paths:
             raise UserError(
                 f"corpus {self.name!r}: no image below {root}; images end in {', '.join(ENDINGS)}: give another folder"
             )
-        return [Case(id=f"{self.name}/{stem(path, root)}", images=(path,), label=None) for path in paths]
+        # With its ending, so that two files are never of one name.
+        return [
+            Case(id=f"{self.name}/{path.relative_to(root).as_posix()}", images=(path,), label=None) for path in paths
+        ]
 
-    def _images(self, root: Path) -> Iterator[Path]:
+    def num_labels(self, root: Path) -> int:
+        """Files that would be scans were they not named as label maps are, or in a folder of such a name."""
+        return len({path for path, label in self._matching(root) if label})
+
+    def _matching(self, root: Path) -> Iterator[tuple[Path, bool]]:
+        """Images, and whether their names say that they are label maps."""
         for pattern in self.patterns:
             for path in root.glob(pattern):
                 inner = path.relative_to(root).parts
                 hidden = any(part.startswith(".") for part in inner)
-                labels = any(LABEL_FOLDERS.fullmatch(part) for part in inner[:-1])
-                if path.name.endswith(ENDINGS) and not hidden and not labels and not path.is_dir():
-                    yield path
+                label = any(map(LABEL_FOLDERS.fullmatch, inner[:-1])) or bool(LABEL_NAMES.fullmatch(stem(path)))
+                if path.name.endswith(ENDINGS) and not hidden and not path.is_dir():
+                    yield path, label
 
 
 def folder_corpus(folder: Path, like: Task | None = None) -> Corpus:
-    """Any folder of scans: every image below it (folders of labels are left out), prepared like a task's images.
+    """Any folder of scans: every image below it, prepared like a task's images; what is named as labels is left out.
 
     Without a task: on each scan's own grid, scaled by percentiles.
     """
@@ -88,7 +98,7 @@ def parse_spec(spec: str) -> tuple[str, Percentiles | Window | None]:
     if how == "percentiles":
         return name, Percentiles()
     low, high = float(match[1]), float(match[2])
-    if low >= high:
+    if not (low < high and high - low < inf):
         raise UserError(f"--corpus {spec}: the window {how} is empty: give its lower end first, for instance -1000,400")
     return name, Window(low, high)
 

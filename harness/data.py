@@ -1,13 +1,13 @@
 """Which data a run uses: the task's cases and their split, the corpora, and whether they share scans."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness.corpus import Corpus, folder_corpus, parse_spec, with_normalisation
 from harness.errors import UserError, unknown
-from harness.identity import Inventory, fingerprint, same_scans, take_inventory, twins
+from harness.files import check_name, expand
+from harness.identity import ALIKE, Inventory, fingerprint, same_scans, take_inventory, twins
 from harness.phantom import CORPUS_CASES, PHANTOM, is_phantom, write_phantom
 from harness.progress import say, say_once
 from harness.registry import Registry
@@ -68,7 +68,9 @@ def find_corpora(
     found: list[tuple[Corpus, Path]] = []
     for spec in specs:
         name, normalisation = parse_spec(spec)
-        folder = Path(name).expanduser()
+        folder = expand(name)
+        if not name:
+            raise UserError("--corpus is empty: give a name (`harness list corpora`) or a folder of scans")
         if name in registry.names("corpus"):
             corpus = registry.load("corpus", name)
             root = corpus.find(data) if data is not None else _phantom(corpus, runs, CORPUS_CASES)
@@ -94,6 +96,8 @@ def open_task(task: Task, root: Path, cache: Path, how: str) -> TaskData:
     # A phantom's cases have the names of real ones, the shipped test list does not speak of them.
     task = replace(task, test_ids=None) if phantom else task
     cases = task.cases(root)
+    for each in cases:
+        check_name(each.id)
     inventory = take_inventory(task, cases, cache)
     split = split_cases(task, cases, how, twins([inventory.signatures[case.id] for case in cases]))
     if split.by == SAME:
@@ -114,6 +118,8 @@ def open_corpora(found: Sequence[tuple[Corpus, Path]], cache: Path, skip_bad: bo
     opened = []
     for corpus, root in found:
         cases = corpus.cases(root)
+        if labels := corpus.num_labels(root):
+            say(f"corpus {corpus.name}: {labels} files that are named as labels are left out")
         try:
             inventory = take_inventory(corpus, cases, cache, skip_bad)
         except UserError as error:
@@ -130,10 +136,10 @@ def open_corpora(found: Sequence[tuple[Corpus, Path]], cache: Path, skip_bad: bo
 
 
 def overlap(data: TaskData, corpora: Sequence[CorpusData]) -> list[tuple[str, str]]:
-    """Pairs (scan of a corpus, test case) that are the same scan, whatever their files are called and say."""
+    """Pairs (scan of a corpus, test case) that are alike as copies are, whatever their files are called and say."""
     scans = [(case.id, each.inventory.signatures[case.id][0]) for each in corpora for case in each.cases]
     tested = [(case.id, one) for case in data.split.test for one in data.inventory.signatures[case.id]]
-    pairs = same_scans([one for _, one in scans], [one for _, one in tested])
+    pairs = same_scans([one for _, one in scans], [one for _, one in tested], ALIKE)
     return sorted({(scans[i][0], tested[j][0]) for i, j in pairs})
 
 
@@ -145,8 +151,8 @@ def check_overlap(data: TaskData, corpora: Sequence[CorpusData], allow: bool) ->
     shown = "; ".join(f"{scan} is test case {case}" for scan, case in pairs[:3]) + ("; ..." if len(pairs) > 3 else "")
     if not allow:
         raise UserError(
-            f"{len(pairs)} scans to pre-train on are test cases of {data.task.name!r} ({shown}): take them out of the corpus, "
-            "or give --allow-overlap, and the tables will say so"
+            f"{len(pairs)} scans to pre-train on are test cases of {data.task.name!r}, by their voxels ({shown}): take them out "
+            "of the corpus, or give --allow-overlap, and the tables will say so"
         )
     say(f"OVERLAP: {len(pairs)} scans of the corpora are test cases ({shown}); every table says so")
     return pairs
@@ -159,8 +165,5 @@ def _phantom(images: Task | Corpus, runs: Path, number: int) -> Path:
         "Its numbers say that the software works, nothing about any method."
     )
     if not is_phantom(root):
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root.parent, prefix=".partial-") as partial:
-            write_phantom(images, Path(partial) / "phantom", number, seed=0)
-            (Path(partial) / "phantom").replace(root)
+        write_phantom(images, root, number, seed=0)
     return root

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from harness.corpus import Corpus, folder_corpus
 from harness.errors import UserError, unknown
+from harness.files import printable
 from harness.registry import Registry
 from harness.task import Case, ImageSet, Task
 
@@ -16,15 +17,15 @@ def check(arguments: argparse.Namespace) -> int:
     from harness.files import write_atomic
     from harness.report import render_report
 
-    images, root, data = _image_set(arguments)
-    if data is None:
+    if arguments.data is None and Registry(arguments.plugins).task_folder(arguments.task) is None:
         raise UserError("no data to check: give --data DIR or set HARNESS_DATA")
+    images, root = _image_set(arguments)
     cases = images.cases(root)
     checked = check_cases(images, cases)
     groups = problems_of(checked)
     for (weight, kind), found in groups.items():
         print(f"{kind} ({weight}, {len(found)}):")
-        print(*(f"  {_line(problem.case)}: {_line(problem.text)}" for problem in found), sep="\n")
+        print(*(f"  {printable(problem.case)}: {printable(problem.text)}" for problem in found), sep="\n")
     bad = {problem.case for (weight, _), found in groups.items() for problem in found if weight == SPOILS}
     number = f"{len(cases)} case{'s' if len(cases) != 1 else ''}"
     summary = f"{number}{_split(images, cases)}; {len(bad)} with a problem that spoils a run"
@@ -54,7 +55,7 @@ def prepare(arguments: argparse.Namespace) -> None:
 
     writable(arguments.runs)
     cache = arguments.runs / "cache"
-    images, root, _ = _image_set(arguments)
+    images, root = _image_set(arguments)
     cases = images.cases(root)
     digests, bad = digest_cases(cases, cache)
     volumes = prepare(images, [case for case in cases if case.id in digests], digests, cache, verify=True)
@@ -74,6 +75,8 @@ def fetch(arguments: argparse.Namespace) -> int:
     images: ImageSet = registry.load("task" if arguments.task in registry.names("task") else "corpus", arguments.task)
     archive = images.archive() if isinstance(images, Task) else None
     folder = Path(arguments.data or ".")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--data {folder} is no folder: give the folder that the data set is to be put in")
     if archive is None:
         raise UserError(
             f"{images.name} cannot be fetched, its owners ask for a registration: {images.registration}; then unpack it so "
@@ -96,13 +99,14 @@ def phantom(arguments: argparse.Namespace) -> None:
         number = images.phantom_cases if isinstance(images, Task) else CORPUS_CASES
     least = 2 if isinstance(images, Task) else 1
     if number < least:
-        raise UserError(f"--cases {number}: a phantom needs at least 2 cases, one to train and one to test")
+        why = "2 cases, one to train and one to test" if least == 2 else "1 scan"
+        raise UserError(f"--cases {number}: a phantom of {images.name} needs at least {why}")
     write_phantom(images, arguments.out, number, arguments.seed)
     print(f"{number} phantom cases of {images.name} in {arguments.out}")
 
 
-def _image_set(arguments: argparse.Namespace) -> tuple[Task | Corpus, Path, Path | None]:
-    """The task or corpus that is named, its folder, and the data folder that was given, if any."""
+def _image_set(arguments: argparse.Namespace) -> tuple[Task | Corpus, Path]:
+    """The task or corpus that is named, and its folder."""
     from harness.data import find_corpora, find_data
 
     registry, name = Registry(arguments.plugins), arguments.task
@@ -111,15 +115,9 @@ def _image_set(arguments: argparse.Namespace) -> tuple[Task | Corpus, Path, Path
         raise UserError(f"--data {data} is not a folder: give the task's folder or the one that contains it")
     if name in registry.names("corpus"):
         ((corpus, root),) = find_corpora(registry, [name], None, data, arguments.runs)
-        return corpus, root, data
+        return corpus, root
     folder = registry.task_folder(name)
     if folder is not None and folder.is_dir() and not (folder / "dataset.json").exists():
-        return folder_corpus(folder), folder, folder
+        return folder_corpus(folder), folder
     task = registry.task(name)
-    data = folder or data
-    return task, find_data(task, data, arguments.runs), data
-
-
-def _line(text: str) -> str:
-    """One line, whatever a file's name holds."""
-    return " ".join(text.split())
+    return task, find_data(task, folder or data, arguments.runs)

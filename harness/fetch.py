@@ -10,6 +10,7 @@ from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from harness.errors import UserError
@@ -86,7 +87,12 @@ def _download(archive: Archive, packed: Path) -> None:
 
 def _transfer(url: str, part: Path, start: int) -> bool:
     """Append to `part` from byte `start`; whether the end was reached."""
-    if not url.startswith(("https://", "http://")):
+    try:
+        url.encode("ascii")
+        good = url.startswith(("https://", "http://")) and urlsplit(url).port != 0 and bool(urlsplit(url).hostname)
+    except ValueError:
+        good = False
+    if not good:
         raise UserError(f"{url} is no address that is fetched: give one that begins with https:// or http://")
     request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:

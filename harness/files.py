@@ -25,12 +25,21 @@ def digest_file(path: Path) -> str:
 
 def digest_tree(root: Path) -> str:
     """Digest of names, sizes and times of all files below `root`: cheap, tells whether anything changed."""
-    found = []
-    for folder, below, names in os.walk(root):
+    found, seen = [], set()
+    # Data on clusters often lies behind links: what they lead to is what counts.
+    for folder, below, names in os.walk(root, followlinks=True):
+        here = os.path.realpath(folder)
+        if here in seen:
+            below.clear()  # a link to a folder above it
+            continue
+        seen.add(here)
         below[:] = [name for name in below if name != "__pycache__"]
         for name in names:
             path = os.path.join(folder, name)  # noqa: PTH118 - a tree may hold 100,000 files
-            status = os.lstat(path)  # a dangling link has no other; the change that matters is seen when it is read
+            try:
+                status = os.stat(path)  # noqa: PTH116
+            except OSError:
+                status = os.lstat(path)  # a dangling link has no other
             found.append((path, status.st_size, status.st_mtime_ns))
     return digest(sorted(found))
 
@@ -41,6 +50,45 @@ def write_atomic(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text)
     partial.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; None where it cannot be read as one."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def check_name(name: str) -> str:
+    """A case's name, which becomes a file's name and a cell of tables.
+
+    Raises:
+        UserError: it is empty, hidden, too long, no UTF-8, or has a slash or another character that leads elsewhere.
+    """
+    try:
+        short = 0 < len(name.encode()) <= 200
+    except UnicodeEncodeError:
+        short = False
+    if not short or name.startswith(".") or any(character in name for character in "/\\\0"):
+        raise UserError(
+            f"a case is named {printable(name)[:80]!r}: names have 1 to 200 bytes of UTF-8, do not begin with a dot and have no "
+            "slash or backslash: rename it"
+        )
+    return name
+
+
+def printable(text: str) -> str:
+    """One line of text that any stream can print: bytes of a file's name that are no UTF-8 are written as escapes."""
+    return " ".join(text.encode(errors="backslashreplace").decode().split())
+
+
+def expand(name: str) -> Path:
+    """A path with `~` put in. Raises UserError where there is no such user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{name}: {error} Write the folder out") from None
 
 
 def slug(text: str) -> str:

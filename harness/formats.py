@@ -19,7 +19,10 @@ ENDINGS = NIFTI + ITK
 PIXEL = re.compile(r"(\d+)-bit (signed integer|unsigned integer|float)")
 KINDS = {"signed integer": "i", "unsigned integer": "u", "float": "f"}
 # Where text headers name another file: a data file beside the header is read, nothing else.
-NAMED_FILE = re.compile(rb"^(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.MULTILINE | re.IGNORECASE)
+NAMED_FILE = re.compile(
+    rb"^[ \t]*(?:ElementDataFile[ \t]*[=:]|data[ \t]*file[ \t]*:)[ \t]*(.*?)[ \t\r]*$", re.MULTILINE | re.IGNORECASE
+)
+LONGEST_HEADER = 2**20
 
 Affine = NDArray[np.float64]
 
@@ -81,7 +84,10 @@ def read_image(path: Path) -> tuple[NDArray[Any], Affine]:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
+    # ITK begins with places in its own source.
+    reason = " ".join(
+        re.sub(r"\S+\.[ch]xx\S*|Exception thrown in SimpleITK \w+:|sitk::ERROR:", "", str(error)).split()
+    )[:200]
     return UserError(f"{path} cannot be read ({type(error).__name__}: {reason}): restore the file")
 
 
@@ -126,18 +132,31 @@ def _nifti_voxels(path: Path) -> NDArray[Any]:
 def _itk_reader(path: Path) -> Any:
     import SimpleITK as sitk  # noqa: N813 - its own documentation's name
 
-    with path.open("rb") as file:
-        text = file.read(65536)
-    for named in NAMED_FILE.findall(text):
-        name = named.decode(errors="replace")
-        if name.upper() != "LOCAL" and (name != Path(name).name or "%" in name or name.upper().startswith("LIST")):
+    for name in _named_files(path):
+        if name.upper() == "LOCAL":
+            continue
+        if name != Path(name).name or name in ("", ".", "..") or "%" in name or name.upper().startswith("LIST"):
             raise UserError(
                 f"{path}: its voxels are in {name!r}; only a single file beside the header is read: move it there"
             )
+        file_size(path.with_name(name))  # a pipe or a device would never end
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     return reader
+
+
+def _named_files(path: Path) -> list[str]:
+    """The files that a text header names, as written in it."""
+    with path.open("rb") as file:
+        text = file.read(LONGEST_HEADER + 1)
+    # The header of NRRD ends with an empty line, MetaImage's with the place of its voxels.
+    end = re.search(
+        rb"\r?\n\r?\n" if text.startswith(b"NRRD") else rb"^[ \t]*ElementDataFile[^\n]*", text, re.MULTILINE
+    )
+    if end is None and len(text) > LONGEST_HEADER:
+        raise UserError(f"{path}: its header is longer than {LONGEST_HEADER >> 20} MiB: is this an image?")
+    return [name.decode(errors="replace") for name in NAMED_FILE.findall(text[: end.end()] if end else text)]
 
 
 def _itk_header(path: Path) -> Header:

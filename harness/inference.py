@@ -59,7 +59,11 @@ def predict_images(run: Path, inputs: Sequence[Path], output: Path, plugins: Seq
     folder = len(inputs) == 1 and inputs[0].is_dir()
     if folder:
         cases = group_images(inputs[0], task.channels)
+        if output.exists() and not output.is_dir():
+            raise UserError(f"{output} is no folder, and {inputs[0]} is one: give a folder to write to")
     else:
+        if output.parent.exists() and not output.parent.is_dir():
+            raise UserError(f"{output.parent} is no folder: give another place to write to")
         if not output.name.endswith((".nii.gz", ".nii")):
             raise UserError(f"{output}: predictions are written as .nii.gz or .nii: give such a name")
         cases = [Case(id=stem(output), images=tuple(inputs), label=None)]
@@ -111,6 +115,8 @@ def group_images(folder: Path, channels: Sequence[str]) -> list[Case]:
             name, place = name, -1
         else:
             name = match[1]
+        if place in groups[name]:
+            raise UserError(f"{groups[name][place]} and {path} are of one name, so would be their outputs: rename one")
         groups[name][place] = path
     cases = []
     for name, files in sorted(groups.items()):
@@ -140,6 +146,10 @@ def _restore(run: Path, record: dict[str, Any], registry: Registry) -> Restored:
     try:
         described, config = record["task_description"], record["config"]
         prepared = config["prepared"]
+        spacing = None
+        if prepared["spacing"] is not None:
+            x, y, z = map(float, prepared["spacing"])
+            spacing = (x, y, z)
         kind = {"Window": Window, "Percentiles": Percentiles}[prepared["normalisation"]]
         task = RecordedTask(
             name=record["task"],
@@ -151,16 +161,33 @@ def _restore(run: Path, record: dict[str, Any], registry: Registry) -> Restored:
             targets={name: tuple(values) for name, values in described["targets"].items()},
             labels=tuple(described["labels"]),
             overlapping=described["overlapping"],
-            spacing=None if prepared["spacing"] is None else tuple(prepared["spacing"]),
-            normalisation=kind(prepared["low"], prepared["high"]),
+            spacing=spacing,
+            normalisation=kind(float(prepared["low"]), float(prepared["high"])),
         )
+        values = [value for region in task.targets.values() for value in region]
+        if not all(value in task.labels and 0 <= value <= 255 for value in values):
+            raise ValueError(f"label values {values}")
+        if spacing is not None and not min(spacing) > 0:
+            raise ValueError(f"a spacing of {spacing}")
+        trained, settings = Finetune(**config["finetune"]), Evaluate(**config["evaluate"])
         backbone_class = registry.load("backbone", record["backbone"])
-        settings = build(backbone_class.Config, config["backbone_settings"], "backbone")
-        backbone = backbone_class(settings, len(task.channels))
+        own = build(backbone_class.Config, config["backbone_settings"], "backbone")
+        backbone = backbone_class(own, len(task.channels))
+        if any(edge % stride for edge, stride in zip(trained.crop, backbone.stride, strict=True)):
+            raise ValueError(f"a crop of {trained.crop}, which is no multiple of {backbone.stride}")
         backbone.set_head(task.num_outputs)
         backbone.load_state_dict(load_file(run / "weights.safetensors"))
-        return Restored(task, backbone, Finetune(**config["finetune"]), Evaluate(**config["evaluate"]))
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OSError, SafetensorError) as error:
+        return Restored(task, backbone, trained, settings)
+    except (
+        KeyError,
+        OverflowError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        OSError,
+        SafetensorError,
+    ) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{run} cannot be used ({type(error).__name__}: {reason}): is it a run of this version?"

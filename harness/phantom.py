@@ -1,6 +1,7 @@
 """Phantoms: small anatomy-like volumes in the exact layout of a task or corpus: everything runs before data is there."""
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,14 @@ def write_phantom(images: Task | Corpus, root: Path, num_cases: int, seed: int) 
         raise UserError(f"task {images.name!r} describes no phantom: give --data a folder with its data")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root} is not empty: a phantom needs a folder of its own, so that no data is overwritten")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    # By rename: what is broken off is not there, and can be asked for again.
+    with tempfile.TemporaryDirectory(dir=root.parent, prefix=".partial-") as partial:
+        _write_cases(images, Path(partial) / "phantom", num_cases, seed)
+        (Path(partial) / "phantom").replace(root)
+
+
+def _write_cases(images: Task | Corpus, root: Path, num_cases: int, seed: int) -> None:
     for number in progress(range(1, num_cases + 1), "phantom"):
         # The name, so that a corpus does not hold what a task tests on.
         name = int.from_bytes(images.name.encode()[:8].ljust(8), "big")

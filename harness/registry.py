@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from harness.errors import UserError, unknown
+from harness.files import expand
 from harness.task import ImageSet, Task
 
 KINDS = ("method", "backbone", "task", "corpus")
@@ -121,7 +122,9 @@ class Registry:
 
     def task_folder(self, name: str) -> Path | None:
         """The folder that `name` stands for, where it is not the name of a task."""
-        folder = Path(name).expanduser()
+        if not name:
+            raise UserError("the task's name is empty: give a name (`harness list tasks`) or a folder")
+        folder = expand(name)
         return folder if name not in self._plugins["task"] and (folder.is_dir() or "/" in name) else None
 
     def describe(self, kind: str) -> list[dict[str, Any]]:
@@ -202,7 +205,7 @@ def _locate(module: str) -> Path | None:
 
 
 def _import(name: str) -> ModuleType:
-    path, module_name = Path(name).expanduser(), ""
+    path, module_name = expand(name), ""
     try:
         if not name.endswith(".py"):
             return importlib.import_module(name)

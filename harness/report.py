@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.check import SPOILS, Checked, problems_of
+from harness.files import printable
 from harness.picture import COLOURS
 from harness.task import ImageSet
 
@@ -36,7 +37,7 @@ def render_report(images: ImageSet, root: str, checked: Sequence[Checked], summa
     bad = {problem.case for (weight, _), found in groups.items() for problem in found if weight == SPOILS}
     parts = [
         f"<h1>{escape(images.name)}: {len(checked)} cases</h1>",
-        f"<p>{escape(images.description)}<br><code>{escape(root)}</code></p>",
+        f"<p>{escape(images.description)}<br><code>{escape(printable(root))}</code></p>",
         f"<p class={'bad' if bad else 'good'}>{escape(summary)}</p>",
     ]
     for (weight, kind), found in groups.items():
@@ -89,12 +90,12 @@ def _key(images: ImageSet) -> str:
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[Any]], kind: str = "problems") -> str:
     head = "".join(f"<th scope=col>{escape(text)}" for text in heads)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}" for cell in row) for row in rows)
+    body = "".join("<tr>" + "".join(f"<td>{escape(printable(str(cell)))}" for cell in row) for row in rows)
     return f"<div class='scroll {kind}'><table><thead><tr>{head}<tbody>{body}</table></div>"
 
 
 def _figure(each: Checked, bad: bool) -> str:
-    name = escape(each.case.id)
+    name = escape(printable(each.case.id))
     if each.thumbnail is None:
         return f"<figure class=bad><div role=img aria-label='no image'>not readable</div><figcaption>{name}</figcaption></figure>"
     picture = base64.b64encode(_png(each.thumbnail)).decode()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import UserError
-from harness.files import digest, digest_file, digest_tree, write_atomic
+from harness.files import digest, digest_file, digest_tree, read_json, write_atomic
 from harness.planning import Request, Setting, locate, plan
 from harness.progress import say
 from harness.registry import Registry
@@ -129,6 +129,7 @@ def _pretrained(
     setting: Setting, runs: Path, volumes: "Sequence[Volume]"
 ) -> "tuple[Mapping[str, Tensor], dict[str, Any]]":
     """What fine-tuning starts from, and the pre-training stage; an earlier one where all that determines it is the same."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from harness.stages import pretrain
@@ -137,13 +138,21 @@ def _pretrained(
     if not plugins.method.trains:
         return plugins.method(config.method_settings, plugins.new_backbone(config, channels)).weights(), {}
     folder = runs / "cache" / "pretrain" / f"{config.method}-{setting.pretrain_key[:16]}"
-    if (folder / "stage.json").exists():
-        say(f"pre-training found in {folder}")
-        stage = json.loads((folder / "stage.json").read_text())
-    else:
-        discovery = (setting.discovery, runs / "cache" / "prepared-by-methods" / config.method)
-        stage = pretrain(config, plugins, channels, volumes, folder, discovery)
-    return load_file(folder / "weights.safetensors"), stage | {"history": folder / "history.jsonl"}
+    history = {"history": folder / "history.jsonl"}
+    stage = read_json(folder / "stage.json")
+    if isinstance(stage, dict) and history["history"].exists():
+        try:
+            weights = load_file(folder / "weights.safetensors")
+        except (OSError, SafetensorError):
+            stage = None
+        else:
+            say(f"pre-training found in {folder}")
+            return weights, stage | history
+    if folder.exists():
+        say(f"{folder} is not whole: pre-training again")
+    discovery = (setting.discovery, runs / "cache" / "prepared-by-methods" / config.method)
+    stage = pretrain(config, plugins, channels, volumes, folder, discovery)
+    return load_file(folder / "weights.safetensors"), stage | history
 
 
 def _record(
@@ -252,5 +261,7 @@ def _answer(runs: Path, asked: str, predictions: bool) -> Finished | None:
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((folder / "record.json").read_text())
+    record = read_json(folder / "record.json")
+    if not isinstance(record, dict):
+        raise UserError(f"{folder / 'record.json'} is damaged: remove the folder {folder} and ask again")
     return record

@@ -3,6 +3,8 @@
 import csv
 import hashlib
 import json
+import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +24,7 @@ from harness import hardware, metrics, picture
 from harness.config import Evaluate, RunConfig, Training
 from harness.contracts import Backbone, Batch, Method, Source
 from harness.crops import Augment, CropDataset
-from harness.files import write_atomic
+from harness.files import check_name, write_atomic
 from harness.formats import write_label
 from harness.images import load_label
 from harness.preparation import Workshop
@@ -185,6 +187,7 @@ def evaluate(
     """
     rows: list[dict[str, Any]] = []
     panels = []
+    unfinished = folder / f".predictions-{os.getpid()}"
     for volume in progress(volumes, "evaluate"):
         probabilities = predict(task, backbone, volume.image, config.finetune, config.evaluate)
         predicted = volume.geometry.decide(task, probabilities)
@@ -200,7 +203,7 @@ def evaluate(
         panels.append(picture.panel(task, volume, probabilities, scores))
         if save_predictions:
             composed = task.compose(predicted, volume.case.numbering)
-            write_label(folder / ".predictions" / f"{volume.case.id}.nii.gz", composed, affine)
+            write_label(unfinished / f"{check_name(volume.case.id)}.nii.gz", composed, affine)
     with (folder / "cases.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -208,7 +211,8 @@ def evaluate(
     picture.segmentation(task, panels, folder / "figures" / "segmentation.png", title)
     if save_predictions:
         # By rename: where the folder is, all predictions are in it.
-        (folder / ".predictions").replace(folder / "predictions")
+        shutil.rmtree(folder / "predictions", ignore_errors=True)
+        unfinished.replace(folder / "predictions")
     return summarise(task, rows)
 
 

@@ -98,6 +98,10 @@ def _expand(path: Path, defaults: dict[str, Any], block: dict[str, Any], base: R
     for key, kind in AXES.items():
         values = merged.get(key, getattr(base, key))
         axes[key] = values if isinstance(values, list) else [values]
+        if not axes[key]:
+            raise UserError(
+                f"{path}: {key} is an empty list, which leaves nothing to run: give a value or take the key out"
+            )
         for value in axes[key]:
             if not value or isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
                 if key == "seed" and value == 0 and not isinstance(value, bool):
@@ -123,7 +127,7 @@ def _corpora(path: Path, named: Any, given: tuple[str, ...]) -> list[tuple[str, 
     if named is None:
         return [given]
     sets = [each if isinstance(each, list) else [each] for each in (named if isinstance(named, list) else [named])]
-    if not all(isinstance(one, str) for each in sets for one in each):
+    if not sets or not all(isinstance(one, str) and one for each in sets for one in each) or not all(sets):
         raise UserError(
             f"{path}: corpus = {named!r}: give names or folders, a list of them, or a list of lists of them"
         )

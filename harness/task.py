@@ -177,17 +177,21 @@ class Task(ImageSet, ABC):
         return np.stack([winner == number for number in range(1, len(self.targets) + 1)])
 
     def compose(self, masks: NDArray[np.bool_], numbering: Sequence[tuple[int, int]] = ()) -> NDArray[np.uint8]:
-        """Masks (targets, x, y, z) -> a label map; of targets that overlap, a later one (the inner) wins.
+        """Masks (targets, x, y, z) -> a label map: each voxel gets the value whose targets differ in fewest from its own.
 
-        Each target stands for the first of its values that no later target has: whole tumour (1, 2, 4) for 2, where
-        tumour core is (1, 4). `numbering` is a case's own (`Case.numbering`).
+        Of values that differ in equally many, the first in `labels`. `numbering` is a case's own (`Case.numbering`).
         """
         own = {ours: theirs for theirs, ours in numbering}
         label = np.zeros(masks.shape[1:], dtype=np.uint8)
-        names = list(self.targets)
-        for place, mask in enumerate(masks):
-            values = self.targets[names[place]]
-            later = {value for name in names[place + 1 :] for value in self.targets[name]}
-            value = next((value for value in values if value not in later), values[0])
-            label[mask] = own.get(value, value)
+        if not self.overlapping:
+            for mask, values in zip(masks, self.targets.values(), strict=True):
+                label[mask] = own.get(values[0], values[0])
+            return label
+        fewest = np.full(masks.shape[1:], 255, dtype=np.uint8)
+        for value in self.labels:
+            differs = np.zeros(masks.shape[1:], dtype=np.uint8)
+            for mask, values in zip(masks, self.targets.values(), strict=True):
+                differs += mask != (value in values)
+            closer = differs < fewest
+            fewest[closer], label[closer] = differs[closer], own.get(value, value)
         return label

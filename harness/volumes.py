@@ -7,7 +7,7 @@ half the space, and faster than from blosc2 (`docs/data.md` has the numbers and 
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -85,18 +85,24 @@ class Volume:
     def whole(self, verify: bool) -> bool:
         """Whether its files are there in their full size; with `verify`, also with the bytes that were written."""
         try:
-            files = json.loads(self.description.read_text())["files"]
+            described = json.loads(self.description.read_text())
+            Geometry(**described["geometry"])
+            files = described["files"]
             for kind, (size, written) in files.items():
                 path = Path(f"{self.stem}.{kind}.npy")
                 if path.stat().st_size != size or (verify and digest_file(path) != written):
                     return False
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return False
         return True
 
     @property
     def _stored(self) -> NDArray[np.int16]:
-        mapped: NDArray[np.int16] = np.load(f"{self.stem}.image.npy", mmap_mode="r")
+        path = Path(f"{self.stem}.image.npy")
+        try:
+            mapped: NDArray[np.int16] = np.load(path, mmap_mode="r")
+        except (ValueError, EOFError):
+            raise UserError(f"{path} is damaged: `harness data prepare` finds and mends what is") from None
         return mapped
 
 
@@ -214,7 +220,7 @@ def prepare_arrays(
     spans = tuple(slice(start, stop) for start, stop in box)
     target = spacing if images.spacing is None else np.asarray(images.spacing)
     shape = [stop - start for start, stop in box]
-    extent = [max(1, round(n * old / new)) for n, old, new in zip(shape, spacing, target, strict=True)]
+    extent = prepared_extent(shape, spacing, target, len(channels), source)
     image = np.empty((len(channels), *extent), dtype=np.float32)
     for place, channel in enumerate(channels):
         # Cubic, as nnU-Net; it overshoots at edges, hence the clip.
@@ -232,6 +238,27 @@ def prepare_arrays(
         spacing=(float(target[0]), float(target[1]), float(target[2])),
     )
     return image, label, geometry
+
+
+def prepared_extent(
+    shape: Iterable[int], spacing: Iterable[float], target: Iterable[float], channels: int, source: str
+) -> list[int]:
+    """Voxels per axis once an image of `shape` and `spacing` is resampled to `target` mm.
+
+    Raises:
+        UserError: less than two voxels along an axis, or more than the free memory holds: the spacing cannot be right.
+    """
+    import psutil
+
+    extent = [max(1, round(n * float(old) / float(new))) for n, old, new in zip(shape, spacing, target, strict=True)]
+    need, free = 4 * prod(extent) * (channels + 2), psutil.virtual_memory().available
+    if need > free or min(extent) < 2:
+        grids = f"{' x '.join(f'{edge:.3g}' for edge in spacing)} to {' x '.join(f'{edge:.3g}' for edge in target)} mm"
+        raise UserError(
+            f"{source}: resampling it from {grids} gives {' x '.join(map(str, extent))} voxels, {need / 2**30:.1f} GiB of "
+            f"{free / 2**30:.1f} GiB that are free: is its spacing in mm? Mend the header, or set another task.spacing"
+        )
+    return extent
 
 
 def normalise(channel: NDArray[np.float32], how: Percentiles | Window, source: str) -> NDArray[np.float32]:

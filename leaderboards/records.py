@@ -108,7 +108,10 @@ def load_run(folder: Path) -> Run:
         if lacking:
             raise RecordError(f"{path}: lacks {', '.join(lacking)}")
         targets = tuple(name for name in record["metrics"] if name != "average")
-        rows = pd.read_csv(folder / "cases.csv", dtype={"case": str, "target": str, "status": str})
+        # A case may be called "NA" or "null".
+        empty = {"dice": [""], "hd95_mm": [""]}
+        text = {"case": str, "target": str, "status": str}
+        rows = pd.read_csv(folder / "cases.csv", dtype=text, keep_default_na=False, na_values=empty)
         values = {
             name: rows.pivot(index="case", columns="target", values=name)[list(targets)] for name in ("dice", "hd95_mm")
         }

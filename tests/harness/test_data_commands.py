@@ -113,7 +113,7 @@ def test_a_test_case_in_the_corpus_is_refused_unless_allowed(data, tmp_path, cap
     words = [*run_words(data), "--mode", "generic", "--corpus", tmp_path / "corpus", "--runs", tmp_path / "runs"]
     harness(*words, status=2)
     message = error(capsys)
-    assert f"corpus/innocent is test case {case}" in message
+    assert f"corpus/innocent.nii.gz is test case {case}" in message
     assert "--allow-overlap" in message
     assert not list((tmp_path / "runs").glob("*/record.json"))
     harness(*words, "--allow-overlap")
@@ -121,7 +121,7 @@ def test_a_test_case_in_the_corpus_is_refused_unless_allowed(data, tmp_path, cap
     assert "OVERLAP: 1 scans" in err
     assert "TEST CASES WERE TRAINED OR PRE-TRAINED ON (column seen)" in out
     record = record_of(tmp_path / "runs", "simmim")
-    assert record["data"]["overlap"] == [["corpus/innocent", case]]
+    assert record["data"]["overlap"] == [["corpus/innocent.nii.gz", case]]
     assert pd.read_csv(tmp_path / "runs" / "leaderboard.csv")["n_test_seen"].eq(1).all()
     # Asked again without leave, the finished run does not answer.
     harness(*words, status=2)
@@ -139,7 +139,7 @@ def test_bad_scans_are_skipped_only_when_asked_and_counted(data, tmp_path, capsy
     assert "skipped: " in capsys.readouterr().err
     (corpus,) = record_of(tmp_path / "runs", "simmim")["data"]["corpora"]
     assert corpus["n"] == 6
-    assert list(corpus["skipped"]) == ["corpus/bad"]
+    assert list(corpus["skipped"]) == ["corpus/bad.nii.gz"]
     (tmp_path / "corpus" / "bad.nii.gz").unlink()
     harness(*words)
     # The same pre-training, but a record of its own: nothing was skipped.

@@ -180,7 +180,10 @@ def test_labels_and_hidden_files_are_no_scans(tmp_path):
     (tmp_path / "deep" / "Task04" / "imagesTr" / "._hippocampus_001.nii.gz").write_bytes(b"shadow")
     (tmp_path / "notes.txt").write_text("no image")
     corpus = folder_corpus(tmp_path, task)
-    assert [case.id.rpartition("/")[2] for case in corpus.cases(tmp_path)] == ["hippocampus_001", "hippocampus_002"]
+    assert [case.id.rpartition("/")[2] for case in corpus.cases(tmp_path)] == [
+        "hippocampus_001.nii.gz",
+        "hippocampus_002.nii.gz",
+    ]
     assert corpus.normalisation == task.normalisation
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no image below"):
