@@ -42,6 +42,8 @@ def write_phantom(images: Task | Corpus, root: Path, num_cases: int, seed: int) 
         raise UserError(f"task {images.name!r} describes no phantom: give --data a folder with its data")
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root} is not empty: a phantom needs a folder of its own, so that no data is overwritten")
+    if root.parent.exists() and not root.parent.is_dir():
+        raise UserError(f"{root.parent} is no folder: give another place for the phantom")
     root.parent.mkdir(parents=True, exist_ok=True)
     # By rename: what is broken off is not there, and can be asked for again.
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=".partial-") as partial:

@@ -325,7 +325,7 @@ RUN = ("run", "--method", "hybridmim", "--task", "msd_hippocampus")
         ((*RUN, "--seed", "-1"), "not a whole number"),
         (("data", "phantom", "brats", "--out", "x", "--seed", "-1"), "not a whole number"),
         (("data", "phantom", "brats", "--out", "x", "--cases", "1"), "at least 2 cases"),
-        (("data", "phantom", "brats", "--out", "/dev/null/x"), "Not a directory"),
+        (("data", "phantom", "brats", "--out", "/dev/null/x"), "/dev/null is no folder"),
         ((*RUN, "--label-fraction", "0"), "not in 0..1"),
         ((*RUN, "--plugin", "nowhere.py"), "no such file"),
         ((*RUN, "--data", "nowhere"), "not a folder"),
