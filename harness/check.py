@@ -15,7 +15,7 @@ from harness.errors import UserError
 from harness.files import check_name
 from harness.formats import read_header
 from harness.identity import Signature, signature, twins
-from harness.images import Loaded, load_case
+from harness.images import Loaded, case_bytes, load_case
 from harness.progress import num_workers, progress
 from harness.task import Case, ImageSet, Window
 from harness.volumes import normalise, prepared_extent
@@ -53,20 +53,13 @@ class Checked:
 
 def check_cases(images: ImageSet, cases: Sequence[Case]) -> list[Checked]:
     """Check every case, and then the set as a whole: duplicates and scans that are unlike the others."""
-    largest = max((_bytes(case) for case in cases), default=1)
+    largest = max(map(case_bytes, cases), default=1)
     with ThreadPoolExecutor(num_workers(largest, len(cases))) as pool:
         checked = list(progress(pool.map(partial(_check_case, images), cases), "check", total=len(cases)))
     _names(checked)
     _duplicates(checked)
     _unlike_the_others(checked)
     return checked
-
-
-def _bytes(case: Case) -> int:
-    try:
-        return int(np.prod(read_header(case.images[0]).shape)) * 24 * len(case.images)
-    except UserError:
-        return 1
 
 
 def _check_case(images: ImageSet, case: Case) -> Checked:

@@ -7,12 +7,11 @@ from math import inf
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.files import slug
-from harness.formats import ENDINGS, stem
+from harness.files import slug, walk
+from harness.formats import ENDINGS, is_named_label
 from harness.task import Case, ImageSet, Percentiles, Task, Window
 
-LABEL_FOLDERS = re.compile(r"(labels?|masks?|seg|segmentations?|predictions)(Tr|Ts)?", re.IGNORECASE)
-LABEL_NAMES = re.compile(r"(.*[_.-])?(seg|segm|segmentation|label|labels|mask|gt)\d*", re.IGNORECASE | re.DOTALL)
+ANY = "**/*"
 NORMALISATION = re.compile(r"(-?\d+(?:\.\d+)?),(-?\d+(?:\.\d+)?)|percentiles")
 
 
@@ -27,7 +26,7 @@ class Corpus(ImageSet):
     """
 
     folders: tuple[str, ...] = ()
-    patterns: tuple[str, ...] = ("**/*",)
+    patterns: tuple[str, ...] = (ANY,)
     phantom: str = "scan_{:03d}.nii.gz"
 
     def find(self, data: Path) -> Path:
@@ -64,12 +63,11 @@ class Corpus(ImageSet):
     def _matching(self, root: Path) -> Iterator[tuple[Path, bool]]:
         """Images, and whether their names say that they are label maps."""
         for pattern in self.patterns:
-            for path in root.glob(pattern):
-                inner = path.relative_to(root).parts
-                hidden = any(part.startswith(".") for part in inner)
-                label = any(map(LABEL_FOLDERS.fullmatch, inner[:-1])) or bool(LABEL_NAMES.fullmatch(stem(path)))
+            for path in map(Path, walk(root)) if pattern == ANY else root.glob(pattern):
+                inner = path.relative_to(root)
+                hidden = any(part.startswith(".") for part in inner.parts)
                 if path.name.endswith(ENDINGS) and not hidden and not path.is_dir():
-                    yield path, label
+                    yield path, is_named_label(inner)
 
 
 def folder_corpus(folder: Path, like: Task | None = None) -> Corpus:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from harness.corpus import Corpus, folder_corpus, parse_spec, with_normalisation
 from harness.errors import UserError, unknown
-from harness.files import check_name, expand
+from harness.files import check_name, digest, expand
 from harness.identity import ALIKE, Inventory, fingerprint, same_scans, take_inventory, twins
 from harness.phantom import CORPUS_CASES, PHANTOM, is_phantom, write_phantom
 from harness.progress import say, say_once
@@ -41,8 +41,9 @@ class CorpusData:
 
     @property
     def label(self) -> str:
-        """Name and the beginning of the fingerprint: what a table shows."""
-        return f"{self.corpus.name}@{fingerprint(self.inventory.digests)[:8]}"
+        """Name, and the beginning of a digest of the scans and of how they are prepared: what a table shows."""
+        prepared = [self.corpus.version, self.corpus.spacing, repr(self.corpus.normalisation)]
+        return f"{self.corpus.name}@{digest([prepared, fingerprint(self.inventory.digests)])[:8]}"
 
 
 def find_data(task: Task, data: Path | None, runs: Path) -> Path:
@@ -83,6 +84,9 @@ def find_corpora(
         if any(other.name == corpus.name for other, _ in found):
             raise UserError(f"--corpus {spec}: two corpora are named {corpus.name!r}: give it once, or rename a folder")
         found.append((with_normalisation(corpus, normalisation), root))
+    if len({len(corpus.channels) for corpus, _ in found}) > 1:
+        listed = ", ".join(f"{corpus.name} has {len(corpus.channels)}" for corpus, _ in found)
+        raise UserError(f"corpora must have equally many channels: {listed}: pre-train on them in turn")
     return found
 
 
@@ -137,7 +141,7 @@ def open_corpora(found: Sequence[tuple[Corpus, Path]], cache: Path, skip_bad: bo
 
 def overlap(data: TaskData, corpora: Sequence[CorpusData]) -> list[tuple[str, str]]:
     """Pairs (scan of a corpus, test case) that are alike as copies are, whatever their files are called and say."""
-    scans = [(case.id, each.inventory.signatures[case.id][0]) for each in corpora for case in each.cases]
+    scans = [(case.id, one) for each in corpora for case in each.cases for one in each.inventory.signatures[case.id]]
     tested = [(case.id, one) for case in data.split.test for one in data.inventory.signatures[case.id]]
     pairs = same_scans([one for _, one in scans], [one for _, one in tested], ALIKE)
     return sorted({(scans[i][0], tested[j][0]) for i, j in pairs})

@@ -3,12 +3,16 @@
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from harness.corpus import Corpus, folder_corpus
 from harness.errors import UserError, unknown
 from harness.files import printable
 from harness.registry import Registry
-from harness.task import Case, ImageSet, Task
+from harness.task import ImageSet, Task
+
+if TYPE_CHECKING:
+    from harness.check import Checked
 
 
 def check(arguments: argparse.Namespace) -> int:
@@ -28,20 +32,25 @@ def check(arguments: argparse.Namespace) -> int:
         print(*(f"  {printable(problem.case)}: {printable(problem.text)}" for problem in found), sep="\n")
     bad = {problem.case for (weight, _), found in groups.items() for problem in found if weight == SPOILS}
     number = f"{len(cases)} case{'s' if len(cases) != 1 else ''}"
-    summary = f"{number}{_split(images, cases)}; {len(bad)} with a problem that spoils a run"
+    summary = f"{number}{_split(images, root, checked)}; {len(bad)} with a problem that spoils a run"
     report = arguments.report or report_path(arguments.runs, images.name)
     write_atomic(report, render_report(images, str(root), checked, summary))
     print(f"{summary}\nreport:\n  {report}")
     return 2 if bad else 0
 
 
-def _split(images: Task | Corpus, cases: list[Case]) -> str:
+def _split(images: Task | Corpus, root: Path, checked: "list[Checked]") -> str:
+    """How a run would split the cases that can be used."""
+    from harness.identity import twins
+    from harness.phantom import is_phantom
     from harness.splits import split_cases
 
-    if not isinstance(images, Task):
+    usable = [(each.case, each.signature) for each in checked if each.signature is not None]
+    if not isinstance(images, Task) or not usable:
         return ""
+    task = replace(images, test_ids=None) if is_phantom(root) else images
     try:
-        split = split_cases(images, cases)
+        split = split_cases(task, [case for case, _ in usable], same=twins([one for _, one in usable]))
     except UserError as error:
         return f", which cannot be split ({error})"
     return f", {len(split.train)} for training and {len(split.test)} for testing"

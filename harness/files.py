@@ -5,6 +5,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,19 @@ def digest_file(path: Path) -> str:
 
 def digest_tree(root: Path) -> str:
     """Digest of names, sizes and times of all files below `root`: cheap, tells whether anything changed."""
-    found, seen = [], set()
-    # Data on clusters often lies behind links: what they lead to is what counts.
+    found = []
+    for path in walk(root):
+        try:
+            status = os.stat(path)  # noqa: PTH116
+        except OSError:
+            status = os.lstat(path)  # a dangling link has no other
+        found.append((path, status.st_size, status.st_mtime_ns))
+    return digest(sorted(found))
+
+
+def walk(root: Path) -> Iterator[str]:
+    """Paths of all files below a folder, through links (data on clusters often lies behind them), each folder once."""
+    seen = set()
     for folder, below, names in os.walk(root, followlinks=True):
         here = os.path.realpath(folder)
         if here in seen:
@@ -35,13 +47,7 @@ def digest_tree(root: Path) -> str:
         seen.add(here)
         below[:] = [name for name in below if name != "__pycache__"]
         for name in names:
-            path = os.path.join(folder, name)  # noqa: PTH118 - a tree may hold 100,000 files
-            try:
-                status = os.stat(path)  # noqa: PTH116
-            except OSError:
-                status = os.lstat(path)  # a dangling link has no other
-            found.append((path, status.st_size, status.st_mtime_ns))
-    return digest(sorted(found))
+            yield os.path.join(folder, name)  # noqa: PTH118 - a tree may hold 100,000 files
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -23,6 +23,8 @@ NAMED_FILE = re.compile(
     rb"^[ \t]*(?:ElementDataFile[ \t]*[=:]|data[ \t]*file[ \t]*:)[ \t]*(.*?)[ \t\r]*$", re.MULTILINE | re.IGNORECASE
 )
 LONGEST_HEADER = 2**20
+LABEL_FOLDERS = re.compile(r"(labels?|masks?|seg|segmentations?|predictions)(Tr|Ts)?", re.IGNORECASE)
+LABEL_NAMES = re.compile(r"(.*[_.-])?(seg|segm|segmentation|label|labels|mask|gt)\d*", re.IGNORECASE | re.DOTALL)
 
 Affine = NDArray[np.float64]
 
@@ -45,6 +47,11 @@ def stem(path: Path, root: Path | None = None) -> str:
     """Name of an image file without its ending; below `root` with the folders between."""
     name = path.relative_to(root).as_posix() if root else path.name
     return next((name.removesuffix(ending) for ending in ENDINGS if name.endswith(ending)), name)
+
+
+def is_named_label(path: Path) -> bool:
+    """Whether a path, below the folder of a data set, is named as label maps are: `labelsTr/x`, `x_seg`, `label0001`."""
+    return any(map(LABEL_FOLDERS.fullmatch, path.parts[:-1])) or bool(LABEL_NAMES.fullmatch(stem(path)))
 
 
 def read_header(path: Path) -> Header:
@@ -208,6 +215,8 @@ def write_label(path: Path, label: NDArray[np.uint8], affine: Affine) -> None:
     image = nib.Nifti1Image(label, affine)
     image.set_qform(affine, code=1)
     image.set_sform(affine, code=1)
+    if corners_apart(label.shape, affine, np.asarray(image.get_qform())) > 0.1:
+        image.set_qform(None, code=0)  # it cannot say a shear (a tilted gantry)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
     nib.save(image, partial)

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from harness.config import Evaluate, Finetune
 from harness.errors import UserError
-from harness.formats import ENDINGS, stem, write_label
+from harness.files import walk
+from harness.formats import ENDINGS, is_named_label, read_header, stem, write_label
 from harness.images import load_case
 from harness.progress import progress
 from harness.registry import Registry
@@ -68,6 +69,14 @@ def predict_images(run: Path, inputs: Sequence[Path], output: Path, plugins: Seq
             raise UserError(f"{output}: predictions are written as .nii.gz or .nii: give such a name")
         cases = [Case(id=stem(output), images=tuple(inputs), label=None)]
     places = [output / f"{case.id}.nii.gz" if folder else output for case in cases]
+    for case in cases:
+        headers = [read_header(path) for path in case.images]
+        number = sum(header.shape[3] if len(header.shape) == 4 else 1 for header in headers)
+        if number != len(task.channels):
+            raise UserError(
+                f"{case.images[0]}: {number} channels, {task.name!r} has {len(task.channels)}: {', '.join(task.channels)}: "
+                "give a file for each in this order, or one 4D file"
+            )
     read = {path.resolve() for case in cases for path in case.images}
     for place in places:
         if place.resolve() in read:
@@ -98,9 +107,9 @@ def group_images(folder: Path, channels: Sequence[str]) -> list[Case]:
     Raises:
         UserError: no image, or a case without one of its channels.
     """
-    paths = sorted(
-        p for p in folder.rglob("*") if p.name.endswith(ENDINGS) and not p.name.startswith(".") and p.is_file()
-    )
+    found = (Path(path) for path in walk(folder))
+    images = [path for path in found if path.name.endswith(ENDINGS) and not path.name.startswith(".")]
+    paths = sorted(path for path in images if not is_named_label(path.relative_to(folder)))
     if not paths:
         raise UserError(f"{folder} holds no image; images end in {', '.join(ENDINGS)}: give another folder")
     names = "|".join(re.escape(name) for name in channels)

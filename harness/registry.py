@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from harness.errors import UserError, unknown
-from harness.files import expand
+from harness.files import digest, digest_file, digest_tree, expand
 from harness.task import ImageSet, Task
 
 KINDS = ("method", "backbone", "task", "corpus")
@@ -136,6 +136,18 @@ class Registry:
             described = kind in ("task", "corpus")
             rows.append(row | (_describe_images(self.load(kind, name)) if described else _describe_class(plugin)))
         return rows
+
+    def digest_sources(self) -> str:
+        """Digest of the files of all plugins: whole packages of installed ones, which may share modules and lists."""
+        sources = {plugin.source for plugins in self._plugins.values() for plugin in plugins.values()} - {None}
+        installed = {
+            plugin.source.parent
+            for plugins in self._plugins.values()
+            for plugin in plugins.values()
+            if plugin.entry_point is not None and plugin.source is not None
+        }
+        loose = [digest_file(source) for source in sources if source is not None and source.parent not in installed]
+        return digest([sorted(loose), sorted(digest_tree(folder) for folder in installed)])
 
     def digest(self, kind: str, name: str) -> str:
         """Digest of the plugin's source file: tells whether it changed, without importing it."""

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -113,7 +114,7 @@ def _title(setting: Setting) -> str:
 
 
 def _evaluate_again(setting: Setting, runs: Path, folder: Path) -> None:
-    """The same evaluation of a finished run once more, for its predictions."""
+    """The same evaluation of a finished run once more, for its predictions; what was scored stays as it is."""
     from safetensors.torch import load_file
 
     from harness.stages import evaluate
@@ -122,7 +123,12 @@ def _evaluate_again(setting: Setting, runs: Path, folder: Path) -> None:
     backbone.set_head(setting.task.num_outputs)
     backbone.load_state_dict(load_file(folder / "weights.safetensors"))
     _, test, _ = _volumes(setting, runs / "cache")
-    evaluate(setting.config, setting.task, backbone, test, folder, _title(setting), save_predictions=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".again-") as again:
+        place = Path(again)
+        evaluate(setting.config, setting.task, backbone, test, place, _title(setting), save_predictions=True)
+        if (place / "cases.csv").read_bytes() != (folder / "cases.csv").read_bytes():
+            say(f"the predictions now differ from those that {folder / 'cases.csv'} scored: another device or version?")
+        (place / "predictions").replace(folder / "predictions")
 
 
 def _pretrained(
@@ -244,9 +250,7 @@ def _digest_request(request: Request, registry: Registry, roots: Sequence[Path])
     paths = [Path(pair.partition("=")[2]) for pair in request.settings]
     asked["files"] = [digest_file(path) for path in paths if path.is_file()]
     engine = digest_tree(Path(__file__).parent)
-    named = [("method", request.method), ("backbone", request.backbone)]
-    named += [("task", request.task)] if request.task in registry.names("task") else []
-    plugins = [registry.digest(*each) for each in named]
+    plugins = registry.digest_sources()
     return digest([asked, engine, plugins, [digest_tree(root) for root in roots], platform.node()])
 
 

@@ -203,7 +203,8 @@ def evaluate(
         panels.append(picture.panel(task, volume, probabilities, scores))
         if save_predictions:
             composed = task.compose(predicted, volume.case.numbering)
-            write_label(unfinished / f"{check_name(volume.case.id)}.nii.gz", composed, affine)
+            place = unfinished / f"{check_name(volume.case.id)}.nii.gz"
+            write_label(place, composed, np.asarray(volume.geometry.affine))
     with (folder / "cases.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError, unknown
-from harness.files import digest
+from harness.files import digest, expand
 from harness.planning import Request, locate, plan
 from harness.progress import say
 from harness.run import Finished, run
@@ -131,7 +131,7 @@ def _corpora(path: Path, named: Any, given: tuple[str, ...]) -> list[tuple[str, 
         raise UserError(
             f"{path}: corpus = {named!r}: give names or folders, a list of them, or a list of lists of them"
         )
-    return [tuple(str(path.parent / one) if "/" in one else one for one in each) for each in sets]
+    return [tuple(str(path.parent / expand(one)) if "/" in one else one for one in each) for each in sets]
 
 
 def _text(value: Any) -> str:

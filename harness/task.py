@@ -161,12 +161,12 @@ class Task(ImageSet, ABC):
 
     def training_target(self, label: NDArray[Any]) -> NDArray[Any]:
         """What the loss compares with: (targets, ...) float32 if overlapping, else (1, ...) int64 class indices."""
-        masks = self.masks(label)
         if self.overlapping:
-            return masks.astype(np.float32)
-        index = np.zeros((1, *label.shape), dtype=np.int64)
-        for number, mask in enumerate(masks, start=1):
-            index[0][mask] = number
+            return self.masks(label).astype(np.float32)
+        table = np.zeros(256, dtype=np.int64)
+        for number, values in enumerate(self.targets.values(), start=1):
+            table[list(values)] = number
+        index: NDArray[np.int64] = table[label][None]
         return index
 
     def decide(self, probabilities: NDArray[np.float32]) -> NDArray[np.bool_]:

@@ -24,14 +24,13 @@ from harness.errors import UserError
 from harness.files import digest, digest_file, write_atomic
 from harness.formats import read_header
 from harness.geometry import Geometry, resample, resample_label
-from harness.images import Loaded, load_case
+from harness.images import Loaded, case_bytes, load_case
 from harness.progress import num_workers, progress, say
 from harness.task import Case, ImageSet, Percentiles, Window
 
 PREPARED = 2  # raise it when preparing changes what it writes
 POINTS_PER_TARGET = 2000
 STEPS = 32767  # of [0, 1] in int16; a step is 3e-5, far below any noise
-BYTES_PER_VOXEL = 24  # of a native grid while it is prepared, one channel, measured; each more channel takes 8
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def prepare(
         "version": images.version,
         "spacing": images.spacing,
         "normalisation": [type(images.normalisation).__name__, asdict(images.normalisation)],
-        "targets": dict(images.targets),
+        "targets": list(images.targets.items()),
     }
     folder = cache / "prepared" / f"{images.name}-{digest(settings)[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +178,7 @@ def _needed(images: ImageSet, volumes: Sequence[Volume]) -> tuple[int, int]:
         target = sorted(spacing) if images.spacing is None else sorted(images.spacing)
         voxels = prod(shape) * prod(spacing) / prod(target)
         disk += int(voxels * (2 * channels + bool(volume.case.label))) + 65536
-        largest = max(largest, int(max(voxels, prod(shape)) * (BYTES_PER_VOXEL + 8 * (channels - 1))))
+        largest = max(largest, case_bytes(volume.case, voxels))
     return disk, largest
 
 

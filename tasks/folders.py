@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -75,10 +75,12 @@ class FolderTask(Task):
     Attributes:
         folder: its name as unpacked.
         titles: other names that it has in `dataset.json` or in a folder's name.
+        names: what `dataset.json` calls the labels from 1 on, where the targets are called otherwise.
     """
 
     folder: str
     titles: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
     def find(self, data: Path) -> Path:
         near = sorted(path for path in data.iterdir() if self._is_named(path.name)) if data.is_dir() else []
@@ -128,10 +130,7 @@ class FolderTask(Task):
         path.write_text(json.dumps(described, indent=1))
 
     def _description(self) -> dict[str, Any]:
-        names = {value: "background" if not value else f"label {value}" for value in self.labels}
-        for target, values in self.targets.items():
-            if len(values) == 1:
-                names[values[0]] = target
+        names = dict(zip(self.labels, ("background", *(self.names or self.targets)), strict=True))
         return {
             "name": self.titles[0] if self.titles else self.name,
             "description": f"phantom in the layout of {self.folder}, not real data",
@@ -174,7 +173,7 @@ class FolderTask(Task):
             labels=tuple(sorted({0} | {value for values in regions.values() for value in values})),
             overlapping=overlapping,
             spacing=None,
-            normalisation=WHOLE_CT if all(name.casefold() == "ct" for name in channels) else Percentiles(),
+            normalisation=WHOLE_CT if _is_ct(channels) else Percentiles(),
             folder=folder.name,
             titles=(title,),
         )
@@ -184,18 +183,28 @@ class FolderTask(Task):
         """Whether a folder with `dataset.json` calls itself by a name of this task, and has its labels and channels."""
         described = read_description(folder)
         title = described.name or _title(folder.resolve().name)
-        return self._is_named(title) and self._describes(described)
+        return self._is_named(title) and self._describes(described) and self._names_labels(described)
 
     def _is_named(self, name: str) -> bool:
         return _plain(_title(name)) in {_plain(_title(self.folder)), *map(_plain, self.titles)}
 
     def _describes(self, described: Description) -> bool:
-        """Whether the label values and the number of channels are this task's, and the names of one or the other."""
+        """Whether label values, number of channels and CT or not are this task's, and a name of its own or of its labels."""
         values = {value for region in described.regions().values() for value in region} | {0}
-        if len(described.channels()) != len(self.channels) or values != set(self.labels):
+        channels = described.channels().values()
+        if (
+            len(channels) != len(self.channels)
+            or values != set(self.labels)
+            or _is_ct(channels) != _is_ct(self.channels)
+        ):
             return False
-        named = {slug(name): region for name, region in described.regions().items() if region != (0,)}
-        return self._is_named(described.name) or named == dict(self.targets) or not described.name
+        return self._is_named(described.name) or self._names_labels(described)
+
+    def _names_labels(self, described: Description) -> bool:
+        found = {region: _plain(name) for name, region in described.regions().items() if region != (0,)}
+        return found == {
+            (value,): _plain(name) for value, name in zip(self.labels[1:], self.names or self.targets, strict=True)
+        }
 
 
 def crops(extent: Sequence[float], **budgets: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -332,6 +341,10 @@ def _with_geometry(task: FolderTask, folder: Path) -> FolderTask:
     median = np.median(spacings, axis=0)
     x, y, z = (round(float(value), 4) for value in median)
     return replace(task, spacing=(x, y, z), presets=crops(np.median(extents, axis=0) / median))
+
+
+def _is_ct(channels: Iterable[str]) -> bool:
+    return all(name.casefold() == "ct" for name in channels)
 
 
 def _title(name: str) -> str:

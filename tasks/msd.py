@@ -107,6 +107,7 @@ brain_tumour = _mr(
     crops((138, 170, 138), demo=QUICK),
     description="MSD Task01 BrainTumour in the Decathlon's terms: edema, non-enhancing and enhancing tumour",
     titles=("BRATS", "BrainTumour"),
+    names=("edema", "non-enhancing tumor", "enhancing tumour"),
     channels=("FLAIR", "T1w", "t1gd", "T2w"),
     targets={"edema": (1,), "non_enhancing_tumor": (2,), "enhancing_tumour": (3,)},
     labels=(0, 1, 2, 3),
@@ -168,6 +169,7 @@ liver = _ct(
     ],
     description="MSD Task03 Liver: CT, liver and liver tumour",
     titles=("LITS", "Liver"),
+    names=("liver", "cancer"),
 )
 
 lung = _ct(
@@ -220,6 +222,7 @@ colon = _ct(
     [PhantomShape(1, (0.3, 0.15, -0.2), (0.2, 0.18, 0.2), (90,))],
     description="MSD Task10 Colon: CT, colon cancer primaries",
     titles=("COLON",),
+    names=("colon cancer primaries",),
 )
 
 TEN = (brain_tumour, heart, liver, hippocampus, prostate, lung, pancreas, hepatic_vessel, spleen, colon)

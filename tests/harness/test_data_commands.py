@@ -14,7 +14,7 @@ import SimpleITK as sitk  # noqa: N813
 from harness.cli import main
 from harness.phantom import write_phantom
 from harness.registry import Registry
-from tests.conftest import small
+from tests.conftest import SHARED, small
 
 BUDGET = [
     *("--set", "pretrain.steps=2", "--set", "pretrain.warmup_steps=0", "--set", "pretrain.crop=32,32,64"),
@@ -161,7 +161,6 @@ def test_one_channel_serves_four_and_says_so(data, tmp_path, capsys):
 def test_named_corpora_without_data_are_phantoms(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("harness.data.CORPUS_CASES", 2)
     monkeypatch.setattr("harness.phantom.CORPUS_SIZE", (30, 30, 30))
-    words = ["run", "--method", "simmim", "--task", data / "btcv", "--mode", "generic"]
     words = ["run", "--method", "simmim", "--task", "msd_spleen", "--mode", "generic", "--corpus", "luna16=-900,300"]
     harness(*words, "--corpus", "flare21", "--runs", tmp_path, *BUDGET, "--set", "task.spacing=4,4,4")
     record = record_of(tmp_path, "simmim")
@@ -228,7 +227,8 @@ def test_folds_and_plumbing_keep_tables_of_their_own(data, tmp_path, capsys):
     assert sorted(map(len, tested)) == [1, 1, 5]
 
 
-def test_absent_organs_are_counted_not_averaged(data, tmp_path, capsys):
+def test_absent_organs_are_counted_not_averaged(data, tmp_path, capsys, monkeypatch):
+    """A network that predicts nothing, or everything right where it is: an absent organ has no Dice and is counted."""
     root = tmp_path / "data"
     shutil.copytree(data / "btcv", root)
     task = Registry().task("btcv")
@@ -239,14 +239,48 @@ def test_absent_organs_are_counted_not_averaged(data, tmp_path, capsys):
         nib.save(nib.Nifti1Image(label, image.affine), case.label)
     harness("data", "check", "btcv", "--data", root, "--runs", tmp_path / "runs")
     assert "no esophagus" in capsys.readouterr().out
-    words = ["run", "--method", "scratch", "--task", "btcv", "--data", root, *BUDGET, "--runs", tmp_path / "runs"]
-    harness(*words, "--set", "finetune.lr=1e-9")
+
+    def nothing(task, backbone, image, trained, settings):
+        found = np.zeros((task.num_outputs, *image.shape[1:]), np.float32)
+        found[0] = 1
+        return found
+
+    monkeypatch.setattr("harness.stages.predict", nothing)
+    harness("run", "--method", "scratch", "--task", "btcv", "--data", root, *BUDGET, "--runs", tmp_path / "runs")
     metrics = record_of(tmp_path / "runs", "scratch")["metrics"]
-    esophagus = metrics["esophagus"]
-    assert esophagus["n_empty"] + esophagus["n_spurious"] == 1
-    if esophagus["n_empty"]:
-        assert esophagus["dice"] is None
-        assert metrics["average"]["dice"] is not None
+    assert metrics["esophagus"] == {
+        "dice": None,
+        "hd95": None,
+        "n_cases": 0,
+        "n_missed": 0,
+        "n_spurious": 0,
+        "n_empty": 1,
+    }
+    assert metrics["liver"]["n_missed"] == 1
+    assert metrics["average"]["dice"] == 0
+
+
+def test_the_real_btcv_like_case_goes_all_the_way(tmp_path, capsys):
+    root = SHARED / "btcv_like"
+    if not root.is_dir():
+        pytest.skip(f"{root} is not here")
+    harness("data", "check", "btcv", "--data", root, "--runs", tmp_path)
+    assert "no esophagus" in capsys.readouterr().out
+    harness("data", "prepare", "btcv", "--data", root, "--runs", tmp_path)
+    words = ["run", "--method", "simmim", "--task", "btcv", "--data", root, "--split", "same", "--runs", tmp_path]
+    harness(*words, *BUDGET, "--set", "task.spacing=5,5,5")
+    assert "TEST CASES WERE TRAINED" in capsys.readouterr().out
+    record = record_of(tmp_path, "simmim")
+    assert record["data"]["n_test_seen"] == 1
+    assert record["metrics"]["esophagus"]["n_empty"] + record["metrics"]["esophagus"]["n_spurious"] == 1
+
+
+def test_two_windows_of_one_corpus_are_two_methods(data, tmp_path, capsys):
+    for window in ("0,500", "0,900"):
+        harness(*run_words(data), "--mode", "generic", "--corpus", f"{data / 'scans'}={window}", "--runs", tmp_path)
+    frame = pd.read_csv(tmp_path / "leaderboard.csv")
+    assert len(frame["method"].unique()) == 2
+    assert (frame["n_seeds"] == 1).all()
 
 
 def test_saved_predictions_are_what_was_scored(runs, data):

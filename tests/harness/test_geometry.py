@@ -94,3 +94,16 @@ def test_compose_writes_the_datas_own_numbering():
     msd = Registry().task("msd_brats")
     theirs = np.array([[[0, 1, 2, 3]]], np.uint8)
     assert np.array_equal(msd.compose(msd.masks(theirs)), theirs)
+
+
+def test_a_tilted_gantry_is_written_so_that_it_can_be_read(tmp_path):
+    from harness.formats import read_image, write_label
+
+    affine = np.diag([1.0, 1, 5, 1])
+    affine[1, 2] = 1.5
+    label = np.zeros((20, 20, 20), np.uint8)
+    label[3:9] = 1
+    write_label(tmp_path / "x.nii.gz", label, affine)
+    voxels, found = read_image(tmp_path / "x.nii.gz")
+    assert np.array_equal(voxels, label)
+    assert np.allclose(found, affine)

@@ -94,7 +94,9 @@ def test_real_scans_are_told_apart_with_room(real_hippocampus):
     )
     assert (known * copies).sum(axis=1).min() > 0.9999
     others = known @ known.T - 2 * np.eye(len(volumes))
-    print(f"highest of two scans {others.max():.3f}, lowest of a scan and its copy {(known * copies).sum(axis=1).min():.5f}")
+    print(
+        f"highest of two scans {others.max():.3f}, lowest of a scan and its copy {(known * copies).sum(axis=1).min():.5f}"
+    )
     assert others.max() < 0.9 < SAME
     assert same_scans([*known.reshape(-1, 16, 16, 16)], [*known.reshape(-1, 16, 16, 16)]) == [
         (i, i) for i in range(220)

@@ -1,6 +1,7 @@
 """Splits: by list, rule and fold; nested, disjoint, the same for the same names, no patient on both sides."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,18 @@ def test_the_rule_gives_a_fifth_and_depends_on_names_alone(number):
     assert (again.train, again.test, split.by) == (split.train, split.test, "rule")
 
 
-def test_label_fractions_are_prefixes_whatever_the_fraction():
-    order = [case.id for case in split_cases(TASK, cases(50)).train]
-    assert order != sorted(order)
+def test_label_fractions_are_nested(hippocampus_phantom, tmp_path):
+    from harness.planning import Request, locate, plan
+
+    used = []
+    for fraction in (0.1, 0.5, 0.7, 1.0):
+        request = Request(
+            "scratch", "msd_hippocampus", data=hippocampus_phantom, runs=tmp_path, label_fraction=fraction
+        )
+        used.append([case.id for case in plan(request, *locate(request)).label_cases])
+    assert [len(cases) for cases in used] == [1, 2, 3, 3]
+    for fewer, more in pairwise(used):
+        assert more[: len(fewer)] == fewer
 
 
 def test_a_list_wins_and_strangers_train():

@@ -66,6 +66,20 @@ def test_an_unnamed_copy_is_treated_alike(real_hippocampus, tmp_path):
     assert [case.id for case in splits[0].test] == [case.id for case in splits[1].test]
 
 
+@pytest.mark.parametrize(
+    ("folder", "described"),
+    [
+        ("Dataset500_Hippocampus", {"labels": {"background": 0, "left": 1, "right": 2}}),
+        ("Dataset500_Hippocampus", {"channel_names": {"0": "CT"}}),
+        ("Dataset500_Mine", {}),
+        ("mine", {"name": "Mine"}),
+    ],
+)
+def test_ones_own_data_is_not_taken_for_the_decathlons(folder, described, hippocampus_phantom, tmp_path):
+    task = Registry().task(str(as_nnunet(hippocampus_phantom, tmp_path / folder, **described)))
+    assert task.name != "msd_hippocampus"
+
+
 def organ(folder, **described):
     """Two channels, anisotropic, oblique axes, three labels."""
     rng = np.random.default_rng(0)

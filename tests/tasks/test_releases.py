@@ -190,6 +190,16 @@ def test_labels_and_hidden_files_are_no_scans(tmp_path):
         corpus.cases(tmp_path / "empty")
 
 
+def test_scans_behind_links_are_found_and_loops_end(tmp_path):
+    task = small(Registry().task("msd_hippocampus"))
+    write_phantom(task, tmp_path / "elsewhere", 2, seed=0)
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "linked").symlink_to(tmp_path / "elsewhere" / "imagesTr")
+    (folder / "loop").symlink_to(folder)
+    assert len(folder_corpus(folder, task).cases(folder)) == 2
+
+
 @pytest.mark.parametrize(
     ("spec", "name", "how"),
     [
