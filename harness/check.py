@@ -195,7 +195,7 @@ def _spacing(values: Any) -> str:
 
 def _thumbnail(images: ImageSet, loaded: Loaded) -> NDArray[np.uint8]:
     """The axial slice with the most labelled voxels, its labels in colour, patient's right on the left."""
-    from harness.picture import COLOURS
+    from harness.picture import colours
 
     orientation = nib.orientations.io_orientation(loaded.affine)
     image = nib.orientations.apply_orientation(loaded.image[0], orientation)
@@ -220,8 +220,8 @@ def _thumbnail(images: ImageSet, loaded: Loaded) -> NDArray[np.uint8]:
     colour = np.repeat(grey[..., None] * 255, 3, axis=2)
     if label is not None:
         picked = label[:, :, middle][np.ix_(rows, columns)]
-        for number, value in enumerate(images.labels[1:]):
-            rgb = [int(COLOURS[number % len(COLOURS)][place : place + 2], 16) for place in (1, 3, 5)]
+        for value, named in zip(images.labels[1:], colours(len(images.labels) - 1), strict=True):
+            rgb = [int(named[place : place + 2], 16) for place in (1, 3, 5)]
             colour[picked == value] = 0.5 * colour[picked == value] + 0.5 * np.array(rgb)
     return colour[::-1, ::-1].transpose(1, 0, 2).astype(np.uint8)
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
@@ -17,7 +18,14 @@ from harness.task import Task
 from harness.volumes import Volume
 
 # Okabe-Ito: told apart with any colour vision and in print.
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
+OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
+
+
+def colours(number: int) -> list[str]:
+    """So many colours, as "#rrggbb"; more than eight are those of matplotlib's tab20, which repeat after twenty."""
+    many = [to_hex(colour) for colour in colormaps["tab20"](range(20))]
+    chosen = OKABE_ITO if number <= len(OKABE_ITO) else many
+    return [chosen[place % len(chosen)] for place in range(number)]
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,9 @@ def segmentation(task: Task, panels: Sequence[Panel], path: Path, title: str) ->
     for axis, heading in zip(axes[0], ("image", "reference", "prediction"), strict=True):
         axis.set_title(heading)
     figure.suptitle(title)
-    handles = [Patch(color=COLOURS[n % len(COLOURS)], label=name) for n, name in enumerate(task.targets)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)), frameon=False)
+    named = zip(colours(len(task.targets)), task.targets, strict=True)
+    handles = [Patch(color=colour, label=name) for colour, name in named]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
@@ -82,7 +91,7 @@ def _draw(axis: Axes, panel: Panel, overlay: NDArray[np.uint8] | None, num_targe
     style: dict[str, Any] = {"aspect": panel.aspect, "interpolation": "nearest"}
     axis.imshow(panel.image[::-1, ::-1].T, cmap="gray", vmin=low, vmax=high, **style)
     if overlay is not None:
-        palette = ListedColormap([COLOURS[number % len(COLOURS)] for number in range(num_targets)])
+        palette = ListedColormap(colours(num_targets))
         shown = np.ma.masked_equal(overlay[::-1, ::-1].T, 0)
         axis.imshow(shown, cmap=palette, vmin=1, vmax=num_targets, alpha=0.55, **style)
     axis.set_xticks([])

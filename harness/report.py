@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from harness.check import SPOILS, Checked, problems_of
 from harness.files import printable
-from harness.picture import COLOURS
+from harness.picture import colours
 from harness.task import ImageSet
 
 STYLE = """
@@ -82,9 +82,8 @@ def _key(images: ImageSet) -> str:
     """The colours of the label values, by the names of the targets that have them alone."""
     names = {values[0]: name for name, values in images.targets.items() if len(values) == 1}
     return "".join(
-        f"<span class=key style='background:{COLOURS[number % len(COLOURS)]}'></span>"
-        f"{value} {escape(names.get(value, ''))}"
-        for number, value in enumerate(images.labels[1:])
+        f"<span class=key style='background:{colour}'></span>{value} {escape(names.get(value, ''))}"
+        for value, colour in zip(images.labels[1:], colours(len(images.labels) - 1), strict=True)
     )
 
 
