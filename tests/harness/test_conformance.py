@@ -154,7 +154,7 @@ FAULTS = {
     ),
     "worker": (
         "+ rng.random()",
-        "+ os.getpid() % 97",
+        "+ os.getpid()",
         "loader worker",
         "gives another image",
     ),
