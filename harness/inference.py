@@ -152,6 +152,8 @@ def _restore(run: Path, record: dict[str, Any], registry: Registry) -> Restored:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from harness.training import new_accelerator
+
     try:
         described, config = record["task_description"], record["config"]
         prepared = config["prepared"]
@@ -186,7 +188,7 @@ def _restore(run: Path, record: dict[str, Any], registry: Registry) -> Restored:
             raise ValueError(f"a crop of {trained.crop}, which is no multiple of {backbone.stride}")
         backbone.set_head(task.num_outputs)
         backbone.load_state_dict(load_file(run / "weights.safetensors"))
-        return Restored(task, backbone, trained, settings)
+        return Restored(task, backbone.to(new_accelerator().device), trained, settings)
     except (
         KeyError,
         OverflowError,

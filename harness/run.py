@@ -118,10 +118,12 @@ def _evaluate_again(setting: Setting, runs: Path, folder: Path) -> None:
     from safetensors.torch import load_file
 
     from harness.stages import evaluate
+    from harness.training import new_accelerator
 
     backbone = setting.plugins.new_backbone(setting.config, len(setting.task.channels))
     backbone.set_head(setting.task.num_outputs)
     backbone.load_state_dict(load_file(folder / "weights.safetensors"))
+    backbone.to(new_accelerator().device)
     _, test, _ = _volumes(setting, runs / "cache")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".again-") as again:
         place = Path(again)

@@ -227,8 +227,8 @@ def predict(
     """
     device = next(backbone.parameters()).device
     bf16 = hardware.precision(trained.precision, device) == "bf16"
-    backbone.eval()
     layout = torch.channels_last_3d if trained.channels_last else torch.contiguous_format
+    backbone.eval().to(memory_format=layout)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         logits = sliding_window_inference(
             torch.from_numpy(image)[None].to(device),
