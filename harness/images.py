@@ -69,14 +69,15 @@ def load_case(images: ImageSet, case: Case) -> Loaded:
 def case_bytes(case: Case, prepared: float = 0) -> int:
     """Memory that a case takes at most while it is opened and prepared (to so many voxels); 1 where it cannot be opened.
 
-    By measurement 24 bytes a voxel of the larger grid, labels included, and 8 for each more channel.
+    32 bytes a voxel of the larger grid, labels included (two CTs of 26 million voxels at a time peak at 1.7 GiB, see
+    `tests/benchmarks/test_cache.py`), and for each more channel its float32 before and after.
     """
     try:
         shapes = [read_header(path).shape for path in case.images]
     except UserError:
         return 1  # said when its turn comes
     channels = sum(shape[3] if len(shape) == 4 else 1 for shape in shapes)
-    return int(max(prepared, prod(shapes[0][:3])) * (24 + 8 * (channels - 1)))
+    return int(max(prepared, prod(shapes[0][:3])) * (32 + 8 * (channels - 1)))
 
 
 def load_label(images: ImageSet, case: Case) -> tuple[NDArray[np.uint8], Affine, tuple[str, ...]]:

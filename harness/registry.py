@@ -21,8 +21,8 @@ from harness.errors import UserError, unknown
 from harness.files import digest, digest_file, digest_tree, expand
 from harness.task import ImageSet, Task
 
-KINDS = ("method", "backbone", "task", "corpus")
 PLURAL = {"method": "methods", "backbone": "backbones", "task": "tasks", "corpus": "corpora"}
+KINDS = tuple(PLURAL)
 STATED = ("version", "reference", "trains", "needs", "abilities", "presets")
 
 
