@@ -137,7 +137,6 @@ def _pretrained(
     setting: Setting, runs: Path, volumes: "Sequence[Volume]"
 ) -> "tuple[Mapping[str, Tensor], dict[str, Any]]":
     """What fine-tuning starts from, and the pre-training stage; an earlier one where all that determines it is the same."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from harness.stages import pretrain
@@ -146,21 +145,28 @@ def _pretrained(
     if not plugins.method.trains:
         return plugins.method(config.method_settings, plugins.new_backbone(config, channels)).weights(), {}
     folder = runs / "cache" / "pretrain" / f"{config.method}-{setting.pretrain_key[:16]}"
-    history = {"history": folder / "history.jsonl"}
-    stage = read_json(folder / "stage.json")
-    if isinstance(stage, dict) and history["history"].exists():
-        try:
-            weights = load_file(folder / "weights.safetensors")
-        except (OSError, SafetensorError):
-            stage = None
-        else:
-            say(f"pre-training found in {folder}")
-            return weights, stage | history
+    if (kept := _kept_pretraining(folder)) is not None:
+        say(f"pre-training found in {folder}")
+        return kept
     if folder.exists():
         say(f"{folder} is not whole: pre-training again")
     discovery = (setting.discovery, runs / "cache" / "prepared-by-methods" / config.method)
     stage = pretrain(config, plugins, channels, volumes, folder, discovery)
-    return load_file(folder / "weights.safetensors"), stage | history
+    return load_file(folder / "weights.safetensors"), stage | {"history": folder / "history.jsonl"}
+
+
+def _kept_pretraining(folder: Path) -> "tuple[Mapping[str, Tensor], dict[str, Any]] | None":
+    """What an earlier pre-training left; None where a part of it is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    stage, history = read_json(folder / "stage.json"), folder / "history.jsonl"
+    if not isinstance(stage, dict) or not history.exists():
+        return None
+    try:
+        return load_file(folder / "weights.safetensors"), stage | {"history": history}
+    except (OSError, SafetensorError):
+        return None
 
 
 def _record(
