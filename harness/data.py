@@ -12,7 +12,7 @@ from harness.phantom import CORPUS_CASES, PHANTOM, is_phantom, write_phantom
 from harness.progress import say, say_once
 from harness.registry import Registry
 from harness.splits import SAME, Split, split_cases
-from harness.task import Case, Task
+from harness.task import Case, Percentiles, Task, Window
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,12 @@ def find_corpora(
     """
     found: list[tuple[Corpus, Path]] = []
     for spec in specs:
-        name, normalisation = parse_spec(spec)
-        folder = expand(name)
-        if not name:
-            raise UserError("--corpus is empty: give a name (`harness list corpora`) or a folder of scans")
-        if name in registry.names("corpus"):
+        name, folder, normalisation = read_spec(registry, spec)
+        if folder is None:
             corpus = registry.load("corpus", name)
             root = corpus.find(data) if data is not None else _phantom(corpus, runs, CORPUS_CASES)
-        elif folder.is_dir():
-            corpus, root = folder_corpus(folder, task), folder
-        elif "/" in name:
-            raise UserError(f"--corpus {spec}: folder {folder} does not exist: give a folder of scans, or a name")
         else:
-            raise unknown("corpus (nor is it a folder)", name, registry.names("corpus"))
+            corpus, root = folder_corpus(folder, task), folder
         if any(other.name == corpus.name for other, _ in found):
             raise UserError(f"--corpus {spec}: two corpora are named {corpus.name!r}: give it once, or rename a folder")
         found.append((with_normalisation(corpus, normalisation), root))
@@ -88,6 +81,25 @@ def find_corpora(
         listed = ", ".join(f"{corpus.name} has {len(corpus.channels)}" for corpus, _ in found)
         raise UserError(f"corpora must have equally many channels: {listed}: pre-train on them in turn")
     return found
+
+
+def read_spec(registry: Registry, spec: str) -> tuple[str, Path | None, Percentiles | Window | None]:
+    """A `--corpus`: its name, its folder where it is one, and the normalisation where that is given; reads no data.
+
+    Raises:
+        UserError: neither a folder nor a known name.
+    """
+    name, normalisation = parse_spec(spec)
+    if not name:
+        raise UserError("--corpus is empty: give a name (`harness list corpora`) or a folder of scans")
+    folder = expand(name)
+    if name in registry.names("corpus"):
+        return name, None, normalisation
+    if folder.is_dir():
+        return name, folder, normalisation
+    if "/" in name:
+        raise UserError(f"--corpus {spec}: folder {folder} does not exist: give a folder of scans, or a name")
+    raise unknown("corpus (nor is it a folder)", name, registry.names("corpus"))
 
 
 def open_task(task: Task, root: Path, cache: Path, how: str) -> TaskData:

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from harness.config import RunConfig, change_task, parse_overrides, resolve
 from harness.corpus import Corpus
-from harness.data import CorpusData, TaskData, check_overlap, find_corpora, find_data, open_corpora, open_task
+from harness.data import (
+    CorpusData,
+    TaskData,
+    check_overlap,
+    find_corpora,
+    find_data,
+    open_corpora,
+    open_task,
+    read_spec,
+)
 from harness.errors import UserError
 from harness.files import digest, digest_file
 from harness.presets import read_preset
@@ -158,6 +167,8 @@ def locate(request: Request) -> tuple[Registry, Task, Path, list[tuple[Corpus, P
         raise UserError("--mode generic needs what to pre-train on: give --corpus NAME or --corpus DIR, also several")
     if request.mode != "generic" and request.corpora:
         raise UserError("--corpus is for --mode generic; in task-specific mode the task's own training cases are used")
+    for spec in request.corpora:
+        read_spec(registry, spec)
     writable(request.runs)
     # A task that is a folder is its own data.
     data = registry.task_folder(request.task) or request.data

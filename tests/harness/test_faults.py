@@ -318,6 +318,7 @@ def test_names_of_label_maps_are_no_scans(tmp_path, capsys):
             ["run", "--method", "mae", "--task", "brats", "--mode", "generic", "--corpus", f"flare21=-1,{'9' * 400}"],
             "is empty",
         ),
+        (["run", "--method", "mae", "--task", "brats", "--mode", "generic", "--corpus", "flare22"], "mean 'flare21'"),
         (["data", "phantom", "luna16", "--out", "p", "--cases", "0"], "needs at least 1 scan"),
         (["data", "check", "luna16"], "no data to check"),
     ],
@@ -327,6 +328,7 @@ def test_words(line, says, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("HARNESS_DATA", raising=False)
     assert main(line) == 2
     assert says in error(capsys)
+    assert not list(tmp_path.rglob("*.nii.gz")), "a phantom was written before the words were read"
 
 
 def test_a_broken_off_phantom_can_be_asked_again(tmp_path, monkeypatch):
