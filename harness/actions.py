@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
         mode=arguments.mode,
         corpora=tuple(arguments.corpora),
         split=arguments.split,
+        protocol=arguments.protocol,
         skip_bad=arguments.skip_bad,
         allow_overlap=arguments.allow_overlap,
         save_predictions=arguments.save_predictions,

@@ -100,7 +100,12 @@ def _add_run(commands: Any) -> None:
         help="80/20 (default), fold K of N, or train and test on the same cases, a plumbing check",
     )
     run.add_argument("--save-predictions", action="store_true", help="write the test cases' label maps as NIfTI")
-    run.add_argument("--protocol", default="finetune", choices=["finetune"], help="what is trained with labels")
+    run.add_argument(
+        "--protocol",
+        default="finetune",
+        choices=["finetune", "frozen", "linear"],
+        help="what is trained with labels: all, all but the encoder, or one layer on the frozen encoder",
+    )
     run.add_argument("--seed", type=_seed, default=0, metavar="N")
     run.add_argument("--label-fraction", type=float, default=1.0, metavar="F", help="share of the training labels")
     run.add_argument(

@@ -76,6 +76,13 @@ class Evaluate(Settings):
     """Sliding-window inference."""
 
     overlap: float = Field(0.5, ge=0, lt=1, description="of neighbouring windows, as a share of the window")
+    hd95: Literal["max-directed", "pooled", "area-weighted"] = Field(
+        "max-directed", description="definition of HD95: MONAI's, medpy's or surface-distance's (harness/metrics.py)"
+    )
+    empty: Literal["worst", "skipped", "perfect"] = Field(
+        "worst", description="policy for empty masks (harness/metrics.py)"
+    )
+    tolerance: float = Field(1.0, ge=0, description="of surface Dice, in mm")
 
 
 class TaskSettings(Settings):
@@ -103,7 +110,7 @@ class RunConfig(Settings):
     corpora: tuple[str, ...] = ()
     split: str = "fixed"
     prepared: dict[str, Any] = Field(default_factory=dict, description="spacing and intensities of the task's volumes")
-    protocol: Literal["finetune"] = "finetune"
+    protocol: Literal["finetune", "frozen", "linear"] = "finetune"
     preset: str
     overrides: dict[str, str]
     label_fraction: float = Field(1.0, gt=0, le=1, description="share of the training labels used in fine-tuning")
@@ -151,6 +158,7 @@ def resolve(
     mode: str = "task-specific",
     corpora: Sequence[str] = (),
     split: str = "fixed",
+    protocol: str = "finetune",
 ) -> RunConfig:
     """Lay task, backbone, method and `--set` over the preset, in this order, and validate the whole.
 
@@ -183,6 +191,7 @@ def resolve(
         "mode": mode,
         "corpora": tuple(corpora),
         "split": split,
+        "protocol": protocol,
         "prepared": {
             "spacing": task.spacing,
             "normalisation": type(task.normalisation).__name__,

@@ -43,7 +43,7 @@ class Restored:
     """What inference needs of a finished run."""
 
     task: RecordedTask
-    backbone: Any
+    network: Any
     trained: Finetune
     evaluate: Evaluate
 
@@ -94,7 +94,7 @@ def _predict(restored: "Restored", case: Case, place: Path) -> None:
     image, _, geometry = prepare_arrays(restored.task, loaded, str(case.images[0]))
     # As the cache holds it, so that a test case gets the prediction that was scored.
     image = quantise(image).astype(np.float32) * np.float32(1 / STEPS)
-    probabilities = predict(restored.task, restored.backbone, image, restored.trained, restored.evaluate)
+    probabilities = predict(restored.task, restored.network, image, restored.trained, restored.evaluate)
     write_label(place, restored.task.compose(geometry.decide(restored.task, probabilities)), loaded.affine)
 
 
@@ -152,6 +152,7 @@ def _restore(run: Path, record: dict[str, Any], registry: Registry) -> Restored:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from harness.protocols import PROTOCOLS, with_head
     from harness.training import new_accelerator
 
     try:
@@ -186,9 +187,9 @@ def _restore(run: Path, record: dict[str, Any], registry: Registry) -> Restored:
         backbone = backbone_class(own, len(task.channels))
         if any(edge % stride for edge, stride in zip(trained.crop, backbone.stride, strict=True)):
             raise ValueError(f"a crop of {trained.crop}, which is no multiple of {backbone.stride}")
-        backbone.set_head(task.num_outputs)
-        backbone.load_state_dict(load_file(run / "weights.safetensors"))
-        return Restored(task, backbone.to(new_accelerator().device), trained, settings)
+        network = with_head(backbone, task.num_outputs, PROTOCOLS[PROTOCOLS.index(record["protocol"])])
+        network.load_state_dict(load_file(run / "weights.safetensors"))
+        return Restored(task, network.to(new_accelerator().device), trained, settings)
     except (
         KeyError,
         OverflowError,

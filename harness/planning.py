@@ -48,6 +48,7 @@ class Request:
     mode: str = "task-specific"
     corpora: tuple[str, ...] = ()
     split: str = "fixed"
+    protocol: str = "finetune"
     skip_bad: bool = False
     allow_overlap: bool = False
     save_predictions: bool = False
@@ -243,6 +244,7 @@ def resolve_request(request: Request, registry: Registry, task: Task) -> RunConf
         label_fraction=request.label_fraction,
         mode=request.mode if trains else "task-specific",
         split=request.split,
+        protocol=request.protocol,
     )
 
 

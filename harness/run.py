@@ -18,7 +18,7 @@ from harness.progress import say
 from harness.registry import Registry
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from harness.volumes import Volume
 
@@ -73,13 +73,13 @@ def _execute(setting: Setting, runs: Path, folder: Path, save_predictions: bool)
         shutil.copyfile(stage["history"], folder / "history.jsonl")
         seconds |= {"pretrain": stage["seconds"], "method_prepare": stage["prepare_seconds"]}
     repeat_stem = setting.pretrain_channels == 1 < len(task.channels) and bool(setting.corpora)
-    backbone, trained, transfer = finetune(
+    network, trained, transfer = finetune(
         config, setting.plugins, task, train[: len(setting.label_cases)], weights, folder, repeat_stem
     )
     say(transfer.pop("text"))
     seconds["finetune"] = trained.seconds
     begun = time.perf_counter()
-    summary = evaluate(config, task, backbone, test, folder, _title(setting), save_predictions)
+    summary = evaluate(config, task, network, test, folder, _title(setting), save_predictions)
     seconds["evaluate"] = time.perf_counter() - begun
     timing = {
         "pretrain_step": stage.get("clock"),
@@ -87,7 +87,8 @@ def _execute(setting: Setting, runs: Path, folder: Path, save_predictions: bool)
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
     used = {"pretrain": stage.get("used"), "finetune": trained.used}
-    record = _record(setting, summary, timing, used, transfer, backbone, stage)
+    record = _record(setting, summary, timing, used, transfer, network, stage)
+    record["digests"] = {name: digest_file(folder / name) for name in ("cases.csv", "weights.safetensors")}
     write_atomic(folder / "record.json", json.dumps(record, indent=1, allow_nan=False))
 
 
@@ -117,17 +118,18 @@ def _evaluate_again(setting: Setting, runs: Path, folder: Path) -> None:
     """The same evaluation of a finished run once more, for its predictions; what was scored stays as it is."""
     from safetensors.torch import load_file
 
+    from harness.protocols import with_head
     from harness.stages import evaluate
     from harness.training import new_accelerator
 
     backbone = setting.plugins.new_backbone(setting.config, len(setting.task.channels))
-    backbone.set_head(setting.task.num_outputs)
-    backbone.load_state_dict(load_file(folder / "weights.safetensors"))
-    backbone.to(new_accelerator().device)
+    network = with_head(backbone, setting.task.num_outputs, setting.config.protocol)
+    network.load_state_dict(load_file(folder / "weights.safetensors"))
+    network.to(new_accelerator().device)
     _, test, _ = _volumes(setting, runs / "cache")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".again-") as again:
         place = Path(again)
-        evaluate(setting.config, setting.task, backbone, test, place, _title(setting), save_predictions=True)
+        evaluate(setting.config, setting.task, network, test, place, _title(setting), save_predictions=True)
         if (place / "cases.csv").read_bytes() != (folder / "cases.csv").read_bytes():
             say(f"the predictions now differ from those that {folder / 'cases.csv'} scored: another device or version?")
         (place / "predictions").replace(folder / "predictions")
@@ -175,13 +177,14 @@ def _record(
     timing: dict[str, Any],
     used: dict[str, Any],
     transfer: dict[str, Any],
-    backbone: Any,
+    network: "nn.Module",
     stage: dict[str, Any],
 ) -> dict[str, Any]:
-    from harness import hardware, metrics
+    from harness import hardware
+    from harness.stages import new_scoring
 
     config, task = setting.config, setting.task
-    device = next(backbone.parameters()).device
+    device, scoring = next(network.parameters()).device, new_scoring(config.evaluate)
     return {
         "schema": SCHEMA,
         "run_id": setting.run_id,
@@ -205,11 +208,11 @@ def _record(
         },
         "config": config.model_dump(mode="json"),
         "metrics": summary,
-        "metric_policy": metrics.POLICY,
-        "metric_definitions": {"hd95": "max-directed", "unit": "mm"},
+        "metric_policy": scoring.policy,
+        "metric_definitions": {"hd95": scoring.hd95, "surface_dice_tolerance_mm": scoring.tolerance, "unit": "mm"},
         "timing": timing,
         "computed_with": used,
-        "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "memory": {"pretrain": stage.get("memory"), "run": hardware.memory(device)},
         "environment": hardware.environment(device),
         "transfer": transfer,

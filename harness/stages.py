@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harness import hardware, metrics, picture
+from harness import hardware, metrics, picture, protocols
 from harness.config import Evaluate, RunConfig, Training
 from harness.contracts import Backbone, Batch, Method, Source
 from harness.crops import Augment, CropDataset
@@ -36,6 +36,10 @@ from harness.volumes import Volume
 
 Discovery = tuple[Any, Path]
 """What a method's preparation depends on, and the folder that keeps what it found."""
+
+
+AVERAGED = {"dice": "dice", "hd95": "hd95_mm", "surface_dice": "surface_dice"}
+"""What a summary averages, and the column of `cases.csv` that has it."""
 
 
 @dataclass(frozen=True)
@@ -113,21 +117,28 @@ def freeze(method: Method) -> None:
 
 
 class Segmenter(nn.Module):
-    """A backbone with a head under the Dice and cross-entropy losses.
+    """A network under the Dice and cross-entropy losses.
 
     MONAI's DiceCELoss is not used because it takes a softmax cross-entropy over any number of channels, which is
     wrong for targets that overlap; those get the binary one.
     """
 
-    def __init__(self, backbone: Backbone, overlapping: bool) -> None:
+    def __init__(self, network: nn.Module, overlapping: bool, fixed: tuple[nn.Module, ...] = ()) -> None:
         super().__init__()
-        self.backbone, self.overlapping = backbone, overlapping
+        self.network, self.overlapping, self.fixed = network, overlapping, fixed
         # Over the batch, so that a crop without a target does not count as a failure.
         self.dice = DiceLoss(sigmoid=overlapping, softmax=not overlapping, to_onehot_y=not overlapping, batch=True)
 
+    def train(self, mode: bool = True) -> "Segmenter":
+        """Training mode for all but what is fixed."""
+        super().train(mode)
+        for module in self.fixed:
+            module.eval()
+        return self
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`image` (N, C, ...), `target` (N, targets, ...) or class indices (N, 1, ...) -> two loss terms."""
-        logits, target = self.backbone(batch["image"]).float(), batch["target"]
+        logits, target = self.network(batch["image"]).float(), batch["target"]
         if self.overlapping:
             entropy = F.binary_cross_entropy_with_logits(logits, target)
         else:
@@ -143,16 +154,19 @@ def finetune(
     weights: Mapping[str, Tensor],
     folder: Path,
     repeat_stem: bool = False,
-) -> tuple[Backbone, Trained, dict[str, Any]]:
+) -> tuple[nn.Module, Trained, dict[str, Any]]:
     """Fresh backbone, transfer, new head, supervised training; leaves `weights.safetensors` in `folder`.
 
-    The initial values and the crops depend on the seed only, so that `scratch` is a matched control.
+    The initial values and the crops depend on the seed only, so that `scratch` is a matched control. What the protocol
+    fixes is the same afterwards, by its digest.
     """
     accelerator = new_accelerator()
     torch.manual_seed(seed_for(config.seed, "finetune init"))
     backbone = plugins.new_backbone(config, len(task.channels))
     report = transfer(backbone, weights, repeat_stem)
-    backbone.set_head(task.num_outputs)
+    network = protocols.with_head(backbone, task.num_outputs, config.protocol)
+    fixed = protocols.fixed(network, config.protocol)
+    before = protocols.digest_modules(fixed)
     torch.manual_seed(seed_for(config.seed, f"finetune dropout {accelerator.process_index}"))
     settings = config.finetune
     steps, warmup = settings.schedule(len(volumes), accelerator.num_processes)
@@ -165,17 +179,21 @@ def finetune(
         task=task,
         foreground=settings.foreground,
     )
-    segmenter = Segmenter(backbone, task.overlapping)
+    segmenter = Segmenter(network, task.overlapping, fixed)
     trained = train(segmenter, data, settings, steps, warmup, accelerator, folder / "history.jsonl", "finetune")
-    save_file(backbone.part_weights(("encoder", "decoder", "head")), folder / "weights.safetensors")
-    return backbone, trained, report.as_record() | {"text": str(report)}
+    if protocols.digest_modules(fixed) != before:
+        raise RuntimeError(f"protocol {config.protocol!r}: what is fixed was changed by training")
+    state = network.state_dict()
+    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / "weights.safetensors")
+    frozen = {"digest": before, "tensors": sum(len(module.state_dict()) for module in fixed)} if fixed else None
+    return network, trained, report.as_record() | {"text": str(report), "frozen": frozen}
 
 
 @torch.inference_mode()
 def evaluate(
     config: RunConfig,
     task: Task,
-    backbone: Backbone,
+    network: nn.Module,
     volumes: Sequence[Volume],
     folder: Path,
     title: str,
@@ -187,20 +205,16 @@ def evaluate(
     """
     rows: list[dict[str, Any]] = []
     panels = []
+    scoring = new_scoring(config.evaluate)
     unfinished = folder / f".predictions-{os.getpid()}"
     for volume in progress(volumes, "evaluate"):
-        probabilities = predict(task, backbone, volume.image, config.finetune, config.evaluate)
+        probabilities = predict(task, network, volume.image, config.finetune, config.evaluate)
         predicted = volume.geometry.decide(task, probabilities)
         label, affine, _ = load_label(task, volume.case)
         spacing = np.linalg.norm(affine[:3, :3], axis=0)
-        scores = []
-        for number, target in enumerate(task.targets):
-            reference = np.isin(label, task.targets[target])
-            scored = metrics.score(predicted[number], reference, spacing)
-            scores.append(scored.dice)
-            row = {"case": volume.case.id, "target": target, "dice": scored.dice, "hd95_mm": scored.hd95_mm}
-            rows.append(row | {"status": scored.status})
-        panels.append(picture.panel(task, volume, probabilities, scores))
+        scores = metrics.score(predicted, task.masks(label), spacing, scoring)
+        rows += [{"case": volume.case.id, "target": t, **asdict(s)} for t, s in zip(task.targets, scores, strict=True)]
+        panels.append(picture.panel(task, volume, probabilities, [scored.dice for scored in scores]))
         if save_predictions:
             composed = task.compose(predicted, volume.case.numbering)
             place = unfinished / f"{check_name(volume.case.id)}.nii.gz"
@@ -217,24 +231,29 @@ def evaluate(
     return summarise(task, rows)
 
 
+def new_scoring(settings: Evaluate) -> metrics.Scoring:
+    """What is scored, as the settings say."""
+    return metrics.Scoring(hd95=settings.hd95, empty=settings.empty, tolerance=settings.tolerance)
+
+
 @torch.inference_mode()
 def predict(
-    task: Task, backbone: Backbone, image: NDArray[np.float32], trained: Training, settings: Evaluate
+    task: Task, network: nn.Module, image: NDArray[np.float32], trained: Training, settings: Evaluate
 ) -> NDArray[np.float32]:
     """A prepared image (C, x, y, z) -> probabilities (outputs, x, y, z) on the same grid, by sliding windows.
 
     Windows have the extent, precision and memory layout that the network was `trained` with.
     """
-    device = next(backbone.parameters()).device
+    device = next(network.parameters()).device
     bf16 = hardware.precision(trained.precision, device) == "bf16"
     layout = torch.channels_last_3d if trained.channels_last else torch.contiguous_format
-    backbone.eval().to(memory_format=layout)
+    network.eval().to(memory_format=layout)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         logits = sliding_window_inference(
             torch.from_numpy(image)[None].to(device),
             roi_size=trained.crop,
             sw_batch_size=2,
-            predictor=lambda window: backbone(window.to(memory_format=layout)).float(),
+            predictor=lambda window: network(window.to(memory_format=layout)).float(),
             overlap=settings.overlap,
             mode="gaussian",
         )
@@ -249,16 +268,17 @@ def summarise(task: Task, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     for target in task.targets:
         mine = [row for row in rows if row["target"] == target]
-        counted = [row for row in mine if row["status"] != "empty"]
+        values = {name: [row[key] for row in mine if row[key] is not None] for name, key in AVERAGED.items()}
         status = [row["status"] for row in mine]
         summary[target] = {
-            "dice": float(np.mean([row["dice"] for row in counted])) if counted else None,
-            "hd95": float(np.mean([row["hd95_mm"] for row in counted])) if counted else None,
-            "n_cases": len(counted),
+            **{name: float(np.mean(found)) if found else None for name, found in values.items()},
+            "n_cases": len(values["dice"]),
             "n_missed": status.count("missed"),
             "n_spurious": status.count("spurious"),
             "n_empty": status.count("empty"),
         }
-    scored = [values for values in summary.values() if values["n_cases"]]
-    average = {key: float(np.mean([values[key] for values in scored])) if scored else None for key in ("dice", "hd95")}
+    average = {}
+    for name in AVERAGED:
+        found = [values[name] for values in summary.values() if values[name] is not None]
+        average[name] = float(np.mean(found)) if found else None
     return {**summary, "average": average}

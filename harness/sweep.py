@@ -27,6 +27,7 @@ AXES = {
     "task": str,
     "preset": str,
     "mode": str,
+    "protocol": str,
     "split": str,
     "seed": int,
     "label_fraction": float,
@@ -48,8 +49,9 @@ class Cell:
         settings = f" {{{', '.join(request.settings)}}}" if request.settings else ""
         split = f" split {request.split}" if request.split != "fixed" else ""
         corpora = f" on {'+'.join(request.corpora)}" if request.corpora else ""
+        protocol = f" {request.protocol}" if request.protocol != "finetune" else ""
         name = f"{request.method} {request.backbone} {request.task} {request.preset} seed {request.seed}"
-        return f"{name}{fraction}{split}{corpora}{settings}"
+        return f"{name}{protocol}{fraction}{split}{corpora}{settings}"
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,9 @@ def read(path: Path, base: Request) -> list[Cell]:
     """The cells of a sweep file, in its order, each once.
 
     The file holds `[[matrix]]` tables, whose keys may be single values or lists, and `[defaults]` for all of them:
-    method, backbone, task, preset, mode, split, seed, label_fraction, `settings` (a table of `--set` values, or a list of
-    them), `corpus` (a name or folder, a list of them, or a list of such lists, each of which is pre-trained on together) and
-    `data` (a folder, relative to the file; or "phantom"). `base` has what the command line gave.
+    method, backbone, task, preset, mode, protocol, split, seed, label_fraction, `settings` (a table of `--set` values, or a
+    list of them), `corpus` (a name or folder, a list of them, or a list of such lists, each of which is pre-trained on together)
+    and `data` (a folder, relative to the file; or "phantom"). `base` has what the command line gave.
 
     Raises:
         UserError: not TOML, unknown keys, values of the wrong type, or no method or task.
