@@ -43,15 +43,16 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(finished.record, indent=1))
         return
-    from leaderboards import records, table
+    from leaderboards import board, records, table
 
     runs, problems = records.load_runs([request.runs])
     for problem in problems:
         print(f"harness: left out of the table: {problem}", file=sys.stderr)
     csv = request.runs / "leaderboard.csv"
-    table.write_csv(table.build(runs), csv)
-    mine = table.without_mode(records.load_run(finished.folder).table)
-    print(f"\n{table.render(table.build([run for run in runs if table.without_mode(run.table) == mine]))}\n")
+    tables = board.gather(runs)
+    table.write(table.build(tables), csv)
+    mine = board.without_mode(records.load_run(finished.folder).table)
+    print(f"\n{table.render([each for each in tables if board.without_mode(each.key) == mine])}\n")
     print("this run was finished before, nothing was computed" if finished.again else "files of this run:")
     for path in sorted(path for path in finished.folder.rglob("*") if path.is_file()):
         print(f"  {path}")
@@ -77,7 +78,7 @@ def sweep(arguments: argparse.Namespace) -> int:
     """All cells of a file, then their table."""
     from harness import sweep
     from harness.planning import Request
-    from leaderboards import records, table
+    from leaderboards import board, records, table
 
     # Method and task stand in the file; these are not names that anything has.
     base = Request(method="", task="", data=arguments.data, runs=arguments.runs, plugins=tuple(arguments.plugins))
@@ -100,8 +101,9 @@ def sweep(arguments: argparse.Namespace) -> int:
         )
     runs = [records.load_run(outcome.folder) for outcome in outcomes if outcome.folder is not None]
     csv = arguments.runs / "sweeps" / f"{arguments.file.stem}.csv"
-    table.write_csv(table.build(runs), csv)
-    print(f"\n{table.render(table.build(runs))}\n\nleaderboard of this sweep:\n  {csv}")
+    tables = board.gather(runs)
+    table.write(table.build(tables), csv)
+    print(f"\n{table.render(tables)}\n\nleaderboard of this sweep:\n  {csv}")
     failed = [outcome for outcome in outcomes if outcome.folder is None]
     for outcome in failed:
         print(f"harness: error: no record of {outcome.cell}: {outcome.problem}", file=sys.stderr)
@@ -181,7 +183,7 @@ def list_plugins(arguments: argparse.Namespace) -> None:
 
 def show(arguments: argparse.Namespace) -> None:
     """One finished run."""
-    from leaderboards import records, table
+    from leaderboards import board, records, table
 
     try:
         run = records.load_run(_find_run(arguments.run, arguments.runs))
@@ -190,7 +192,7 @@ def show(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(run.record, indent=1))
         return
-    print(table.render(table.build([run])))
+    print(table.render(board.gather([run])))
     shown = (
         "run_id",
         "config",
@@ -215,27 +217,6 @@ def predict(arguments: argparse.Namespace) -> None:
 
     for path in predict_images(folder, inputs, output, arguments.plugins):
         print(path)
-
-
-def leaderboard_build(arguments: argparse.Namespace) -> int:
-    """All finished runs as one CSV and a table."""
-    from leaderboards import records, table
-
-    if not arguments.runs.is_dir():
-        raise UserError(f"--runs {arguments.runs} is not a folder: give the folder that holds the runs")
-    runs, problems = records.load_runs([arguments.runs])
-    if not runs and not problems:
-        raise UserError(f"no finished run in {arguments.runs}: `harness run` makes one")
-    frame = table.build(runs)
-    out = arguments.out or arguments.runs / "leaderboard.csv"
-    table.write_csv(frame, out)
-    if arguments.json:
-        print(frame.to_json(orient="records", indent=1))
-    else:
-        print(f"{table.render(frame)}\n\n{len(runs)} runs, {len(frame)} rows:\n  {out}")
-    for problem in problems:
-        print(f"harness: error: left out: {problem}", file=sys.stderr)
-    return 2 if problems else 0
 
 
 def _find_run(name: str, runs: Path) -> Path:

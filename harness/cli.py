@@ -4,7 +4,7 @@ import argparse
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -174,10 +174,70 @@ def _add_leaderboard(commands: Any) -> None:
     group = commands.add_parser("leaderboard", help="tables from records", allow_abbrev=False)
     verbs = group.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
     build = verbs.add_parser("build", help="one CSV and a table from all finished runs", allow_abbrev=False)
-    build.add_argument("--out", type=Path, metavar="CSV", help="default: leaderboard.csv in the runs folder")
+    build.add_argument(
+        "--out",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help=".csv, .md or .tex, also several (default: leaderboard.csv in the runs folder)",
+    )
     build.add_argument("--json", action="store_true")
-    _add_runs_option(build)
-    build.set_defaults(command=actions.leaderboard_build)
+    _add_reported_option(build)
+    compare = verbs.add_parser("compare", help="two methods, or two runs, case by case", allow_abbrev=False)
+    compare.add_argument("first", metavar="A", help="a method as the tables name it, or a run id")
+    compare.add_argument("second", metavar="B")
+    compare.add_argument("--out", type=Path, metavar="CSV", help="every case and target")
+    ranks = verbs.add_parser("ranks", help="how often each method holds each rank", allow_abbrev=False)
+    efficiency = verbs.add_parser("efficiency", help="Dice over label fractions, and its area", allow_abbrev=False)
+    publish = verbs.add_parser("publish", help="a static site that opens from disk", allow_abbrev=False)
+    publish.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or one published before")
+    publish.add_argument("--title", default="Leaderboard", metavar="TEXT")
+    publish.add_argument("--note", type=Path, metavar="FILE", help="a text that stands above the tables")
+    publish.add_argument(
+        "--without-scans",
+        action="store_false",
+        dest="pictures",
+        help="leave out pictures of scans, where the licence of the data forbids to pass them on",
+    )
+    _add_reported_option(publish)
+    commands = {build: "build", compare: "compare_two", ranks: "ranks", efficiency: "efficiency", publish: "publish"}
+    for parser, command in commands.items():
+        _add_runs_option(parser)
+        parser.add_argument(
+            "--from",
+            action="append",
+            type=Path,
+            metavar="DIR",
+            dest="folders",
+            help="a folder of runs to merge, also several, of other labs too (default: the runs folder)",
+        )
+        parser.set_defaults(command=_board(command))
+    check = verbs.add_parser("validate", help="check records and CSVs from anywhere", allow_abbrev=False)
+    check.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="CSVs, records, run folders, folders of runs"
+    )
+    _add_runs_option(check)
+    check.set_defaults(command=_board("check"))
+
+
+def _board(name: str) -> Callable[[argparse.Namespace], int]:
+    """The command of that name; pandas is imported when it is called."""
+
+    def command(arguments: argparse.Namespace) -> int:
+        from harness import board_actions
+
+        status: int = getattr(board_actions, name)(arguments)
+        return status
+
+    return command
+
+
+def _add_reported_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--with-reported",
+        action="store_true",
+        help="show what papers report for these tasks beside the measured rows, never ranked with them",
+    )
 
 
 def _add_predict(commands: Any) -> None:

@@ -1,200 +1,251 @@
-"""Runs -> the leaderboard: one CSV whose columns are a contract, and a table for the terminal."""
+"""The leaderboard in files and in the terminal: one CSV whose columns are a contract, Markdown, LaTeX, text."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+import html
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from leaderboards import statistics
-from leaderboards.records import Run
+from leaderboards.board import Group, Table
+from leaderboards.statistics import Estimate
 
 COLUMNS = [
     *("task", "data", "preset", "mode", "protocol", "label_fraction", "method", "backbone", "n_seeds", "target"),
     *("dice", "dice_ci_low", "dice_ci_high", "hd95_mm", "hd95_ci_low", "hd95_ci_high", "n_cases", "n_missed"),
     *("delta_dice_vs_scratch", "delta_ci_low", "delta_ci_high", "p_value_holm", "rank", "step_ms_p50"),
     *("pretrain_seconds", "source", "run_ids", "n_test_seen"),
+    *("surface_dice", "surface_dice_ci_low", "surface_dice_ci_high", "surface_tolerance_mm", "metric_policy", "note"),
 ]
-CONTROL = "scratch"
-TABLE = COLUMNS[:6]
+"""Those of design.md in its order; columns are added at the end only."""
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
-def build(runs: Sequence[Run]) -> pd.DataFrame:
+def build(tables: Sequence[Table]) -> pd.DataFrame:
     """One row per table, method, backbone and target (`average` too), in the columns of `COLUMNS`.
 
-    Runs share a table, and are compared, only where task, data, preset, mode, protocol, label fraction, metric
-    policy and test cases are the same. What cannot be computed is empty. The control pre-trains on nothing, so it stands
-    in the tables of both modes.
+    What cannot be computed is empty.
     """
-    tables: dict[tuple[Any, ...], dict[tuple[str, str], list[Run]]] = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        tables[run.table][run.method, run.backbone].append(run)
-    for run in [run for run in runs if run.record["method"] == CONTROL]:
-        for other in tables:
-            if other != run.table and without_mode(other) == without_mode(run.table):
-                tables[other][run.method, run.backbone].append(run)
-    rows = [row for key in sorted(tables) for row in _rows(key, tables[key])]
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame([row for table in tables for row in _rows(table)], columns=COLUMNS)
 
 
-def without_mode(table: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A table's key (`Run.table`) but for what was pre-trained on: the controls of its rows are found under it."""
-    place = TABLE.index("mode")
-    return (*table[:place], *table[place + 1 :])
-
-
-def write_csv(frame: pd.DataFrame, path: Path) -> None:
-    """The CSV, by rename; text that a spreadsheet would take for a formula is escaped with an apostrophe."""
-    safe = frame.copy()
-    for column in safe.columns[safe.dtypes.map(lambda kind: not pd.api.types.is_numeric_dtype(kind))]:
-        safe[column] = safe[column].map(
-            lambda text: f"'{text}" if isinstance(text, str) and text[:1] in "=+-@\t\r" else text
-        )
+def write(frame: pd.DataFrame, path: Path) -> None:
+    """CSV, Markdown or LaTeX, as the name ends, by rename. Raises ValueError for another ending."""
+    writers: dict[str, Callable[[pd.DataFrame], str]] = {".csv": _csv, ".md": markdown, ".tex": latex}
+    if path.suffix not in writers:
+        raise ValueError(f"{path.name} ends in {path.suffix or 'nothing'}, due is {', '.join(writers)}")
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    safe.to_csv(partial, index=False, float_format="%.6g")
+    partial.write_text(writers[path.suffix](frame), encoding="utf-8")
     partial.replace(path)
 
 
-def render(frame: pd.DataFrame) -> str:
+def escape(text: Any) -> Any:
+    """Text that a spreadsheet would take for a formula, with an apostrophe before it; anything else as it is."""
+    return f"'{text}" if isinstance(text, str) and text.startswith(FORMULA) else text
+
+
+def render(tables: Sequence[Table], reported: pd.DataFrame | None = None) -> str:
     """The tables for a terminal, the best average first; phantom data is marked as such."""
-    if frame.empty:
-        return "no finished runs"
     parts = []
-    for key, rows in frame.groupby(TABLE, sort=False):
-        task, data, preset, mode, protocol, fraction = map(str, key if isinstance(key, tuple) else (key,))
-        mark = "PHANTOM DATA, says nothing about any method - " if data.startswith("phantom") else ""
-        mark += "TEST CASES WERE TRAINED OR PRE-TRAINED ON (column seen) - " if rows["n_test_seen"].any() else ""
-        heading = f"{mark}{task}, {data}, preset {preset}, {mode}, {protocol}, {float(fraction):.0%} of the labels"
-        parts.append("\n".join([heading, *_grid(rows)]))
-    return "\n\n".join(parts)
+    for table in tables:
+        grid = _grid(table)
+        widths = [max(len(line[column]) for line in grid) for column in range(len(grid[0]))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in grid]
+        notes = dict.fromkeys(f"  {group.name}: {group.note}" for group in table.groups if _worth_saying(group))
+        parts.append("\n".join([printable(table.title), *map(printable, [*lines, *list(notes)[:20]])]))
+    if reported is not None and not reported.empty:
+        shown = reported[reported["target"] == "average"][
+            ["task", "mode", "method", "backbone", "dice", "hd95_mm", "note"]
+        ]
+        text = shown.to_string(index=False, na_rep="-", float_format="%.4f")
+        parts.append(
+            f"reported elsewhere (other data, presets and code: never ranked or tested with the above)\n{text}"
+        )
+    return "\n\n".join(parts) or "no finished runs"
 
 
-def _rows(key: tuple[Any, ...], groups: dict[tuple[str, str], list[Run]]) -> list[dict[str, Any]]:
-    """The rows of one table, ranked, with the paired difference to the control on the same backbone."""
-    fixed = dict(zip(TABLE, key, strict=False))
-    targets = next(iter(groups.values()))[0].targets
-    rows = []
-    for number, target in [(None, "average"), *enumerate(targets)]:
-        mine = []
-        for (method, backbone), runs in sorted(groups.items()):
-            row = fixed | {"method": method, "backbone": backbone, "target": target} | _measured(runs, number)
-            control = groups.get((CONTROL, backbone))
-            if control is not None and method != CONTROL:
-                row |= _against(runs, control, number)
-            mine.append(row)
-        _rank(mine)
-        rows += mine
-    return rows
+def markdown(frame: pd.DataFrame) -> str:
+    """A table per group of comparable rows, the averages over targets."""
+    parts = []
+    for heading, rows in _averages(frame):
+        lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "|".join(["---"] * len(HEADINGS)) + "|"]
+        lines += ["| " + " | ".join(map(_markdown, row)) + " |" for row in rows]
+        parts.append("\n".join([f"### {_markdown(heading)}", "", *lines]))
+    return "\n\n".join([*parts, ""])
 
 
-def _stack(runs: Sequence[Run], field: str, number: int | None) -> statistics.Values:
-    """(seeds, cases, targets), or one target of it."""
-    values = np.stack([getattr(run, field) for run in runs])
-    return values if number is None else values[:, :, [number]]
+def latex(frame: pd.DataFrame) -> str:
+    """A booktabs tabular per group of comparable rows, the averages over targets."""
+    parts = []
+    for heading, rows in _averages(frame):
+        lines = [" & ".join(map(_latex, row)) + r" \\" for row in rows]
+        parts.append(
+            "\n".join(
+                [
+                    f"% {printable(heading)}",
+                    r"\begin{tabular}{rllrllllr}",
+                    r"\toprule",
+                    " & ".join(map(_latex, HEADINGS)) + r" \\",
+                    r"\midrule",
+                    *lines,
+                    r"\bottomrule",
+                    r"\end{tabular}",
+                ]
+            )
+        )
+    return "\n\n".join([*parts, ""])
 
 
-def _measured(runs: Sequence[Run], number: int | None) -> dict[str, Any]:
-    dice, hd95, missed = (_stack(runs, field, number) for field in ("dice", "hd95", "missed"))
-    timing = [run.record["timing"] for run in runs]
-    steps = [t["pretrain_step"]["step"]["p50_ms"] for t in timing if t.get("pretrain_step")]
-    seconds = [t["seconds"]["pretrain"] + t["seconds"]["method_prepare"] for t in timing if "pretrain" in t["seconds"]]
-    return {
-        "n_seeds": len({run.record["seed"] for run in runs}),
-        "dice": statistics.mean(dice),
-        **_ends("dice_ci", statistics.interval(dice)),
-        "hd95_mm": statistics.mean(hd95),
-        **_ends("hd95_ci", statistics.interval(hd95)),
-        "n_cases": int((~np.isnan(dice)).any(axis=(0, 2)).sum()),
-        "n_missed": int(missed.sum()),
-        "step_ms_p50": float(np.median(steps)) if steps else None,
-        "pretrain_seconds": float(np.mean(seconds)) if seconds else None,
+def printable(text: str) -> str:
+    """One line without control characters, so that no name moves a terminal's cursor or breaks a comment."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _rows(table: Table) -> Iterable[dict[str, Any]]:
+    """The rows of one table, the averages first."""
+    last = len(table.targets)
+    for number in [last, *range(last)]:
+        ranks = table.ranks(number)
+        for group, rank in zip(table.groups, ranks, strict=True):
+            yield {
+                **dict(zip(COLUMNS[:6], table.key, strict=False)),
+                "method": group.method,
+                "backbone": group.backbone,
+                "target": table.names[number],
+                **_measured(group, number, number == last),
+                "rank": rank,
+                "metric_policy": table.shared("metric_policy"),
+            }
+
+
+def _measured(group: Group, number: int, average: bool) -> dict[str, Any]:
+    scored = [~np.isnan(run.dice) if average else ~np.isnan(run.dice[:, [number]]) for run in group.runs]
+    missed = [run.missed if average else run.missed[:, number] for run in group.runs]
+    row = {
+        "n_seeds": len(group.runs),
+        "n_cases": int(np.any([each.any(axis=1) for each in scored], axis=0).sum()),
+        "n_missed": int(sum(each.sum() for each in missed)),
+        "step_ms_p50": group.step_ms,
+        "pretrain_seconds": group.pretrain_seconds,
         "source": "measured",
-        "run_ids": " ".join(sorted(run.record["run_id"] for run in runs)),
-        "n_test_seen": max(run.num_test_seen for run in runs),
+        "run_ids": " ".join(sorted(run.run_id for run in group.runs)),
+        "n_test_seen": max(run.num_test_seen for run in group.runs),
+        "p_value_holm": _value(group.p[number]),
+        "surface_tolerance_mm": group.runs[0].record.get("metric_definitions", {}).get("surface_dice_tolerance_mm"),
+        "note": group.note,
     }
-
-
-def _against(runs: Sequence[Run], control: Sequence[Run], number: int | None) -> dict[str, Any]:
-    # Paired by seed as well: a seed that only one side has says nothing about the difference.
-    shared = {run.record["seed"] for run in runs} & {run.record["seed"] for run in control}
-    if not shared:
-        return {}
-    mine, theirs = (
-        _stack([run for run in side if run.record["seed"] in shared], "dice", number) for side in (runs, control)
+    estimates = (
+        ("dice", "dice", group.dice),
+        ("hd95_mm", "hd95", group.hd95),
+        ("surface_dice", "surface_dice", group.surface_dice),
+        ("delta_dice_vs_scratch", "delta", group.delta),
     )
-    here, there = statistics.mean(mine), statistics.mean(theirs)
-    return {
-        "delta_dice_vs_scratch": None if here is None or there is None else here - there,
-        **_ends("delta_ci", statistics.paired_interval(mine, theirs)),
-        "p_value_holm": statistics.p_value(mine, theirs),
-    }
+    for name, ends, estimate in estimates:
+        if estimate is not None:
+            row |= _with_ends(name, ends, estimate, number)
+    return row
 
 
-def _rank(rows: list[dict[str, Any]]) -> None:
-    corrected = statistics.holm([row.get("p_value_holm") for row in rows])
-    scored = sorted((row["dice"] for row in rows if row["dice"] is not None), reverse=True)
-    for row, p in zip(rows, corrected, strict=True):
-        row["p_value_holm"] = p
-        row["rank"] = None if row["dice"] is None else scored.index(row["dice"]) + 1
+def _with_ends(name: str, ends: str, estimate: Estimate, number: int) -> dict[str, float | None]:
+    values = estimate.mean[number], estimate.low[number], estimate.high[number]
+    return dict(zip((name, f"{ends}_ci_low", f"{ends}_ci_high"), map(_value, values), strict=True))
 
 
-def _ends(name: str, interval: statistics.Interval) -> dict[str, float | None]:
-    low, high = interval if interval is not None else (None, None)
-    return {f"{name}_low": low, f"{name}_high": high}
+def _value(number: float) -> float | None:
+    return None if np.isnan(number) else float(number)
 
 
-def _grid(rows: pd.DataFrame) -> list[str]:
-    targets = [target for target in rows["target"].unique() if target != "average"]
-    heading = [
-        "rank",
-        "method",
-        "backbone",
-        "seeds",
-        "Dice [95 % CI]",
-        "vs scratch [95 % CI]",
-        "HD95 mm",
-        *targets,
-        "cases",
-        "missed",
-        *(["seen"] if rows["n_test_seen"].any() else []),
-        "pretrain s",
-        "ms/step",
-    ]
-    lines = [heading]
-    average = rows[rows["target"] == "average"].sort_values(["rank", "method"])
-    for _, row in average.iterrows():
-        same = rows[(rows["method"] == row["method"]) & (rows["backbone"] == row["backbone"])].set_index("target")
+def _csv(frame: pd.DataFrame) -> str:
+    safe = frame.copy()
+    for column in safe.columns[safe.dtypes.map(lambda kind: not pd.api.types.is_numeric_dtype(kind))]:
+        safe[column] = safe[column].map(escape)
+    text: str = safe.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    return text
+
+
+def _grid(table: Table) -> list[list[str]]:
+    seen = any(run.num_test_seen for group in table.groups for run in group.runs)
+    heading = ["rank", "method", "backbone", "seeds", "Dice [95 % CI]", "vs scratch [95 % CI]", "p (Holm)", "HD95 mm"]
+    heading += [*table.targets, "cases", "missed", *(["seen"] if seen else []), "pretrain s", "ms/step"]
+    lines = []
+    for rank, group in zip(table.ranks(), table.groups, strict=True):
+        row = _measured(group, len(table.targets), average=True)
         lines.append(
             [
-                _number(row["rank"], ".0f"),
-                row["method"],
-                row["backbone"],
+                _number(rank, ".0f"),
+                group.method,
+                group.backbone,
                 str(row["n_seeds"]),
-                _with_interval(row, "dice", "dice_ci", ".4f"),
-                _with_interval(row, "delta_dice_vs_scratch", "delta_ci", "+.4f"),
+                _interval(row, "dice", "dice", ".4f"),
+                _interval(row, "delta_dice_vs_scratch", "delta", "+.4f"),
+                _number(row["p_value_holm"], ".3g"),
                 _number(row["hd95_mm"], ".2f"),
-                *(_number(same.loc[target, "dice"], ".4f") for target in targets),
+                *(_number(value, ".4f") for value in group.dice.mean[:-1]),
                 str(row["n_cases"]),
                 str(row["n_missed"]),
-                *([str(row["n_test_seen"])] if rows["n_test_seen"].any() else []),
+                *([str(row["n_test_seen"])] if seen else []),
                 _number(row["pretrain_seconds"], ".0f"),
                 _number(row["step_ms_p50"], ".0f"),
             ]
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heading))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return [heading, *sorted(lines, key=lambda line: (float(line[0]) if line[0] != "-" else np.inf, line[1], line[2]))]
 
 
-def _with_interval(row: "pd.Series[Any]", value: str, ends: str, form: str) -> str:
-    if pd.isna(row[value]):
+def _worth_saying(group: Group) -> bool:
+    return bool(group.note) and not group.is_control
+
+
+HEADINGS = ["rank", "method", "backbone", "seeds", "Dice", "vs scratch", "p (Holm)", "HD95 (mm)", "pre-training (s)"]
+
+
+def _averages(frame: pd.DataFrame) -> Iterable[tuple[str, list[list[str]]]]:
+    """Heading and rows of cells per group of rows that share a table."""
+    average = frame[frame["target"] == "average"]
+    shared = [*COLUMNS[:6], "metric_policy", "source"]
+    for key, rows in average.groupby(shared, sort=False, dropna=False):
+        task, data, preset, mode, protocol, fraction, policy, source = map(str, key)
+        mark = "PHANTOM DATA, says nothing about any method: " if data.startswith("phantom") else ""
+        if rows["n_test_seen"].fillna(0).any():
+            mark += "TEST CASES WERE TRAINED OR PRE-TRAINED ON: "
+        share = "" if fraction in ("nan", "") else f", {float(fraction):.0%} of the labels"
+        heading = f"{mark}{task}, {data}, preset {preset}, {mode}, {protocol}{share}, {policy}, {source}"
+        cells = [
+            [
+                _number(row["rank"], ".0f"),
+                row["method"],
+                row["backbone"],
+                _number(row["n_seeds"], ".0f"),
+                _interval(row, "dice", "dice", ".4f"),
+                _interval(row, "delta_dice_vs_scratch", "delta", "+.4f"),
+                _number(row["p_value_holm"], ".3g"),
+                _interval(row, "hd95_mm", "hd95", ".2f"),
+                _number(row["pretrain_seconds"], ".0f"),
+            ]
+            for row in rows.sort_values(["rank", "method", "backbone"]).to_dict("records")
+        ]
+        yield heading, cells
+
+
+def _markdown(text: Any) -> str:
+    return re.sub(r"([\\`*_{}\[\]|~#])", r"\\\1", html.escape(printable(str(text)), quote=False))
+
+
+def _latex(text: Any) -> str:
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in printable(str(text)))
+
+
+def _interval(row: Any, value: str, ends: str, form: str) -> str:
+    if pd.isna(row.get(value)):
         return "-"
-    if pd.isna(row[f"{ends}_low"]):
+    if pd.isna(row.get(f"{ends}_ci_low")):
         return format(row[value], form)
-    return f"{row[value]:{form}} [{row[f'{ends}_low']:{form}}, {row[f'{ends}_high']:{form}}]"
+    return f"{row[value]:{form}} [{row[f'{ends}_ci_low']:{form}}, {row[f'{ends}_ci_high']:{form}}]"
 
 
 def _number(value: Any, form: str) -> str:
-    return "-" if pd.isna(value) else format(value, form)
+    return "-" if value is None or pd.isna(value) else format(value, form)

@@ -1,0 +1,191 @@
+"""What `harness leaderboard` does: tables, comparisons, checks and the site. Needs no torch."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from harness.errors import UserError
+from leaderboards import board, compare, records, reported, table, validate
+from leaderboards.records import Run
+
+
+def build(arguments: argparse.Namespace) -> int:
+    """All finished runs as files and a table."""
+    runs, problems = load(arguments)
+    tables = board.gather(runs)
+    frame, beside = table.build(tables), None
+    if arguments.with_reported:
+        beside = _reported(runs)
+        frame = pd.concat([frame, beside], ignore_index=True) if len(beside) else frame
+    places = arguments.out or [(Path() if arguments.folders else arguments.runs) / "leaderboard.csv"]
+    for place in places:
+        try:
+            table.write(frame, place)
+        except ValueError as error:
+            raise UserError(f"--out {place}: {error}: give a name that ends so") from None
+    if arguments.json:
+        print(frame.to_json(orient="records", indent=1))
+    else:
+        print(f"{table.render(tables, beside)}\n\n{len(runs)} runs, {len(frame)} rows:")
+        print(*(f"  {place}" for place in places), sep="\n")
+    return _finish(problems)
+
+
+def compare_two(arguments: argparse.Namespace) -> int:
+    """Two methods wherever they share a table, or two runs, case by case."""
+    runs, problems = load(arguments)
+    if arguments.first == arguments.second:
+        raise UserError(f"{arguments.first} is compared with itself: give two methods, or two runs")
+    single = [_named_run(name, runs) for name in (arguments.first, arguments.second)]
+    try:
+        if single[0] is not None and single[1] is not None:
+            found = [compare.compare_runs(single[0], single[1])]
+        else:
+            found = compare.compare_methods(board.gather(runs), arguments.first, arguments.second)
+    except board.NotComparableError as error:
+        raise UserError(
+            f"{error}: compare results that share all of it, `harness leaderboard build` shows which do"
+        ) from None
+    print(*found, sep="\n\n")
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        frames = [each.cases.assign(table=each.title, a=each.names[0], b=each.names[1]) for each in found]
+        whole = pd.concat(frames, ignore_index=True)
+        for column in ("case", "target", "table", "a", "b"):
+            whole[column] = whole[column].map(table.escape)
+        whole.to_csv(arguments.out, index=False, float_format="%.6g")
+        print(f"\nevery case:\n  {arguments.out}")
+    return _finish(problems)
+
+
+def ranks(arguments: argparse.Namespace) -> int:
+    """How firm the ranks are."""
+    runs, problems = load(arguments)
+    for each in board.gather(runs):
+        if len(each.groups) < 2:
+            continue
+        stability = each.stability()
+        order = sorted(range(len(each.groups)), key=lambda number: each.ranks()[number] or len(each.groups) + 1)
+        shown = min(len(order), 12)
+        lines = [["method", "backbone", *(f"#{rank + 1}" for rank in range(shown))]]
+        for number in order[:50]:
+            group = each.groups[number]
+            shares = [f"{share:.0%}" for share in stability.shares[number, :shown]]
+            lines.append([group.method, group.backbone, *shares])
+        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+        print(table.printable(each.title))
+        for line in lines:
+            print(table.printable("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()))
+        print(f"Kendall's tau between resampled ranks and these: {stability.tau:.2f}\n")
+    return _finish(problems)
+
+
+def efficiency(arguments: argparse.Namespace) -> int:
+    """Dice over label fractions, and the area under it."""
+    from leaderboards import curves
+
+    runs, problems = load(arguments)
+    found = curves.find(board.gather(runs))
+    if not found:
+        raise UserError(
+            "no method was run at two label fractions or more: run it with `--label-fraction 0.1`, 0.2, 0.5 as well"
+        )
+    print(*found, sep="\n\n")
+    return _finish(problems)
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Records and CSVs from anywhere."""
+    problems: list[str] = []
+    folders = [folder for path in arguments.files if not _is_board(path) for folder in _run_folders(path)]
+    known, _ = records.load_runs({folder.parent for folder in folders} | {arguments.runs})
+    for path in arguments.files:
+        if _is_board(path):
+            found, recomputed = validate.check_csv(path, known)
+            print(f"{path}: {'NOT VALID' if found else 'valid'}{f', {recomputed}' if recomputed else ''}")
+        else:
+            mine = _run_folders(path)
+            found = [problem for folder in mine for problem in validate.check_run(folder)]
+            found += [] if mine else [f"{path}: no record.json in it: an unfinished run, or no folder of runs"]
+            print(f"{path}: {len(mine)} runs, {f'{len(found)} problems' if found else 'valid'}")
+        problems += found
+    for problem in problems:
+        print(f"harness: error: {table.printable(problem)}", file=sys.stderr)
+    return 2 if problems else 0
+
+
+def publish(arguments: argparse.Namespace) -> int:
+    """The site: one static folder."""
+    from leaderboards import site
+
+    runs, problems = load(arguments)
+    beside = _reported(runs) if arguments.with_reported else None
+    try:
+        pages = site.publish(
+            runs,
+            arguments.out,
+            title=arguments.title,
+            note=arguments.note,
+            pictures=arguments.pictures,
+            reported=beside,
+        )
+    except site.NotOursError as error:
+        raise UserError(str(error)) from None
+    print(f"{len(runs)} runs, {pages} pages:\n  {arguments.out / 'index.html'}")
+    return _finish(problems)
+
+
+def load(arguments: argparse.Namespace) -> tuple[list[Run], list[str]]:
+    """The runs of all folders that were named. Raises UserError where there is none."""
+    folders = arguments.folders or [arguments.runs]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder: give the folder that holds the runs, with --runs or by name")
+    runs, problems = records.load_runs(folders)
+    if not runs and not problems:
+        raise UserError(f"no finished run in {', '.join(map(str, folders))}: `harness run` makes one")
+    return runs, problems
+
+
+def _finish(problems: Sequence[str]) -> int:
+    for problem in problems:
+        print(f"harness: error: left out: {table.printable(problem)}", file=sys.stderr)
+    return 2 if problems else 0
+
+
+def _reported(runs: Sequence[Run]) -> pd.DataFrame:
+    tasks = sorted({str(run.record["task"]) for run in runs})
+    found = reported.rows(tasks)
+    if found.empty:
+        print(
+            f"harness: nothing is reported for {', '.join(tasks)}; there is for {', '.join(reported.known_tasks())}",
+            file=sys.stderr,
+        )
+    return found
+
+
+def _named_run(name: str, runs: Sequence[Run]) -> Run | None:
+    """The run with this id, or the one whose id begins so, or whose folder it is; None where none or several are."""
+    exact = [run for run in runs if run.run_id == name or run.folder == Path(name).resolve()]
+    found = exact or [run for run in runs if run.run_id.startswith(name)]
+    return found[0] if len(found) == 1 else None
+
+
+def _is_board(path: Path) -> bool:
+    return path.suffix == ".csv" and path.name != "cases.csv"
+
+
+def _run_folders(path: Path) -> list[Path]:
+    """A record's folder, a run folder, or the run folders below a folder (those without a record are unfinished)."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a record.json, a run folder, a folder of runs or a CSV")
+    if path.name in ("record.json", "cases.csv"):
+        return [path.parent]
+    if not path.is_dir():
+        raise UserError(
+            f"{path} is neither a record.json nor a .csv: give one of these, a run folder or a folder of runs"
+        )
+    return [path] if (path / "record.json").exists() else sorted(found.parent for found in path.glob("*/record.json"))

@@ -1,0 +1,68 @@
+"""Dice over the share of the labels that was used (the paper's Figure 4), and the area under it."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from leaderboards import statistics
+from leaderboards.board import Group, Table
+from leaderboards.records import SHARED
+from leaderboards.table import printable
+
+FRACTION = SHARED.index("label_fraction")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One method on one backbone. `area` is value, low, high; it is a mean Dice over the range of the fractions."""
+
+    name: str
+    fractions: tuple[float, ...]
+    groups: list[Group]
+    area: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Curves that may be compared: they share all but the label fraction. Only those over the same fractions have ranks."""
+
+    title: str
+    curves: list[Curve]
+
+    def __str__(self) -> str:
+        lines = [printable(self.title)]
+        fractions = sorted({fraction for curve in self.curves for fraction in curve.fractions})
+        width = max(len(curve.name) for curve in self.curves)
+        lines.append(f"{'':{width}}  " + "  ".join(f"{fraction:>6.0%}" for fraction in fractions) + "  area [95 % CI]")
+        widest = max((curve.fractions for curve in self.curves), key=len)
+        for curve in sorted(self.curves, key=lambda curve: -curve.area[0]):
+            dice = dict(zip(curve.fractions, (group.dice.mean[-1] for group in curve.groups), strict=True))
+            cells = "  ".join(f"{dice[f]:6.4f}" if f in dice else f"{'-':>6}" for f in fractions)
+            value, low, high = curve.area
+            note = "" if curve.fractions == widest else "  (other fractions: not comparable)"
+            lines.append(f"{printable(curve.name):{width}}  {cells}  {value:.4f} [{low:.4f}, {high:.4f}]{note}")
+        return "\n".join(lines)
+
+
+def find(tables: Sequence[Table]) -> list[Curves]:
+    """All methods with two label fractions or more, in sets that share everything else."""
+    sets: dict[tuple[Any, ...], dict[str, list[tuple[float, Group]]]] = defaultdict(lambda: defaultdict(list))
+    for table in tables:
+        rest = (*table.key[:FRACTION], *table.key[FRACTION + 1 :], table.targets)
+        for group in table.groups:
+            sets[rest][group.name].append((table.key[FRACTION], group))
+    found = []
+    for rest, members in sets.items():
+        curves = []
+        for name, points in members.items():
+            if len(points) < 2:
+                continue
+            points.sort(key=lambda point: point[0])
+            fractions, groups = tuple(fraction for fraction, _ in points), [group for _, group in points]
+            area = statistics.label_efficiency(fractions, [group.dice for group in groups])
+            curves.append(Curve(name, fractions, groups, area))
+        if curves:
+            task, data, preset, mode, protocol = rest[:5]
+            found.append(Curves(f"{task}, {data}, preset {preset}, {mode}, {protocol}", curves))
+    return found

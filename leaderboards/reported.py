@@ -1,0 +1,73 @@
+"""Results that a paper prints, as rows beside the measured ones. They are never ranked or tested with these."""
+
+import csv
+from collections.abc import Iterable, Iterator
+from importlib import resources
+from typing import Any
+
+import pandas as pd
+
+from leaderboards.table import COLUMNS
+
+TASKS = {"btcv": "btcv", "msd_liver": "msd_liver", "msd_spleen": "msd_spleen", "brats2020": "brats"}
+PAPER = "Xing et al. 2023, HybridMIM"
+
+
+def rows(tasks: Iterable[str]) -> pd.DataFrame:
+    """Reported Dice and HD95 of these tasks in the columns of a leaderboard, `source` = reported; empty if there are none.
+
+    Percent become fractions. HD95 is as printed: the paper names no unit. What does not say otherwise is of all labels.
+    """
+    wanted = {task.partition("@")[0] for task in tasks}
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for entry in _entries():
+        task = TASKS[entry["dataset"]]
+        if task not in wanted or entry["metric"] not in ("dice", "hd95"):
+            continue
+        note = entry["note"]
+        key = tuple(entry[name] for name in ("table", "dataset", "method", "backbone", "pretraining", "target"))
+        # A remark on one number belongs to its row; settings and label fractions tell rows apart.
+        own = "" if "average" in note else note
+        row = found.setdefault((*key, own), _row(entry, task))
+        if entry["metric"] == "dice":
+            row["dice"] = float(entry["value"]) / 100
+        else:
+            row["hd95_mm"] = float(entry["value"])
+        row["note"] = "; ".join(dict.fromkeys([*filter(None, row["note"].split("; ")), *filter(None, [note])]))
+    return pd.DataFrame(list(found.values()), columns=COLUMNS)
+
+
+def known_tasks() -> list[str]:
+    """Tasks for which there are reported results."""
+    return sorted({TASKS[entry["dataset"]] for entry in _entries()})
+
+
+def _row(entry: dict[str, str], task: str) -> dict[str, Any]:
+    note = entry["note"]
+    share = float(note.partition("%")[0]) / 100 if note[:1].isdigit() and "% of the labels" in note else 1.0
+    mode = {"none": "task-specific", "official-weights": "generic"}.get(entry["pretraining"], entry["pretraining"])
+    return {
+        "task": task,
+        "data": "reported",
+        "preset": "paper",
+        "mode": mode,
+        "protocol": "finetune",
+        "label_fraction": share,
+        "method": entry["method"],
+        "backbone": entry["backbone"],
+        "target": entry["target"],
+        "source": "reported",
+        "metric_policy": "as printed",
+        "note": f"{PAPER}, {_place(entry['table'])}"
+        + ("; official weights" if entry["pretraining"] == "official-weights" else ""),
+    }
+
+
+def _place(table: str) -> str:
+    return f"figure {table.removeprefix('Fig')}" if table.startswith("Fig") else f"table {table}"
+
+
+def _entries() -> Iterator[dict[str, str]]:
+    path = resources.files("leaderboards") / "reported" / "hybridmim.csv"
+    with path.open(encoding="utf-8") as file:
+        yield from csv.DictReader(file)
