@@ -119,12 +119,12 @@ def check(arguments: argparse.Namespace) -> int:
 
 def publish(arguments: argparse.Namespace) -> int:
     """The site: one static folder."""
-    from leaderboards import site
+    from leaderboards import website
 
     runs, problems = load(arguments)
     beside = _reported(runs) if arguments.with_reported else None
     try:
-        pages = site.publish(
+        pages = website.publish(
             runs,
             arguments.out,
             title=arguments.title,
@@ -132,7 +132,7 @@ def publish(arguments: argparse.Namespace) -> int:
             pictures=arguments.pictures,
             reported=beside,
         )
-    except site.NotOursError as error:
+    except website.NotOursError as error:
         raise UserError(str(error)) from None
     print(f"{len(runs)} runs, {pages} pages:\n  {arguments.out / 'index.html'}")
     return _finish(problems)

@@ -1,0 +1,334 @@
+"""Figures of a leaderboard, as PNG and SVG: readable in print and with any colour vision (hatches and markers tell as well)."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import seaborn
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from leaderboards.board import Group, Table
+from leaderboards.curves import Curves
+from leaderboards.table import printable
+
+MOST = 24
+"""Rows that a figure shows; of more, the best."""
+HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
+MARKERS = "osD^vP*X<>"
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "harness",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+Draw = Callable[[Axes], None]
+
+
+def table_figures(table: Table, folder: Path) -> dict[str, str]:
+    """All figures of one table below `folder`: name of the file without its ending -> what it shows, in words."""
+    groups = _best(table)
+    found = {}
+    kinds: tuple[tuple[str, bool, Callable[[Table, list[Group], Path], str]], ...] = (
+        ("dice", True, dice_bars),
+        ("ranks", len(groups) > 1, rank_stability),
+        ("pareto", any(group.pretrain_seconds for group in groups), pareto),
+        ("step_time", any(group.step_ms for group in groups), step_times),
+        ("settings", len(_settings(groups)) > 0, settings_and_time),
+        ("training", any((group.runs[0].folder / "history.jsonl").exists() for group in groups), training),
+    )
+    for name, there, draw in kinds:
+        if there:
+            found[name] = draw(table, groups, folder / name)
+    return found
+
+
+def dice_bars(table: Table, groups: list[Group], path: Path) -> str:
+    """Dice per target with its 95 % interval."""
+    names = table.names if len(table.targets) > 1 else table.targets
+    colours, width = _colours(len(groups)), 0.8 / len(groups)
+
+    def draw(axes: Axes) -> None:
+        for number, group in enumerate(groups):
+            mean, low, high = (values[: len(names)] for values in (group.dice.mean, group.dice.low, group.dice.high))
+            axes.bar(
+                np.arange(len(names)) + (number - (len(groups) - 1) / 2) * width,
+                mean,
+                width,
+                yerr=np.nan_to_num(np.stack([mean - low, high - mean])).clip(0),
+                color=colours[number],
+                hatch=HATCHES[number % len(HATCHES)],
+                edgecolor="black",
+                linewidth=0.5,
+                error_kw={"linewidth": 0.8, "capsize": 1.5},
+                label=_plain(group.name),
+            )
+        axes.set_xticks(range(len(names)), [_plain(name) for name in names], rotation=30 if len(names) > 4 else 0)
+        axes.set_ylabel("Dice")
+        axes.set_ylim(0, 1)
+        _legend(axes, outside=True)
+
+    size = (max(6.5, min(16, 0.18 * len(groups) * len(names) + 3)), 3.8)
+    _save(path, size, table.title, draw)
+    return f"Dice per target with 95 % intervals: {_best_in_words(groups)}"
+
+
+def rank_stability(table: Table, groups: list[Group], path: Path) -> str:
+    """How often each method holds each rank over the bootstrap resamples."""
+    stability = table.stability()
+    places = [table.groups.index(group) for group in groups]
+    shares = stability.shares[places][:, : len(groups)]
+
+    def draw(axes: Axes) -> None:
+        seaborn.heatmap(
+            shares,
+            ax=axes,
+            cmap="Blues",
+            vmin=0,
+            vmax=1,
+            annot=np.vectorize(lambda share: f"{share:.0%}" if share >= 0.005 else "")(shares)
+            if len(groups) <= 16
+            else False,
+            fmt="",
+            linewidths=0.5,
+            xticklabels=[str(rank + 1) for rank in range(len(groups))],
+            yticklabels=[_plain(group.name) for group in groups],
+            cbar_kws={"label": "share of resamples"},
+        )
+        axes.set_xlabel(f"rank by mean Dice (Kendall's tau {stability.tau:.2f})")
+        axes.tick_params(axis="y", rotation=0)
+
+    _save(path, (4.5 + 0.42 * len(groups), 1.8 + 0.34 * len(groups)), table.title, draw)
+    firmest = ", ".join(
+        f"{g.name} {s.max():.0%} at rank {s.argmax() + 1}" for g, s in zip(groups[:6], shares, strict=False)
+    )
+    return f"How often each method holds each rank among the resamples: {firmest}"
+
+
+def pareto(table: Table, groups: list[Group], path: Path) -> str:
+    """Dice over hours of pre-training, with the front of those that nothing beats at no more cost."""
+    hours = [(group.pretrain_seconds or 0.0) / 3600 for group in groups]
+    dice = [float(group.dice.mean[-1]) for group in groups]
+    front: list[int] = []
+    for place in sorted(range(len(groups)), key=lambda place: (hours[place], -dice[place])):
+        if not np.isnan(dice[place]) and (not front or dice[place] > dice[front[-1]]):
+            front.append(place)
+
+    def draw(axes: Axes) -> None:
+        colours = _colours(len(groups))
+        axes.plot(
+            [hours[p] for p in front], [dice[p] for p in front], color="0.5", linestyle="--", zorder=1, label="front"
+        )
+        for number, group in enumerate(groups):
+            low, high = group.dice.low[-1], group.dice.high[-1]
+            axes.errorbar(
+                hours[number],
+                dice[number],
+                yerr=np.nan_to_num([[dice[number] - low], [high - dice[number]]]).clip(0),
+                marker=MARKERS[number % len(MARKERS)],
+                color=colours[number],
+                markeredgecolor="black",
+                linestyle="",
+                capsize=2,
+                label=_plain(group.name),
+            )
+        axes.set_xlabel("hours of pre-training (with the method's own preparation)")
+        axes.set_ylabel("Dice, average over targets")
+        _legend(axes)
+
+    _save(path, (6.5, 4), table.title, draw)
+    return f"Dice over hours of pre-training; on the front: {', '.join(groups[place].name for place in front)}"
+
+
+def step_times(table: Table, groups: list[Group], path: Path) -> str:
+    """Median pre-training step, split in its phases (the paper's Figure 5)."""
+    timed = [group for group in groups if group.step_ms]
+    phases = ("forward", "backward", "optimizer")
+    splits = []
+    for group in timed:
+        steps = [run.record["timing"].get("pretrain_step") or {} for run in group.runs]
+        splits.append(
+            [float(np.median([step.get(phase, {}).get("p50_ms", np.nan) for step in steps])) for phase in phases]
+        )
+
+    def draw(axes: Axes) -> None:
+        left = np.zeros(len(timed))
+        for number, phase in enumerate(phases):
+            values = np.nan_to_num([split[number] for split in splits])
+            axes.barh(
+                range(len(timed)),
+                values,
+                left=left,
+                color=_colours(3)[number],
+                hatch=HATCHES[number],
+                edgecolor="black",
+                linewidth=0.5,
+                label=phase,
+            )
+            left += values
+        axes.set_yticks(range(len(timed)), [_plain(group.name) for group in timed])
+        axes.invert_yaxis()
+        axes.set_xlabel("median pre-training step, ms (without the wait for data)")
+        _legend(axes)
+
+    _save(path, (6.5, 1.6 + 0.35 * len(timed)), table.title, draw)
+    return "Median pre-training step: " + ", ".join(f"{group.name} {group.step_ms:.0f} ms" for group in timed)
+
+
+def settings_and_time(table: Table, groups: list[Group], path: Path) -> str:
+    """Settings of one method: Dice beside the time of a step (the paper's Figure 6)."""
+    shown = [group for members in _settings(groups).values() for group in members]
+
+    def draw(axes: Axes) -> None:
+        axes.bar(
+            range(len(shown)), [group.step_ms or 0 for group in shown], color="0.8", edgecolor="black", linewidth=0.5
+        )
+        axes.set_ylabel("median step, ms (bars)")
+        axes.set_xticks(range(len(shown)), [_plain(group.name) for group in shown], rotation=30, ha="right")
+        other = axes.twinx()
+        mean = np.array([group.dice.mean[-1] for group in shown])
+        ends = np.stack([mean - [g.dice.low[-1] for g in shown], [g.dice.high[-1] for g in shown] - mean])
+        ends = np.nan_to_num(ends).clip(0)
+        other.errorbar(range(len(shown)), mean, yerr=ends, marker="o", color=_colours(1)[0], linestyle="", capsize=2)
+        other.set_ylabel("Dice (points)")
+
+    _save(path, (3 + 0.8 * len(shown), 4.2), table.title, draw)
+    return "Dice and time of a step by setting: " + ", ".join(
+        f"{group.name} {group.dice.mean[-1]:.4f} at {group.step_ms or float('nan'):.0f} ms" for group in shown
+    )
+
+
+def training(table: Table, groups: list[Group], path: Path) -> str:
+    """Loss of fine-tuning over its steps, the mean over seeds, smoothed."""
+    curves = {group.name: curve for group in groups if (curve := _losses(group)) is not None}
+
+    def draw(axes: Axes) -> None:
+        colours = _colours(len(curves))
+        for number, (name, (steps, losses)) in enumerate(curves.items()):
+            style = ("-", "--", ":", "-.")[number % 4]
+            axes.plot(steps, losses, color=colours[number], linestyle=style, linewidth=1.2, label=_plain(name))
+        axes.set_xlabel("step of fine-tuning")
+        axes.set_ylabel("loss, mean over seeds")
+        _legend(axes)
+
+    _save(path, (6.5, 3.8), table.title, draw)
+    ends = ", ".join(f"{name} {losses[-1]:.3f}" for name, (_, losses) in list(curves.items())[:8])
+    return f"Loss of fine-tuning; at its end: {ends}"
+
+
+def label_efficiency(curves: Curves, path: Path) -> str:
+    """Dice over the share of the labels (the paper's Figure 4)."""
+    shown = sorted(curves.curves, key=lambda curve: -curve.area[0])[:MOST]
+
+    def draw(axes: Axes) -> None:
+        colours = _colours(len(shown))
+        for number, curve in enumerate(shown):
+            share = [100 * fraction for fraction in curve.fractions]
+            mean, low, high = (
+                [getattr(group.dice, end)[-1] for group in curve.groups] for end in ("mean", "low", "high")
+            )
+            marker = MARKERS[number % len(MARKERS)]
+            axes.plot(
+                share, mean, marker=marker, color=colours[number], label=f"{_plain(curve.name)}: {curve.area[0]:.3f}"
+            )
+            axes.fill_between(share, low, high, color=colours[number], alpha=0.15, linewidth=0)
+        axes.set_xlabel("labels used, %")
+        axes.set_ylabel("Dice, average over targets")
+        axes.legend(title="area under the curve", frameon=False, fontsize="small", loc="lower right")
+
+    _save(path, (6, 4), curves.title, draw)
+    return "Dice over the share of labels; area: " + ", ".join(
+        f"{curve.name} {curve.area[0]:.3f} [{curve.area[1]:.3f}, {curve.area[2]:.3f}]" for curve in shown
+    )
+
+
+def _best(table: Table) -> list[Group]:
+    ranked = sorted(zip(table.ranks(), table.groups, strict=True), key=lambda pair: (pair[0] or np.inf, pair[1].name))
+    return [group for _, group in ranked[:MOST]]
+
+
+def _best_in_words(groups: Sequence[Group]) -> str:
+    return ", ".join(f"{group.name} {group.dice.mean[-1]:.4f}" for group in groups[:8])
+
+
+def _settings(groups: Sequence[Group]) -> dict[tuple[str, str], list[Group]]:
+    """Groups that are one method on one backbone under several settings."""
+    members: dict[tuple[str, str], list[Group]] = defaultdict(list)
+    for group in groups:
+        members[group.runs[0].record["method"], group.backbone].append(group)
+    return {key: sorted(found, key=lambda group: group.name) for key, found in members.items() if len(found) > 1}
+
+
+def _losses(group: Group) -> tuple[Any, Any] | None:
+    """Steps and smoothed losses of fine-tuning, over the seeds whose history is at hand."""
+    found = [losses for run in group.runs if (losses := read_losses(run.folder / "history.jsonl").get("finetune"))]
+    if not found:
+        return None
+    length = min(map(len, found))
+    mean = np.mean([losses[:length] for losses in found], axis=0)
+    window = max(1, length // 25)
+    smooth = np.convolve(mean, np.ones(window) / window, mode="valid")
+    return np.arange(window, length + 1), smooth
+
+
+def read_losses(path: Path) -> dict[str, list[float]]:
+    """Losses per stage of a run, in the order of the steps; empty where there is no history, lines that are none left out."""
+    found: dict[str, list[float]] = defaultdict(list)
+    if not path.exists():
+        return found
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                stage, loss = str(entry["stage"]), float(entry["loss"])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue
+            if np.isfinite(loss):
+                found[stage].append(loss)
+    return found
+
+
+def _save(path: Path, size: tuple[float, float], title: str, draw: Draw) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with seaborn.axes_style("ticks", rc=STYLE), seaborn.plotting_context("paper"):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        draw(axes)
+        figure.suptitle(_wrapped(title, int(size[0] * 13)), fontsize="small")
+        with rc_context(STYLE):  # type: ignore[arg-type]
+            figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+            figure.savefig(path.with_suffix(".png"), dpi=150)
+
+
+def _legend(axes: Axes, outside: bool = False) -> None:
+    handles, _ = axes.get_legend_handles_labels()
+    if outside or len(handles) > 6:
+        axes.legend(frameon=False, fontsize="x-small", loc="upper left", bbox_to_anchor=(1.01, 1))
+    else:
+        axes.legend(frameon=False, fontsize="small")
+
+
+def _colours(number: int) -> list[Any]:
+    """Seaborn's colour-blind palette; beyond its ten colours hatches and markers tell them apart."""
+    return list(seaborn.color_palette("colorblind", min(number, 10))) * (1 + number // 10)
+
+
+def _plain(text: str) -> str:
+    """Text that is no formula: a dollar sign would begin one."""
+    short = printable(text)
+    return (short if len(short) <= 44 else f"{short[:43]}…").replace("$", r"\$")
+
+
+def _wrapped(title: str, width: int) -> str:
+    words, lines = printable(title)[:300].replace("$", r"\$").split(" "), [""]
+    for word in words:
+        if len(lines[-1]) + len(word) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
