@@ -1,5 +1,7 @@
 """SegResNet: MONAI's modules and keys behind the encoder / decoder contract."""
 
+from typing import Any
+
 from monai.networks.blocks.segresnet_block import get_conv_layer
 from monai.networks.layers.utils import get_norm_layer
 from monai.networks.nets.segresnet import SegResNet as MonaiSegResNet
@@ -34,6 +36,8 @@ class SegResNet(Backbone):
         init_filters: int = Field(32, gt=0, multiple_of=8, description="channels of the first level; the paper's 32")
         dropout: float = Field(0.1, ge=0, lt=1, description="on the deepest features, after the trunk; SimCSE's 0.1")
 
+    config: Config
+
     def __init__(self, config: Config, in_channels: int) -> None:
         super().__init__(config, in_channels, dropout=config.dropout)
         first = config.init_filters
@@ -50,6 +54,10 @@ class SegResNet(Backbone):
             nn.ReLU(inplace=True),
             get_conv_layer(3, self.width, num_outputs, kernel_size=1, bias=True),
         )
+
+    def monai(self, num_outputs: int) -> tuple[str, dict[str, Any]]:
+        arguments = {"init_filters": self.config.init_filters, "norm": NORM}
+        return "SegResNet", {"in_channels": self.in_channels, "out_channels": num_outputs, **arguments}
 
     def trunk(self, image: Tensor) -> Pyramid:
         features, pyramid = self.convInit(image), []

@@ -80,6 +80,8 @@ class SwinUNETR(Backbone):
                     )
             return self
 
+    config: Config
+
     def __init__(self, config: Config, in_channels: int) -> None:
         super().__init__(config, in_channels, dropout=config.dropout)
         size = config.feature_size
@@ -101,6 +103,11 @@ class SwinUNETR(Backbone):
 
     def set_head(self, num_outputs: int) -> None:
         self.out = UnetOutBlock(spatial_dims=3, in_channels=self.width, out_channels=num_outputs)
+
+    def monai(self, num_outputs: int) -> tuple[str, dict[str, Any]]:
+        names = ("depths", "num_heads", "window_size", "feature_size")
+        arguments = {name: getattr(self.config, name) for name in names} | {"dropout_path_rate": self.config.drop_path}
+        return "SwinUNETR", {"in_channels": self.in_channels, "out_channels": num_outputs, **arguments}
 
     def trunk(self, image: Tensor) -> Pyramid:
         return self._stages(image, self.swinViT.patch_embed(image))

@@ -1,6 +1,6 @@
 """3D U-Net from the building blocks of MONAI's BasicUNet."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from monai.networks.nets.basic_unet import Down, TwoConv, UpCat
 from pydantic import Field, PositiveInt
@@ -43,6 +43,8 @@ class UNet(Backbone):
         dropout: float = Field(0.1, ge=0, lt=1, description="on the deepest features, after the trunk; SimCSE's 0.1")
         block_dropout: float = Field(0.0, ge=0, lt=1, description="inside every convolution block; BasicUNet's 0")
 
+    config: Config
+
     def __init__(self, config: Config, in_channels: int) -> None:
         super().__init__(config, in_channels, dropout=config.dropout)
         self.channels = config.features
@@ -62,6 +64,12 @@ class UNet(Backbone):
 
     def set_head(self, num_outputs: int) -> None:
         self.final_conv = nn.Conv3d(self.width, num_outputs, kernel_size=1)
+
+    def monai(self, num_outputs: int) -> tuple[str, dict[str, Any]]:
+        config = self.config
+        arguments = {"spatial_dims": 3, "in_channels": self.in_channels, "out_channels": num_outputs}
+        style = {"act": ACTIVATION, "norm": NORM, "dropout": config.block_dropout}
+        return "BasicUNet", {**arguments, "features": (*config.features, self.width), **style}
 
     def trunk(self, image: Tensor) -> Pyramid:
         pyramid = [self.conv_0(image)]

@@ -80,6 +80,8 @@ class UNETR(Backbone):
                 raise ValueError(f"image_size {self.image_size} is not a multiple of 16")
             return self
 
+    config: Config
+
     def __init__(self, config: Config, in_channels: int) -> None:
         super().__init__(config, in_channels, dropout=config.dropout)
         self.channels = (in_channels, *(config.hidden_size,) * 4)
@@ -104,6 +106,11 @@ class UNETR(Backbone):
 
     def set_head(self, num_outputs: int) -> None:
         self.out = UnetOutBlock(spatial_dims=3, in_channels=self.width, out_channels=num_outputs)
+
+    def monai(self, num_outputs: int) -> tuple[str, dict[str, Any]]:
+        names = ("feature_size", "hidden_size", "mlp_dim", "num_heads")
+        arguments = {name: getattr(self.config, name) for name in names} | {"img_size": self.config.image_size}
+        return "UNETR", {"in_channels": self.in_channels, "out_channels": num_outputs, **arguments}
 
     def trunk(self, image: Tensor) -> Pyramid:
         return self._states(image, self.vit.patch_embedding.patch_embeddings(image))
@@ -134,7 +141,7 @@ class UNETR(Backbone):
 
     def _positions(self, grid: torch.Size) -> Tensor:
         positions: Tensor = self.vit.patch_embedding.position_embeddings
-        made_for = [edge // 16 for edge in self.config.image_size]  # type: ignore[attr-defined]
+        made_for = [edge // 16 for edge in self.config.image_size]
         if list(grid) == made_for:
             return positions
         volume = positions.transpose(1, 2).unflatten(2, made_for)

@@ -219,6 +219,38 @@ def predict(arguments: argparse.Namespace) -> None:
         print(path)
 
 
+def export(arguments: argparse.Namespace) -> None:
+    """Weights for elsewhere."""
+    folder = _find_run(arguments.run, arguments.runs)
+    from harness.export import export as write
+
+    out = arguments.out or Path(f"{folder.resolve().name}-{arguments.kind}")
+    for path in write(folder, arguments.kind, out, tuple(arguments.plugins)):
+        print(path)
+
+
+def reproduce(arguments: argparse.Namespace) -> None:
+    """The command of a run, what differs here, and with --go the run itself."""
+    from leaderboards.records import RecordError, read_record
+
+    named = Path(arguments.run)
+    path = named if named.is_file() else _find_run(arguments.run, arguments.runs) / "record.json"
+    try:
+        record = read_record(path)
+    except RecordError as error:
+        raise UserError(str(error)) from None
+    from harness import reproduce as again
+
+    place = arguments.into or arguments.runs / "reproduced"
+    found = again.look(record, arguments.data, place, arguments.plugins, arguments.corpora)
+    print(found, flush=True)
+    if arguments.go:
+        from harness import run as engine
+
+        finished = engine.run(found.request)
+        print(again.compare(record, path.parent / "cases.csv", finished.record, finished.folder / "cases.csv"))
+
+
 def _find_run(name: str, runs: Path) -> Path:
     """The folder of a finished run: by path, by id, or by the beginning of one id."""
     if (Path(name) / "record.json").exists():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from harness.errors import UserError
+from harness.errors import UserError, unknown
 from leaderboards import board, compare, records, reported, table, validate
 from leaderboards.records import Run
 
@@ -135,6 +135,24 @@ def publish(arguments: argparse.Namespace) -> int:
     except website.NotOursError as error:
         raise UserError(str(error)) from None
     print(f"{len(runs)} runs, {pages} pages:\n  {arguments.out / 'index.html'}")
+    return _finish(problems)
+
+
+def panels(arguments: argparse.Namespace) -> int:
+    """Cases side by side."""
+    from harness import panels as pictures
+
+    runs, problems = load(arguments)
+    chosen = []
+    for name in arguments.names:
+        run = _named_run(name, runs)
+        if run is None:
+            raise unknown("run", name, [run.run_id for run in runs])
+        chosen.append(run)
+    if arguments.out.suffix not in (".png", ".svg"):
+        raise UserError(f"--out {arguments.out}: figures are written as .png or .svg: give such a name")
+    shown = pictures.draw(chosen, arguments.data, arguments.out, arguments.cases, arguments.plugins, arguments.runs)
+    print(f"{', '.join(shown)}:\n  {arguments.out}")
     return _finish(problems)
 
 

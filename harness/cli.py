@@ -62,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_list(commands)
     _add_show(commands)
     _add_predict(commands)
+    _add_export(commands)
+    _add_reproduce(commands)
     _add_leaderboard(commands)
     _add_data(commands)
     return parser
@@ -200,7 +202,20 @@ def _add_leaderboard(commands: Any) -> None:
         help="leave out pictures of scans, where the licence of the data forbids to pass them on",
     )
     _add_reported_option(publish)
-    commands = {build: "build", compare: "compare_two", ranks: "ranks", efficiency: "efficiency", publish: "publish"}
+    panels = verbs.add_parser("panels", help="cases side by side, as several runs segment them", allow_abbrev=False)
+    panels.add_argument("names", nargs="+", metavar="RUN", help="run ids; runs that kept their predictions")
+    panels.add_argument("--case", action="append", default=[], metavar="CASE", dest="cases", help="default: three")
+    panels.add_argument("--out", type=Path, required=True, metavar="PNG|SVG")
+    _add_data_option(panels)
+    _add_plugin_option(panels)
+    commands = {
+        panels: "panels",
+        build: "build",
+        compare: "compare_two",
+        ranks: "ranks",
+        efficiency: "efficiency",
+        publish: "publish",
+    }
     for parser, command in commands.items():
         _add_runs_option(parser)
         parser.add_argument(
@@ -253,6 +268,43 @@ def _add_predict(commands: Any) -> None:
     _add_runs_option(predict)
     _add_plugin_option(predict)
     predict.set_defaults(command=actions.predict)
+
+
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser("export", help="a finished run's weights, with a model card", allow_abbrev=False)
+    export.add_argument("--run", required=True, metavar="RUN", help="run id, its beginning, or a run folder")
+    export.add_argument(
+        "--format",
+        required=True,
+        choices=["monai", "safetensors", "onnx"],
+        dest="kind",
+        help="for MONAI's own network, as the run left them, or as a graph",
+    )
+    export.add_argument("--out", type=Path, metavar="DIR", help="a new folder (default: ./RUN-FORMAT)")
+    _add_runs_option(export)
+    _add_plugin_option(export)
+    export.set_defaults(command=actions.export)
+
+
+def _add_reproduce(commands: Any) -> None:
+    reproduce = commands.add_parser(
+        "reproduce", help="the command of a run, what differs here, and the run again", allow_abbrev=False
+    )
+    reproduce.add_argument("run", metavar="RUN_ID|RECORD", help="run id, its beginning, a run folder or a record.json")
+    reproduce.add_argument("--go", action="store_true", help="run it, and compare every case")
+    reproduce.add_argument(
+        "--into",
+        type=Path,
+        metavar="DIR",
+        help="runs folder of the second run (default: reproduced, in the runs folder)",
+    )
+    reproduce.add_argument(
+        "--corpus", action="append", default=[], metavar="NAME|DIR[=LOW,HIGH]", dest="corpora", help="where it is here"
+    )
+    _add_data_option(reproduce)
+    _add_runs_option(reproduce)
+    _add_plugin_option(reproduce)
+    reproduce.set_defaults(command=actions.reproduce)
 
 
 def _add_data(commands: Any) -> None:

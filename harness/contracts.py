@@ -178,6 +178,13 @@ class Backbone(nn.Module):
         """(N, in_channels, x, y, z) -> logits (N, num_outputs, x, y, z)."""
         return self.head(self.decode(self.encode(image)))
 
+    def monai(self, num_outputs: int) -> tuple[str, dict[str, Any]] | None:
+        """The network of `monai.networks.nets` that has the same keys and outputs: its class's name and arguments.
+
+        None where there is none. `harness export --format monai` uses it, and checks that it is so.
+        """
+        return None
+
     def part_of(self, key: str) -> str:
         """The part ("encoder", "decoder" or "head") that owns the parameter or buffer named `key`."""
         child = key.split(".")[0]
@@ -247,6 +254,13 @@ class Method(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Named, weighted loss terms; the harness minimises their sum."""
         raise NotImplementedError(f"{type(self).__name__} must implement forward(batch)")
+
+    def show(self, batch: Batch) -> dict[str, Tensor]:
+        """What the method sees, hides and restores of a batch: name -> (N, C, x, y, z) in [0, 1], for one picture.
+
+        Called once after pre-training, in evaluation mode and without gradients. Empty: there is nothing to see.
+        """
+        return {}
 
     def after_step(self, step: int) -> None:
         """After each optimizer step: EMA teachers, queues."""

@@ -54,8 +54,8 @@ def predict_images(run: Path, inputs: Sequence[Path], output: Path, plugins: Seq
     Raises:
         UserError: a record that cannot be used, images that do not fit the task, or outputs that would be overwritten.
     """
-    record = _read(run)
-    restored = _restore(run, record, Registry(plugins))
+    record = read_run(run)
+    restored = restore(run, record, Registry(plugins))
     task = restored.task
     folder = len(inputs) == 1 and inputs[0].is_dir()
     if folder:
@@ -138,7 +138,8 @@ def group_images(folder: Path, channels: Sequence[str]) -> list[Case]:
     return cases
 
 
-def _read(run: Path) -> dict[str, Any]:
+def read_run(run: Path) -> dict[str, Any]:
+    """The record of a run that describes its task. Raises UserError where it is none."""
     try:
         record = json.loads((run / "record.json").read_text())
     except (OSError, ValueError) as error:
@@ -148,7 +149,8 @@ def _read(run: Path) -> dict[str, Any]:
     return record
 
 
-def _restore(run: Path, record: dict[str, Any], registry: Registry) -> Restored:
+def restore(run: Path, record: dict[str, Any], registry: Registry) -> Restored:
+    """The task and the trained network of a record. Raises UserError where it cannot be used."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

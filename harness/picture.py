@@ -1,6 +1,6 @@
-"""One picture of a run: image, reference and prediction side by side."""
+"""Pictures of scans: image, reference and predictions side by side; what a method sees and restores."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,8 @@ def panel(task: Task, volume: Volume, probabilities: NDArray[np.float32], scores
         case=volume.case.id,
         dice=float(np.mean(scored)) if scored else 0.0,
         image=volume.crop((0, 0, middle), (*volume.shape[:2], 1))[0, :, :, 0],
-        reference=_numbered(reference[..., middle]),
-        prediction=_numbered(task.decide(probabilities[..., middle : middle + 1])[..., 0]),
+        reference=numbered(reference[..., middle]),
+        prediction=numbered(task.decide(probabilities[..., middle : middle + 1])[..., 0]),
         aspect=y / x,
     )
 
@@ -77,15 +77,59 @@ def segmentation(task: Task, panels: Sequence[Panel], path: Path, title: str) ->
         row[0].set_ylabel(f"{which}: {shown.case}\nmean Dice {shown.dice:.3f}", fontsize=9)
     for axis, heading in zip(axes[0], ("image", "reference", "prediction"), strict=True):
         axis.set_title(heading)
-    figure.suptitle(title)
-    named = zip(colours(len(task.targets)), task.targets, strict=True)
-    handles = [Patch(color=colour, label=name) for colour, name in named]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9)
+    figure.suptitle(_plain(title))
+    _name_targets(figure, list(task.targets))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
-def _draw(axis: Axes, panel: Panel, overlay: NDArray[np.uint8] | None, num_targets: int) -> None:
+def grid(rows: Sequence[Any], headings: Sequence[str], targets: Sequence[str], path: Path, title: str) -> None:
+    """Cases below each other; image, reference and the prediction of each run beside each other (`harness.panels.Row`)."""
+    figure = Figure(figsize=(2.6 * len(headings), 2.9 * len(rows) + 1), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(rows), len(headings), squeeze=False)
+    for line, row in zip(axes, rows, strict=True):
+        for axis, overlay in zip(line, (None, row.reference, *row.predictions), strict=True):
+            _draw(axis, row, overlay, len(targets))
+        line[0].set_ylabel(_plain(row.case), fontsize=9)
+        for axis, dice in zip(line[2:], row.dice, strict=True):
+            axis.set_xlabel("-" if dice is None else f"Dice {dice:.3f}", fontsize=9)
+    for axis, heading in zip(axes[0], headings, strict=True):
+        axis.set_title(_plain(heading), fontsize=9)
+    figure.suptitle(_plain(title))
+    _name_targets(figure, targets)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def restoration(images: Mapping[str, NDArray[np.float32]], path: Path, title: str) -> None:
+    """What a method sees and restores: name -> (samples, C, x, y, z); middle slices of the first channel, a sample a row."""
+    number = min(3, *(len(each) for each in images.values()))
+    figure = Figure(figsize=(2.6 * len(images), 2.7 * number + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(number, len(images), squeeze=False)
+    for column, (name, batch) in zip(axes.T, images.items(), strict=True):
+        column[0].set_title(_plain(name), fontsize=9)
+        for axis, sample in zip(column, batch, strict=False):
+            axis.imshow(sample[0, :, :, sample.shape[3] // 2][::-1, ::-1].T, cmap="gray", vmin=0, vmax=1)
+            axis.set_xticks([])
+            axis.set_yticks([])
+    figure.suptitle(_plain(title), fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def _name_targets(figure: Figure, targets: Sequence[str]) -> None:
+    handles = [Patch(color=colour, label=name) for colour, name in zip(colours(len(targets)), targets, strict=True)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9)
+
+
+def _plain(text: str) -> str:
+    """Text that is no formula: a dollar sign would begin one."""
+    return text.replace("$", r"\$")
+
+
+def _draw(axis: Axes, panel: Any, overlay: NDArray[np.uint8] | None, num_targets: int) -> None:
     # Rows of the picture run from anterior to posterior, columns from the patient's right to left.
     low, high = np.percentile(panel.image, (0.5, 99.5))
     style: dict[str, Any] = {"aspect": panel.aspect, "interpolation": "nearest"}
@@ -98,8 +142,8 @@ def _draw(axis: Axes, panel: Panel, overlay: NDArray[np.uint8] | None, num_targe
     axis.set_yticks([])
 
 
-def _numbered(masks: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """(targets, x, y) -> one number a voxel: of targets that overlap, the last (the innermost) is shown."""
+def numbered(masks: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Masks (targets, x, y) -> one number a voxel: of targets that overlap, the last (the innermost) is shown."""
     numbered = np.zeros(masks.shape[1:], dtype=np.uint8)
     for number, mask in enumerate(masks, start=1):
         numbered[mask] = number

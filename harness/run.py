@@ -71,6 +71,9 @@ def _execute(setting: Setting, runs: Path, folder: Path, save_predictions: bool)
     (folder / "history.jsonl").unlink(missing_ok=True)
     if stage:
         shutil.copyfile(stage["history"], folder / "history.jsonl")
+        if stage["picture"].exists():
+            (folder / "figures").mkdir(exist_ok=True)
+            shutil.copyfile(stage["picture"], folder / "figures" / stage["picture"].name)
         seconds |= {"pretrain": stage["seconds"], "method_prepare": stage["prepare_seconds"]}
     repeat_stem = setting.pretrain_channels == 1 < len(task.channels) and bool(setting.corpora)
     network, trained, transfer = finetune(
@@ -154,7 +157,14 @@ def _pretrained(
         say(f"{folder} is not whole: pre-training again")
     discovery = (setting.discovery, runs / "cache" / "prepared-by-methods" / config.method)
     stage = pretrain(config, plugins, channels, volumes, folder, discovery)
-    return load_file(folder / "weights.safetensors"), stage | {"history": folder / "history.jsonl"}
+    return load_file(folder / "weights.safetensors"), stage | _left(folder)
+
+
+def _left(folder: Path) -> dict[str, Path]:
+    """What a pre-training leaves for the runs that use it."""
+    from harness.stages import PICTURE
+
+    return {"history": folder / "history.jsonl", "picture": folder / PICTURE}
 
 
 def _kept_pretraining(folder: Path) -> "tuple[Mapping[str, Tensor], dict[str, Any]] | None":
@@ -162,11 +172,11 @@ def _kept_pretraining(folder: Path) -> "tuple[Mapping[str, Tensor], dict[str, An
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    stage, history = read_json(folder / "stage.json"), folder / "history.jsonl"
-    if not isinstance(stage, dict) or not history.exists():
+    stage = read_json(folder / "stage.json")
+    if not isinstance(stage, dict) or not (folder / "history.jsonl").exists():
         return None
     try:
-        return load_file(folder / "weights.safetensors"), stage | {"history": history}
+        return load_file(folder / "weights.safetensors"), stage | _left(folder)
     except (OSError, SafetensorError):
         return None
 

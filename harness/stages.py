@@ -38,6 +38,7 @@ Discovery = tuple[Any, Path]
 """What a method's preparation depends on, and the folder that keeps what it found."""
 
 
+PICTURE = "restoration.png"
 AVERAGED = {"dice": "dice", "hd95": "hd95_mm", "surface_dice": "surface_dice"}
 """What a summary averages, and the column of `cases.csv` that has it."""
 
@@ -85,7 +86,21 @@ def pretrain(
     save_file(method.weights(), folder / "weights.safetensors")
     stage = asdict(trained) | prepared | {"memory": hardware.memory(accelerator.device)}
     write_atomic(folder / "stage.json", json.dumps(stage))
+    _show(method, data, config, accelerator.device, folder)
     return stage
+
+
+@torch.inference_mode()
+def _show(method: Method, data: CropDataset, config: RunConfig, device: torch.device, folder: Path) -> None:
+    """A picture of what the method sees and restores, where it has something to show."""
+    assert method.generator is not None
+    method.generator.manual_seed(seed_for(config.seed, "pretrain picture"))
+    samples = [data[place] for place in range(max(2, min(3, config.pretrain.batch_size)))]
+    batch = {name: torch.stack([torch.as_tensor(each[name]) for each in samples]).to(device) for name in samples[0]}
+    shown = method.eval().show(batch)
+    if shown:
+        images = {name: value.float().clamp(0, 1).cpu().numpy() for name, value in shown.items()}
+        picture.restoration(images, folder / PICTURE, f"{config.method} on {config.backbone}, after pre-training")
 
 
 def _prepared(

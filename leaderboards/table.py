@@ -73,8 +73,8 @@ def markdown(frame: pd.DataFrame) -> str:
     parts = []
     for heading, rows in _averages(frame):
         lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "|".join(["---"] * len(HEADINGS)) + "|"]
-        lines += ["| " + " | ".join(map(_markdown, row)) + " |" for row in rows]
-        parts.append("\n".join([f"### {_markdown(heading)}", "", *lines]))
+        lines += ["| " + " | ".join(map(escape_markdown, row)) + " |" for row in rows]
+        parts.append("\n".join([f"### {escape_markdown(heading)}", "", *lines]))
     return "\n\n".join([*parts, ""])
 
 
@@ -230,7 +230,8 @@ def _averages(frame: pd.DataFrame) -> Iterable[tuple[str, list[list[str]]]]:
         yield heading, cells
 
 
-def _markdown(text: Any) -> str:
+def escape_markdown(text: Any) -> str:
+    """Text as it is, in a line of Markdown."""
     return re.sub(r"([\\`*_{}\[\]|~#])", r"\\\1", html.escape(printable(str(text)), quote=False))
 
 

@@ -143,6 +143,14 @@ class HybridMIM(Method):
             terms["contrastive"] = config.contrastive * contrastive_loss(here, there, config.temperature)
         return terms
 
+    def show(self, batch: Batch) -> dict[str, Tensor]:
+        image = batch["image"]
+        masked = image * ~to_voxels(self.draw_mask(image), self.config.patch)
+        if not self.config.reconstruction:
+            return {"image": image, "what it sees": masked}
+        restored = torch.sigmoid(self.reconstruct(self.backbone.decode(self.backbone.encode(masked))).float())
+        return {"image": image, "what it sees": masked, "what it restores": restored}
+
     def draw_mask(self, image: Tensor) -> Tensor:
         """Patches masked in each sample, (N, patches x, y, z) bool: the same number, drawn independently.
 

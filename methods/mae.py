@@ -60,7 +60,19 @@ class MAE(Method):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`image` (N, C, x, y, z) -> `reconstruction`, squared error over the masked voxels."""
-        image, config = batch["image"], self.config
+        mask, restored = self.restore(batch["image"])
+        target = self._normalised(batch["image"]) if self.config.normalise_patches else batch["image"]
+        return {"reconstruction": masked_mean((restored - target).square(), mask)}
+
+    def show(self, batch: Batch) -> dict[str, Tensor]:
+        mask, restored = self.restore(batch["image"])
+        shown = {"image": batch["image"], "what it sees": batch["image"] * ~mask}
+        # Patches that are normalised on their own are no image.
+        return shown if self.config.normalise_patches else {**shown, "what it restores": restored}
+
+    def restore(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Image (N, C, x, y, z) -> mask (N, 1, x, y, z), and the image (or its normalised patches) predicted under it."""
+        config = self.config
         patches = random_patches(image, config.patch, config.mask_ratio, self.generator)
         mask = to_voxels(patches, config.patch)
         pyramid = self.backbone.encode(image * ~mask)
@@ -69,9 +81,7 @@ class MAE(Method):
                 torch.where(self._at_level(patches, stride), token.view(1, -1, 1, 1, 1).to(level.dtype), level)
                 for level, token, stride in zip(pyramid, self.tokens, self.backbone.strides, strict=True)
             ]
-        restored = self.predict(self.backbone.decode(pyramid)).float()
-        target = self._normalised(image) if config.normalise_patches else image
-        return {"reconstruction": masked_mean((restored - target).square(), mask)}
+        return mask, self.predict(self.backbone.decode(pyramid)).float()
 
     def _at_level(self, patches: Tensor, stride: Triple) -> Tensor:
         return to_voxels(patches, [edge // step for edge, step in zip(self.config.patch, stride, strict=True)])

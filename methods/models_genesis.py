@@ -59,6 +59,11 @@ class ModelsGenesis(Method):
         features = self.backbone.decode(self.backbone.encode(batch["image"]))
         return {"restoration": (self.restore(features).float().sigmoid() - batch["target"]).square().mean()}
 
+    def show(self, batch: Batch) -> dict[str, Tensor]:
+        features = self.backbone.decode(self.backbone.encode(batch["image"]))
+        restored = self.restore(features).float().sigmoid()
+        return {"image": batch["target"], "what it sees": batch["image"], "what it restores": restored}
+
 
 class Distort:
     """The published pair: the crop (flipped) as target, and what the distortions make of it."""

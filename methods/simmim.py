@@ -46,10 +46,18 @@ class SimMIM(Method):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`image` (N, C, x, y, z) -> `reconstruction`, L1 over the masked voxels."""
-        image, patch = batch["image"], self.config.patch
+        mask, restored = self.restore(batch["image"])
+        return {"reconstruction": masked_mean((restored - batch["image"]).abs(), mask)}
+
+    def restore(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Image (N, C, x, y, z) -> mask (N, 1, x, y, z), and the image predicted under it."""
+        patch = self.config.patch
         mask = to_voxels(random_patches(image, patch, self.config.mask_ratio, self.generator), patch)
-        restored = self.predict(self.backbone.encode_masked(image, mask, self.token)[-1])
-        return {"reconstruction": masked_mean((restored - image).abs(), mask)}
+        return mask, self.predict(self.backbone.encode_masked(image, mask, self.token)[-1])
+
+    def show(self, batch: Batch) -> dict[str, Tensor]:
+        mask, restored = self.restore(batch["image"])
+        return {"image": batch["image"], "what it sees": batch["image"] * ~mask, "what it restores": restored}
 
 
 class VoxelHead(nn.Module):

@@ -93,6 +93,15 @@ class SwinUNETRSSL(Method):
             terms["contrastive"] = config.contrastive * contrastive_loss(first, second, config.temperature)
         return terms
 
+    def show(self, batch: Batch) -> dict[str, Tensor]:
+        image = batch["image"]
+        views = rotate(image, random_integers(0, 3, (len(image),), image.device, self.generator))
+        hidden = self.hide(views)
+        shown = {"image": views, "what it sees": hidden}
+        if not self.config.inpainting:
+            return shown
+        return {**shown, "what it restores": self.restore(self.backbone.encode(hidden)[-1])}
+
     def hide(self, views: Tensor) -> Tensor:
         """Views (N, C, x, y, z) with boxes of noise, as many as cover `cut_out` of the voxels, counted as they come."""
         config, extent, device = self.config, views.shape[2:], views.device

@@ -148,6 +148,13 @@ class TransVW(Method):
             terms["restoration"] = config.restoration * (restored - batch["target"]).square().mean()
         return terms
 
+    def show(self, batch: Batch) -> dict[str, Tensor]:
+        shown = {"image": batch["target"], "what it sees": batch["image"]}
+        if not self.config.restoration:
+            return shown
+        restored = self.restore(self.backbone.decode(self.backbone.encode(batch["image"]))).float().sigmoid()
+        return {**shown, "what it restores": restored}
+
     def _extent(self, volumes: Sequence[VolumeSource], crop: Triple) -> Triple:
         if self.config.extent is not None:
             return self.config.extent

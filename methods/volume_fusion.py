@@ -62,6 +62,15 @@ class VolumeFusion(Method):
         logits = self.classify(self.backbone.decode(self.backbone.encode(self.fuse(image, label)))).float()
         return {"dice": dice_loss(logits, label), "cross_entropy": F.cross_entropy(logits, label)}
 
+    def show(self, batch: Batch) -> dict[str, Tensor]:
+        image = batch["image"]
+        label = self.draw_label(image)
+        fused = self.fuse(image, label)
+        predicted = self.classify(self.backbone.decode(self.backbone.encode(fused))).argmax(dim=1)
+        classes = {"class of each voxel": label, "predicted class": predicted}
+        scaled = {name: (each / label.max().clamp_min(1))[:, None] for name, each in classes.items()}
+        return {"image": image, "what it sees": fused, **scaled}
+
     def draw_label(self, image: Tensor) -> Tensor:
         """Fusion class of every voxel, (N, x, y, z) in 0..K."""
         config, extent = self.config, image.shape[2:]
