@@ -251,6 +251,18 @@ def check_weights(bench: Bench) -> str:
     return f"{len(weights)} tensors handed over"
 
 
+@torch.inference_mode()
+def check_picture(bench: Bench) -> str:
+    built = bench.new()
+    built.reseed()
+    (batch,) = built.batches(1)
+    shown = built.method.eval().show(batch)
+    for name, image in shown.items():
+        if image.ndim != 5 or image.shape[2:] != batch["image"].shape[2:] or not image.float().isfinite().all():
+            raise CheckError(f"show gives {name!r} of shape {tuple(image.shape)}: due are finite (N, C, x, y, z)")
+    return ", ".join(shown) or "nothing to show"
+
+
 CHECKS: dict[str, Callable[[Bench], str]] = {
     "finite losses": check_losses,
     "gradients": check_gradients,
@@ -263,6 +275,7 @@ CHECKS: dict[str, Callable[[Bench], str]] = {
     "channels": check_channels,
     "crops": check_crops,
     "weights": check_weights,
+    "picture": check_picture,
     "step time": check_cost,
 }
 

@@ -1,0 +1,176 @@
+"""Checks of records and CSVs from anywhere: what was changed by hand is found, what was not passes."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from harness.cli import main
+from leaderboards import records, table, validate
+from tests.leaderboards.made import built, write_run
+
+
+@pytest.fixture
+def board(tmp_path):
+    """A folder of runs and its CSV."""
+    for seed in (0, 1):
+        write_run(tmp_path / "runs", "scratch", seed)
+        write_run(tmp_path / "runs", "better", seed, dice=0.85)
+    table.write(built(tmp_path / "runs"), tmp_path / "board.csv")
+    return tmp_path
+
+
+def loaded(board):
+    return records.load_runs([board / "runs"])[0]
+
+
+def test_what_the_harness_wrote_is_valid(board, capsys):
+    for folder in (board / "runs").iterdir():
+        assert validate.check_run(folder) == []
+    problems, recomputed = validate.check_csv(board / "board.csv", loaded(board))
+    assert problems == []
+    assert recomputed == "6 rows recomputed from 4 runs"
+    assert main(["leaderboard", "validate", str(board / "runs"), str(board / "board.csv")]) == 0
+    assert "6 rows recomputed from 4 runs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda r: r["metrics"]["a"].update(dice=0.99), "a dice is 0.99, its cases give"),
+        (lambda r: r["metrics"]["average"].update(hd95=0.1), "average hd95 is 0.1, its cases give 3"),
+        (lambda r: r["metrics"]["b"].update(n_cases=8), r"b counts \(cases, missed\) are \(8, 0\)"),
+        (lambda r: r["metrics"]["a"].update(n_missed=1), "a counts"),
+        (lambda r: r["metrics"]["a"].update(n_empty=-1), "do not fit 8 cases"),
+        (lambda r: r["metrics"]["a"].update(dice="0.8"), "a dice is 0.8, its cases give"),
+        (lambda r: r["data"].update(test=["c0"]), "data.test names 1 cases"),
+        (lambda r: r["data"].update(n_train=7), "data.n_train is 7, the list has 2"),
+        (lambda r: r["data"].update(train=["c1", "y"]), "1 test cases were trained on"),
+        (lambda r: r["data"].update(train=3), "data.train is no list"),
+        (lambda r: r.update(config={"method": "other"}), "method is 'scratch', its configuration says 'other'"),
+        (lambda r: r.update(metric_policy="empty-is-perfect-v1"), "every case has a Dice, 1 have none"),
+        (lambda r: r.update(run_id="another"), "run_id is 'another', the folder is called"),
+        (lambda r: r.update(digests=[]), "digests is no table"),
+    ],
+)
+def test_a_hand_edited_record_is_found(tmp_path, change, says):
+    import re
+
+    folder = write_run(tmp_path)
+    record = json.loads((folder / "record.json").read_text())
+    change(record)
+    (folder / "record.json").write_text(json.dumps(record))
+    found = validate.check_run(folder)
+    assert len(found) >= 1
+    assert re.search(says, "\n".join(found))
+
+
+def test_a_case_that_was_improved_by_hand_is_found_twice(tmp_path):
+    folder = write_run(tmp_path)
+    text = (folder / "cases.csv").read_text()
+    (folder / "cases.csv").write_text(text.replace("c2,b,scored,0.5", "c2,b,scored,0.9"))
+    found = "\n".join(validate.check_run(folder))
+    assert "cases.csv was changed after the run" in found
+    assert "b dice is 0.5, its cases give" in found
+
+
+CELLS = [
+    ("dice", "1.2", "dice is '1.2', due is a number in 0..1"),
+    ("dice", "nan", "dice is 'nan'"),
+    ("hd95_mm", "inf", "hd95_mm is 'inf'"),
+    ("hd95_mm", "-1", "hd95_mm is '-1'"),
+    ("p_value_holm", "2", "p_value_holm"),
+    ("rank", "first", "rank is 'first'"),
+    ("source", "guessed", "source is 'guessed'"),
+    ("dice", "0.95", "dice lies outside its interval"),
+    ("dice_ci_low", "0.7", "its cases give"),
+    ("delta_dice_vs_scratch", "0.049", "delta_dice_vs_scratch lies outside its interval"),
+    ("rank", "1", "rank is 1"),
+    ("n_missed", "3", "n_missed is 3"),
+    ("run_ids", "", "names no run"),
+]
+
+
+@pytest.mark.parametrize(("column", "value", "says"), CELLS)
+def test_a_hand_edited_cell_is_found(board, column, value, says):
+    frame = pd.read_csv(board / "board.csv", dtype=str, keep_default_na=False)
+    # The second average row: better, or scratch, whichever does not have rank 1.
+    line = frame.index[(frame["target"] == "a") & (frame["rank"] == "2")][0]
+    if column == "delta_dice_vs_scratch":
+        line = frame.index[(frame["target"] == "a") & (frame["method"] == "better")][0]
+    frame.loc[line, column] = value
+    frame.to_csv(board / "board.csv", index=False)
+    found, _ = validate.check_csv(board / "board.csv", loaded(board))
+    assert any(says in problem for problem in found), found
+
+
+def test_an_average_that_is_not_its_targets_is_found(board):
+    frame = pd.read_csv(board / "board.csv", dtype=str, keep_default_na=False)
+    line = frame.index[frame["target"] == "average"][0]
+    frame.loc[line, ["dice", "dice_ci_high"]] = ["0.7", "0.9"]
+    frame.to_csv(board / "board.csv", index=False)
+    found, _ = validate.check_csv(board / "board.csv", [])
+    assert "the average Dice is 0.7" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda text: text.replace(",", ";"), "separated by semicolons"),
+        (lambda text: text.replace(",", "\t"), "separated by tabs"),
+        (lambda text: text.replace("hd95_mm", "hd95"), "lacks the columns hd95_mm"),
+        (lambda text: text.replace("task,data", "data,task"), "another order"),
+        (lambda text: text[: len(text) // 2], "is it truncated"),
+        (lambda text: text + text.splitlines()[1] + "\n", "a second row of"),
+        (lambda text: "", "lacks the columns"),
+        (lambda text: text.encode("utf-16"), "invalid start byte|codec"),
+    ],
+)
+def test_a_csv_in_another_dialect_is_named(board, change, says):
+    import re
+
+    changed = change((board / "board.csv").read_text())
+    (board / "board.csv").write_bytes(changed if isinstance(changed, bytes) else changed.encode())
+    found, _ = validate.check_csv(board / "board.csv", loaded(board))
+    assert re.search(says, "\n".join(found)), found
+
+
+def test_a_spreadsheets_byte_order_mark_and_line_ends_do_no_harm(board):
+    text = (board / "board.csv").read_text()
+    (board / "board.csv").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert validate.check_csv(board / "board.csv", loaded(board))[0] == []
+
+
+def test_without_the_runs_it_says_what_it_could_not_do(board):
+    found, recomputed = validate.check_csv(board / "board.csv", loaded(board)[:1])
+    assert found == []
+    assert recomputed.startswith("not recomputed: 3 of its 4 runs are not at hand")
+
+
+def test_every_row_of_the_board_is_checked_against_its_cases(board):
+    """Any number of the CSV that is moved by a thousandth is found."""
+    frame = pd.read_csv(board / "board.csv", dtype=str, keep_default_na=False)
+    numbers = [
+        name for name in validate.NUMBERS if name not in ("n_seeds", "rank", "n_cases", "n_missed", "n_test_seen")
+    ]
+    rng = np.random.default_rng(0)
+    for column in numbers:
+        filled = frame.index[frame[column] != ""]
+        if column == "label_fraction" or not len(filled):
+            continue
+        line = rng.choice(filled)
+        changed = frame.copy()
+        changed.loc[line, column] = f"{float(frame.loc[line, column]) * 1.001 + 1e-4:.6g}"
+        changed.to_csv(board / "changed.csv", index=False)
+        assert validate.check_csv(board / "changed.csv", loaded(board))[0], column
+
+
+def test_the_command_names_what_is_no_record(tmp_path, capsys):
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "text.txt").write_text("")
+    assert main(["leaderboard", "validate", str(tmp_path / "unfinished"), "--runs", str(tmp_path)]) == 2
+    assert "no record.json in it" in capsys.readouterr().err
+    for name in ("missing", "text.txt"):
+        assert main(["leaderboard", "validate", str(tmp_path / name), "--runs", str(tmp_path)]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1

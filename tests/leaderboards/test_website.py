@@ -1,0 +1,268 @@
+"""The site, in a real headless Chromium: sort, filter, open a run; no error, no request, nothing executed from records."""
+
+import json
+import re
+import shutil
+import time
+
+import pytest
+
+from harness.cli import main
+from leaderboards import board, curves, figures, records, website
+from tests.leaderboards.made import tables, write_run
+
+HOSTILE = [
+    '<script>alert("x")</script>',
+    "=HYPERLINK(1)",
+    "../../x",
+    "<img src=x onerror=alert(1)>",
+    "{{7*7}}",
+    "a$b$c",
+]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Two tables: five methods on two backbones, and half of the labels."""
+    root = tmp_path_factory.mktemp("site")
+    for seed in (0, 1):
+        for number, method in enumerate(["scratch", "better", "worse"]):
+            for backbone in ("unet", "swinunetr"):
+                write_run(root / "runs", method, seed, dice=0.7 + 0.05 * number, backbone=backbone)
+            write_run(root / "runs", method, seed, dice=0.5 + 0.1 * number, label_fraction=0.5)
+        for name in HOSTILE:
+            write_run(root / "runs", name, seed, dice=0.6, environment={"torch": name, name: name})
+    (root / "note.txt").write_text("First <b>paragraph</b>.\n\nSecond.\n")
+    words = ["leaderboard", "publish", "--runs", root / "runs", "--out", root / "site", "--title", "A & B <i>"]
+    assert main([*map(str, words), "--note", str(root / "note.txt")]) == 0
+    return root / "site"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A page that may say and ask for nothing."""
+    page = browser.new_page()
+    said, asked = [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
+    page.on("request", lambda request: asked.append(request.url))
+    yield page
+    page.close()
+    assert said == []
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+
+
+def until(page, expression):
+    """Wait until it is true; the pages' own policy forbids the browser to evaluate text, which is how others wait."""
+    end = time.perf_counter() + 10
+    while not page.evaluate(expression):
+        assert time.perf_counter() < end, expression
+        page.wait_for_timeout(5)
+
+
+def ready(page, url):
+    page.goto(url)
+    until(page, "document.getElementById('shown').textContent.includes('rows')")
+
+
+def column(page, number, table="#t2"):
+    return page.eval_on_selector_all(
+        f"{table} tbody tr > :nth-child({number})", "cells => cells.map(c => c.textContent)"
+    )
+
+
+def test_sort_by_mouse_and_keyboard(site, page):
+    ready(page, (site / "index.html").as_uri())
+    heading = page.locator("#t2 thead th").nth(4)
+    heading.click()
+    until(page, "document.querySelector('#t2 thead th:nth-child(5)').ariaSort === 'ascending'")
+    ascending = [float(text.split()[0]) for text in column(page, 5)]
+    assert ascending == sorted(ascending)
+    heading.get_by_role("button").press("Enter")
+    until(page, "document.querySelector('#t2 thead th:nth-child(5)').ariaSort === 'descending'")
+    descending = [float(text.split()[0]) for text in column(page, 5)]
+    assert descending == sorted(descending, reverse=True)
+    assert "sort.t2=4%2Cdesc" in page.url
+
+
+def test_filter_and_share_the_link(site, page, browser):
+    ready(page, (site / "index.html").as_uri())
+    page.fill("input[name=search]", "better")
+    page.select_option("select[name=backbone]", "swinunetr")
+    until(page, "document.getElementById('shown').textContent === '1 rows'")
+    assert column(page, 2) == ["better"]
+    other = browser.new_page()
+    ready(other, page.url)
+    assert column(other, 2) == ["better"]
+    assert other.input_value("input[name=search]") == "better"
+    other.close()
+    page.click("text=Show all")
+    until(page, "document.getElementById('shown').textContent !== '1 rows'")
+    assert "search" not in page.url
+
+
+def test_open_a_run_and_go_back_to_its_table(site, page):
+    ready(page, (site / "index.html").as_uri())
+    page.locator("#t2 tbody tr", has_text="better").first.locator("a").first.click()
+    assert page.locator("h1").inner_text().startswith("better on")
+    assert page.locator("#cases tbody tr").count() == 8
+    assert page.locator(".curve polyline").count() == 1
+    page.click("text=100% of the labels")
+    assert page.locator("table.sortable").count() == 1
+
+
+def test_dark_and_light_are_chosen_and_remembered(site, page):
+    ready(page, (site / "index.html").as_uri())
+    ground = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(ground)
+    page.click("#theme")
+    dark = page.evaluate(ground)
+    assert (light, dark) == ("rgb(255, 255, 255)", "rgb(22, 24, 28)")
+    page.reload()
+    assert page.evaluate(ground) == dark
+    page.click("#theme")
+
+
+def test_everything_has_a_name_for_a_screen_reader(site, page):
+    for path in ["index.html", "tables/1.html", next(site.glob("runs/*/index.html")).relative_to(site)]:
+        page.goto((site / path).as_uri())
+        assert page.evaluate("document.documentElement.lang") == "en"
+        assert page.evaluate("[...document.images].every(image => image.alt)")
+        assert page.evaluate("[...document.querySelectorAll('thead th')].every(th => th.scope === 'col')")
+        assert page.evaluate(
+            "[...document.querySelectorAll('input, select')].every(field => field.labels.length === 1)"
+        )
+        assert page.evaluate("document.querySelectorAll('h1').length") == 1
+        assert page.evaluate("document.querySelectorAll('main').length") == 1
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
+
+
+def test_nothing_from_a_record_is_executed(site, page):
+    """The page fixture fails on any dialog, error or request."""
+    for path in [*site.glob("tables/*.html"), *site.glob("runs/*/index.html")]:
+        page.goto(path.as_uri())
+    page.goto((site / "index.html").as_uri())
+    assert page.evaluate("document.querySelectorAll('table script, table img').length") == 0
+    text = page.inner_text("main")
+    assert all(name in text for name in HOSTILE)
+    assert "49" not in page.title()
+
+
+def test_every_script_and_link_of_the_pages_is_ours_and_is_there(site):
+    for path in site.rglob("*.html"):
+        text = path.read_text()
+        assert set(re.findall(r"<script[^>]*>", text)) <= {
+            f'<script src="{root}static/{name}" defer>'
+            for root in ("", "../", "../../")
+            for name in ("dataTables-3.1.5.min.js", "site.js")
+        }
+        for link in re.findall(r"""(?:href|src)="([^"#]*)""", text):
+            assert link.startswith("data:") or (path.parent / link).exists(), (path, link)
+        assert "http://" not in text
+        assert "https://" not in text
+
+
+def test_a_thousand_rows_are_usable_within_two_seconds(page, tmp_path):
+    for number in range(1000):
+        write_run(tmp_path / "runs", f"method{number}", dice=0.5 + number / 4000, cases=2)
+    runs, _ = records.load_runs([tmp_path / "runs"])
+    website.publish(runs, tmp_path / "site", title="many")
+    began = time.perf_counter()
+    ready(page, (tmp_path / "site" / "index.html").as_uri())
+    assert time.perf_counter() - began < 2
+    page.fill("input[name=search]", "method777")
+    until(page, "document.getElementById('shown').textContent === '1 rows'")
+
+
+def test_the_sites_runs_are_a_folder_of_runs_again(site, tmp_path):
+    runs, problems = records.load_runs([site / "runs"])
+    assert len(runs) == 2 * (9 + len(HOSTILE))
+    assert problems == []
+    assert (
+        main(["leaderboard", "validate", str(site / "runs"), str(site / "leaderboard.csv"), "--runs", str(tmp_path)])
+        == 0
+    )
+
+
+def test_no_name_leads_out_of_the_folder(site):
+    assert not (site.parent / "x").exists()
+    assert {path.name for path in site.iterdir()} == {
+        *("figures", "index.html", "leaderboard.csv", "leaderboard.md", "leaderboard.tex", "runs", "static", "tables"),
+        website.MARK,
+    }
+
+
+def test_publish_replaces_a_site_and_nothing_else(tmp_path, capsys):
+    write_run(tmp_path / "runs")
+    out = tmp_path / "out"
+    words = ["leaderboard", "publish", "--runs", str(tmp_path / "runs"), "--out", str(out)]
+    assert main(words) == 0
+    (out / "stale.txt").write_text("")
+    assert main(words) == 0
+    assert not (out / "stale.txt").exists()
+    (out / website.MARK).unlink()
+    assert main(words) == 2
+    assert "holds something that is no site" in capsys.readouterr().err
+    assert (out / "index.html").exists()
+
+
+def test_pictures_of_scans_stay_out_when_asked(tmp_path):
+    folder = write_run(tmp_path / "runs")
+    (folder / "figures").mkdir()
+    (folder / "figures" / "segmentation.png").write_bytes(b"png")
+    runs, _ = records.load_runs([tmp_path / "runs"])
+    website.publish(runs, tmp_path / "with", title="t")
+    website.publish(runs, tmp_path / "without", title="t", pictures=False)
+    assert len(list((tmp_path / "with").rglob("segmentation.png"))) == 1
+    assert not list((tmp_path / "without").rglob("segmentation.png"))
+    assert "segmentation.png" not in next((tmp_path / "without").glob("runs/*/index.html")).read_text()
+
+
+def test_phantoms_are_marked_on_every_page(tmp_path):
+    write_run(tmp_path / "runs", data={"source": "phantom"})
+    runs, _ = records.load_runs([tmp_path / "runs"])
+    website.publish(runs, tmp_path / "site", title="t")
+    for path in (tmp_path / "site").rglob("*.html"):
+        assert "phantom" in path.read_text().lower()
+
+
+def test_figures_are_drawn_for_any_name_and_number(tmp_path):
+    for number in range(30):
+        write_run(tmp_path / "runs", f"m{number} $x_{{", dice=0.5 + number / 100)
+    write_run(tmp_path / "runs", "m29 $x_{", dice=0.9, overrides={"method.mask_ratio": "0.6"})
+    for fraction in (0.1, 0.5):
+        write_run(tmp_path / "runs", "m29 $x_{", label_fraction=fraction)
+    found = {path.name for each in tables(tmp_path / "runs") for path in _drawn(each, tmp_path / "figures")}
+    names = ("dice", "pareto", "ranks", "step_time", "training", "settings")
+    assert found == {f"{name}.{ending}" for name in names for ending in ("png", "svg")}
+    (curve,) = curves.find(tables(tmp_path / "runs"))
+    assert "area" in figures.label_efficiency(curve, tmp_path / "figures" / "curve")
+
+
+def _drawn(table: board.Table, folder):
+    if len(table.groups) > 1:
+        said = figures.table_figures(table, folder)
+        assert all(said.values())
+    return list(folder.iterdir()) if folder.exists() else []
+
+
+def test_a_damaged_history_draws_what_can_be_read(tmp_path):
+    path = tmp_path / "history.jsonl"
+    lines = ['{"stage": "finetune", "loss": 1}', "{", "[]", '{"stage": "finetune", "loss": "x"}', '{"loss": NaN}']
+    path.write_text("\n".join([*lines, json.dumps({"stage": "finetune", "loss": 0.5})]))
+    assert figures.read_losses(path) == {"finetune": [1.0, 0.5]}
