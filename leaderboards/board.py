@@ -162,7 +162,7 @@ def _table(key: tuple[Any, ...], members: dict[tuple[str, str], list[Run]]) -> T
         mine, hd95, surface = (each[number] for each in estimates)
         name = method, backbone
         said = "; ".join(note for note in (chosen[name][1], notes[name]) if note)
-        kept = replace(mine, draws=mine.draws[:, -1:])
+        kept = replace(mine, draws=mine.draws[:, -1:].copy())
         group = Group(
             method, backbone, runs[name], kept, _means(hd95), _means(surface), deltas.get(name), p[number], said
         )
@@ -197,7 +197,8 @@ def _against_control(
 
 
 def _means(estimate: Estimate) -> Estimate:
-    return replace(estimate, draws=estimate.draws[:0])
+    # Copied: a view would keep the draws of the whole batch.
+    return replace(estimate, draws=estimate.draws[:0].copy())
 
 
 def _one_per_seed(runs: Sequence[Run]) -> tuple[list[Run], str]:
