@@ -191,6 +191,19 @@ def _add_leaderboard(commands: Any) -> None:
     compare.add_argument("--out", type=Path, metavar="CSV", help="every case and target")
     ranks = verbs.add_parser("ranks", help="how often each method holds each rank", allow_abbrev=False)
     efficiency = verbs.add_parser("efficiency", help="Dice over label fractions, and its area", allow_abbrev=False)
+    check = verbs.add_parser("validate", help="check records and CSVs from anywhere", allow_abbrev=False)
+    check.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="CSVs, records, run folders, folders of runs"
+    )
+    _add_runs_option(check)
+    check.set_defaults(command=_board("check"))
+    for parser, command in ((build, "build"), (compare, "compare_two"), (ranks, "ranks"), (efficiency, "efficiency")):
+        _add_records(parser, command)
+    _add_publish(verbs)
+    _add_panels(verbs)
+
+
+def _add_publish(verbs: Any) -> None:
     publish = verbs.add_parser("publish", help="a static site that opens from disk", allow_abbrev=False)
     publish.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or one published before")
     publish.add_argument("--title", default="Leaderboard", metavar="TEXT")
@@ -202,37 +215,31 @@ def _add_leaderboard(commands: Any) -> None:
         help="leave out pictures of scans, where the licence of the data forbids to pass them on",
     )
     _add_reported_option(publish)
+    _add_records(publish, "publish")
+
+
+def _add_panels(verbs: Any) -> None:
     panels = verbs.add_parser("panels", help="cases side by side, as several runs segment them", allow_abbrev=False)
     panels.add_argument("names", nargs="+", metavar="RUN", help="run ids; runs that kept their predictions")
     panels.add_argument("--case", action="append", default=[], metavar="CASE", dest="cases", help="default: three")
     panels.add_argument("--out", type=Path, required=True, metavar="PNG|SVG")
     _add_data_option(panels)
     _add_plugin_option(panels)
-    commands = {
-        panels: "panels",
-        build: "build",
-        compare: "compare_two",
-        ranks: "ranks",
-        efficiency: "efficiency",
-        publish: "publish",
-    }
-    for parser, command in commands.items():
-        _add_runs_option(parser)
-        parser.add_argument(
-            "--from",
-            action="append",
-            type=Path,
-            metavar="DIR",
-            dest="folders",
-            help="a folder of runs to merge, also several, of other labs too (default: the runs folder)",
-        )
-        parser.set_defaults(command=_board(command))
-    check = verbs.add_parser("validate", help="check records and CSVs from anywhere", allow_abbrev=False)
-    check.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="CSVs, records, run folders, folders of runs"
+    _add_records(panels, "panels")
+
+
+def _add_records(parser: argparse.ArgumentParser, command: str) -> None:
+    """Where the records come from, and what is done with them."""
+    _add_runs_option(parser)
+    parser.add_argument(
+        "--from",
+        action="append",
+        type=Path,
+        metavar="DIR",
+        dest="folders",
+        help="a folder of runs to merge, also several, of other labs too (default: the runs folder)",
     )
-    _add_runs_option(check)
-    check.set_defaults(command=_board("check"))
+    parser.set_defaults(command=_board(command))
 
 
 def _board(name: str) -> Callable[[argparse.Namespace], int]:

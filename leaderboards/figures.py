@@ -104,9 +104,8 @@ def rank_stability(table: Table, groups: list[Group], path: Path) -> str:
         axes.tick_params(axis="y", rotation=0)
 
     _save(path, (4.5 + 0.42 * len(groups), 1.8 + 0.34 * len(groups)), table.title, draw)
-    firmest = ", ".join(
-        f"{g.name} {s.max():.0%} at rank {s.argmax() + 1}" for g, s in zip(groups[:6], shares, strict=False)
-    )
+    best = list(zip(groups, shares, strict=True))[:6]
+    firmest = ", ".join(f"{group.name} {share.max():.0%} at rank {share.argmax() + 1}" for group, share in best)
     return f"How often each method holds each rank among the resamples: {firmest}"
 
 

@@ -4,11 +4,13 @@ Records come from anywhere, so nothing in them is believed before it is checked:
 """
 
 import csv
+import gc
 import io
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -115,6 +117,23 @@ def load_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
 
     Where one run id has two contents neither is used, since nothing tells which is right.
     """
+    with _without_collector():
+        return _load(folders)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Thousands of records are millions of small objects, none of them garbage; looking for it takes a third of the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _load(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
     runs: dict[str, Run] = {}
     problems, conflicts = [], set()
     for folder in dict.fromkeys(folder.resolve() for folder in folders):

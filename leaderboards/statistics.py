@@ -266,10 +266,13 @@ def _resample(batch: Values) -> Values:
 def _weigh(batch: Values) -> Values:
     """Sums (groups, RESAMPLES, targets) over seeds and cases under the weights of each resample."""
     groups, num_seeds, num_cases, num_targets = batch.shape
-    # One product for all groups: the weights of the cases are the same for all.
-    by_seed = _weights(num_cases, 1) @ batch.transpose(2, 0, 1, 3).reshape(num_cases, -1)
-    shaped = by_seed.reshape(RESAMPLES, groups, num_seeds, num_targets)
-    return np.einsum("rs,rgst->grt", _weights(num_seeds, 0), shaped)
+    seeds, cases = _weights(num_seeds, 0), _weights(num_cases, 1)
+    sums = np.zeros((RESAMPLES, groups * num_targets))
+    for seed in range(num_seeds):
+        # One product for all groups: the weights of the cases are the same for all.
+        columns = batch[:, seed].transpose(1, 0, 2).reshape(num_cases, -1)
+        sums += seeds[:, [seed]] * (cases @ columns)
+    return sums.reshape(RESAMPLES, groups, num_targets).transpose(1, 0, 2)
 
 
 def _mean(batch: Values) -> Values:
