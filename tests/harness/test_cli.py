@@ -102,6 +102,7 @@ def test_a_run_leaves_its_files(runs):
         "cases.csv",
         "history.jsonl",
         "weights.safetensors",
+        "figures/restoration.png",
         "figures/segmentation.png",
     }
     lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
@@ -145,7 +146,8 @@ def test_leaderboard_has_the_contracts_columns(runs, capsys):
     assert ",".join(frame.columns) == (
         "task,data,preset,mode,protocol,label_fraction,method,backbone,n_seeds,target,dice,dice_ci_low,dice_ci_high,"
         "hd95_mm,hd95_ci_low,hd95_ci_high,n_cases,n_missed,delta_dice_vs_scratch,delta_ci_low,delta_ci_high,"
-        "p_value_holm,rank,step_ms_p50,pretrain_seconds,source,run_ids,n_test_seen"
+        "p_value_holm,rank,step_ms_p50,pretrain_seconds,source,run_ids,n_test_seen,"
+        "surface_dice,surface_dice_ci_low,surface_dice_ci_high,surface_tolerance_mm,metric_policy,note"
     )
     average = frame[frame["target"] == "average"].set_index("method")
     difference = average.loc["hybridmim", "dice"] - average.loc["scratch", "dice"]

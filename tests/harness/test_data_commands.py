@@ -251,6 +251,7 @@ def test_absent_organs_are_counted_not_averaged(data, tmp_path, capsys, monkeypa
     assert metrics["esophagus"] == {
         "dice": None,
         "hd95": None,
+        "surface_dice": None,
         "n_cases": 0,
         "n_missed": 0,
         "n_spurious": 0,
@@ -297,10 +298,10 @@ def test_saved_predictions_are_what_was_scored(runs, data):
         predicted, reference = nib.load(path), nib.load(case.label)
         assert predicted.shape == reference.shape
         assert np.allclose(predicted.affine, reference.affine)
-        for place, target in enumerate(task.targets):
-            mine, theirs = (task.masks(np.asarray(image.dataobj))[place] for image in (predicted, reference))
+        mine, theirs = (task.masks(np.asarray(image.dataobj)) for image in (predicted, reference))
+        for target, scored in zip(task.targets, metrics.score(mine, theirs, (1, 1, 1)), strict=True):
             row = rows[(rows["case"] == case.id) & (rows["target"] == target)].iloc[0]
-            assert metrics.score(mine, theirs, (1, 1, 1)).dice == pytest.approx(row["dice"], abs=1e-6)
+            assert scored.dice == pytest.approx(row["dice"], abs=1e-6)
 
 
 def test_predictions_can_be_asked_for_later(runs, data, capsys):
