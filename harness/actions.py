@@ -204,7 +204,7 @@ def show(arguments: argparse.Namespace) -> None:
         "environment",
         "metric_policy",
     )
-    print(_lines({name: run.record.get(name) for name in shown}))
+    print(*map(table.printable, _lines({name: run.record.get(name) for name in shown}).splitlines()), sep="\n")
 
 
 def predict(arguments: argparse.Namespace) -> None:
@@ -232,6 +232,7 @@ def export(arguments: argparse.Namespace) -> None:
 def reproduce(arguments: argparse.Namespace) -> None:
     """The command of a run, what differs here, and with --go the run itself."""
     from leaderboards.records import RecordError, read_record
+    from leaderboards.table import printable
 
     named = Path(arguments.run)
     path = named if named.is_file() else _find_run(arguments.run, arguments.runs) / "record.json"
@@ -243,7 +244,7 @@ def reproduce(arguments: argparse.Namespace) -> None:
 
     place = arguments.into or arguments.runs / "reproduced"
     found = again.look(record, arguments.data, place, arguments.plugins, arguments.corpora)
-    print(found, flush=True)
+    print(*map(printable, str(found).splitlines()), sep="\n", flush=True)
     if arguments.go:
         from harness import run as engine
 

@@ -24,7 +24,7 @@ def build(arguments: argparse.Namespace) -> int:
     for place in places:
         try:
             table.write(frame, place)
-        except ValueError as error:
+        except table.EndingError as error:
             raise UserError(f"--out {place}: {error}: give a name that ends so") from None
     if arguments.json:
         print(frame.to_json(orient="records", indent=1))
@@ -49,7 +49,7 @@ def compare_two(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"{error}: compare results that share all of it, `harness leaderboard build` shows which do"
         ) from None
-    print(*found, sep="\n\n")
+    print(*map(_lines, found), sep="\n\n")
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         frames = [each.cases.assign(table=each.title, a=each.names[0], b=each.names[1]) for each in found]
@@ -93,7 +93,7 @@ def efficiency(arguments: argparse.Namespace) -> int:
         raise UserError(
             "no method was run at two label fractions or more: run it with `--label-fraction 0.1`, 0.2, 0.5 as well"
         )
-    print(*found, sep="\n\n")
+    print(*map(_lines, found), sep="\n\n")
     return _finish(problems)
 
 
@@ -101,7 +101,8 @@ def check(arguments: argparse.Namespace) -> int:
     """Records and CSVs from anywhere."""
     problems: list[str] = []
     folders = [folder for path in arguments.files if not _is_board(path) for folder in _run_folders(path)]
-    known, _ = records.load_runs({folder.parent for folder in folders} | {arguments.runs})
+    places = {folder.parent for folder in folders} | {arguments.runs}
+    known, _ = records.load_runs(place for place in places if place.is_dir())
     for path in arguments.files:
         if _is_board(path):
             found, recomputed = validate.check_csv(path, known)
@@ -132,7 +133,7 @@ def publish(arguments: argparse.Namespace) -> int:
             pictures=arguments.pictures,
             reported=beside,
         )
-    except website.NotOursError as error:
+    except website.PublishError as error:
         raise UserError(str(error)) from None
     print(f"{len(runs)} runs, {pages} pages:\n  {arguments.out / 'index.html'}")
     return _finish(problems)
@@ -166,6 +167,11 @@ def load(arguments: argparse.Namespace) -> tuple[list[Run], list[str]]:
     if not runs and not problems:
         raise UserError(f"no finished run in {', '.join(map(str, folders))}: `harness run` makes one")
     return runs, problems
+
+
+def _lines(found: object) -> str:
+    """Text in lines that move no terminal's cursor."""
+    return "\n".join(map(table.printable, str(found).splitlines()))
 
 
 def _finish(problems: Sequence[str]) -> int:

@@ -14,7 +14,7 @@ from harness.errors import UserError
 # Errors of the file system that are the user's to mend: no permission, read-only, full, a file where a folder is due, a
 # name that is too long or a link to itself.
 MENDABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR}
-MENDABLE |= {errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY}
+MENDABLE |= {errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -85,35 +85,28 @@ def compare(record: Mapping[str, Any], cases: Path, again: Mapping[str, Any], ca
 def _request(
     record: Mapping[str, Any], data: Path | None, runs: Path, plugins: Sequence[str], corpora: Sequence[str]
 ) -> Request:
-    try:
-        named = [str(each["name"]) for each in record["data"].get("corpora", [])]
-        if named and not corpora:
-            corpora = named
-        if len(corpora) != len(named):
-            raise UserError(
-                f"the run was pre-trained on {', '.join(named) or 'no corpus'}: give --corpus for each of them"
-            )
-        if record["data"]["source"] == "phantom":
-            data = None
-        return Request(
-            method=record["method"],
-            task=record["task"],
-            backbone=record["backbone"],
-            preset=record["preset"],
-            seed=int(record["seed"]),
-            label_fraction=float(record["label_fraction"]),
-            data=data,
-            runs=runs,
-            settings=tuple(f"{key}={value}" for key, value in record["overrides"].items()),
-            plugins=tuple(plugins),
-            mode=record["mode"],
-            corpora=tuple(corpora),
-            split=record["data"].get("split", "fixed"),
-            protocol=record["protocol"],
-            allow_overlap=bool(record["data"].get("overlap")),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"the record lacks what a command needs ({type(error).__name__}: {error})") from None
+    named = [str(each["name"]) for each in record["data"].get("corpora", [])]
+    if named and not corpora:
+        corpora = named
+    if len(corpora) != len(named):
+        raise UserError(f"the run was pre-trained on {', '.join(named) or 'no corpus'}: give --corpus for each of them")
+    return Request(
+        method=record["method"],
+        task=record["task"],
+        backbone=record["backbone"],
+        preset=record["preset"],
+        seed=record["seed"],
+        label_fraction=float(record["label_fraction"]),
+        data=None if record["data"]["source"] == "phantom" else data,
+        runs=runs,
+        settings=tuple(f"{key}={value}" for key, value in record["overrides"].items()),
+        plugins=tuple(plugins),
+        mode=record["mode"],
+        corpora=tuple(corpora),
+        split=record["data"].get("split", "fixed"),
+        protocol=record["protocol"],
+        allow_overlap=bool(record["data"].get("overlap")),
+    )
 
 
 def _environment(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -146,8 +139,8 @@ def _data(record: Mapping[str, Any], request: Request) -> list[tuple[str, str, s
         found.append(("data fingerprint", there["fingerprint"], setting.data.fingerprint))
     if setting.task.version != record["task_version"]:
         found.append(("task version", record["task_version"], setting.task.version))
-    if setting.plugins.method.version != record["method_version"]:
-        found.append(("method version", record["method_version"], setting.plugins.method.version))
+    if setting.plugins.method.version != record.get("method_version"):
+        found.append(("method version", str(record.get("method_version")), setting.plugins.method.version))
     if setting.run_id != record["run_id"]:
         found.append(("run id", record["run_id"], setting.run_id))
     return found

@@ -278,16 +278,16 @@ def _losses(group: Group) -> tuple[Any, Any] | None:
 def read_losses(path: Path) -> dict[str, list[float]]:
     """Losses per stage of a run, in the order of the steps; empty where there is no history, lines that are none left out."""
     found: dict[str, list[float]] = defaultdict(list)
-    if not path.exists():
+    if not path.is_file():
         return found
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 entry = json.loads(line)
                 stage, loss = str(entry["stage"]), float(entry["loss"])
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
                 continue
-            if np.isfinite(loss):
+            if abs(loss) < 1e30:
                 found[stage].append(loss)
     return found
 

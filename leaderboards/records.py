@@ -8,6 +8,7 @@ import gc
 import io
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,17 +19,22 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from leaderboards.schema import Record
 
 SCHEMA = 1
 LARGEST = 64 * 2**20
 """Bytes of a record or of a table of cases; the largest real ones are a thousandth of it."""
 
-TEXT = ("method", "backbone", "task", "task_version", "mode", "protocol", "preset", "metric_policy")
-NEEDED = ("run_id", *TEXT, "overrides", "label_fraction", "seed", "data", "metrics", "timing")
 STATUS = ("scored", "missed", "spurious", "empty")
 MEASURED = ("dice", "hd95_mm", "surface_dice")
-SAFE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,199}")
-SHARED = ("task", "data", "preset", "mode", "protocol", "label_fraction", "metric_policy", "test_cases")
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+LARGEST_MM = 1e6
+SHARED = (
+    *("task", "data", "preset", "mode", "protocol", "label_fraction"),
+    *("metric_policy", "metric_definitions", "test_cases"),
+)
 """What two runs must have in common to share a table, in the order of `Run.table`."""
 
 
@@ -43,7 +49,7 @@ class Run:
     Attributes:
         targets: in the task's order.
         dice, hd95, surface_dice: (cases, targets); NaN where a case has no value for a target.
-        missed: (cases, targets), the reference is there and the prediction is not.
+        status: (cases, targets), places in `STATUS`.
     """
 
     folder: Path
@@ -53,13 +59,13 @@ class Run:
     dice: NDArray[np.float64]
     hd95: NDArray[np.float64]
     surface_dice: NDArray[np.float64]
-    missed: NDArray[np.bool_]
+    status: NDArray[np.int64]
 
     @cached_property
     def table(self) -> tuple[Any, ...]:
         """What must be equal for two runs to share a table, see `SHARED`."""
         record = self.record
-        data = record["data"]
+        data, definitions = record["data"], record.get("metric_definitions", {})
         return (
             record["task"] if record["task_version"] == "1" else f"{record['task']}@{record['task_version']}",
             f"{data['source']}:{data['fingerprint'][:8]}",
@@ -68,6 +74,7 @@ class Run:
             record["protocol"],
             float(record["label_fraction"]),
             record["metric_policy"],
+            (definitions.get("hd95", "max-directed"), str(definitions.get("surface_dice_tolerance_mm"))),
             self.cases,
         )
 
@@ -84,7 +91,13 @@ class Run:
     @property
     def num_test_seen(self) -> int:
         """Test cases that were trained or pre-trained on: 0 in an honest run."""
-        return int(self.record["data"].get("n_test_seen", 0))
+        return int(self.record["data"]["n_test_seen"])
+
+    @property
+    def missed(self) -> NDArray[np.bool_]:
+        """(cases, targets), the reference is there and the prediction is not."""
+        missed: NDArray[np.bool_] = self.status == STATUS.index("missed")
+        return missed
 
     @property
     def phantom(self) -> bool:
@@ -137,7 +150,8 @@ def _load(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
     runs: dict[str, Run] = {}
     problems, conflicts = [], set()
     for folder in dict.fromkeys(folder.resolve() for folder in folders):
-        for path in sorted(folder.glob("*/record.json")):
+        # Links that lead nowhere count as well: a run that is not read is named.
+        for path in sorted(each / "record.json" for each in folder.iterdir() if os.path.lexists(each / "record.json")):
             try:
                 run = load_run(path.parent)
             except RecordError as error:
@@ -158,7 +172,10 @@ def load_run(folder: Path) -> Run:
     record = read_record(path)
     try:
         targets = tuple(name for name in record["metrics"] if name != "average")
+        if not all(map(str.isprintable, targets)):
+            raise RecordError(f"{path}: a target's name has characters that cannot be printed")
         cases, values, status = _read_cases(folder / "cases.csv", targets)
+        _check_ranges(folder / "cases.csv", values, status, str(record["metric_policy"]))
         run = Run(
             folder=folder,
             record=record,
@@ -167,7 +184,7 @@ def load_run(folder: Path) -> Run:
             dice=values["dice"],
             hd95=values["hd95_mm"],
             surface_dice=values["surface_dice"],
-            missed=status == STATUS.index("missed"),
+            status=status,
         )
         _ = run.table, run.method, run.backbone
     except RecordError:
@@ -186,28 +203,22 @@ def read_record(path: Path) -> dict[str, Any]:
         raise RecordError(f"{path}: cannot be read as a run record ({type(error).__name__}: {_line(error)})") from None
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise RecordError(f"{path}: not a run record of schema {SCHEMA}")
-    lacking = [name for name in NEEDED if name not in record]
-    if lacking:
-        raise RecordError(f"{path}: lacks {', '.join(lacking)}")
-    for name, kind in (("overrides", dict), ("data", dict), ("metrics", dict), ("timing", dict)):
-        if not isinstance(record[name], kind):
-            raise RecordError(f"{path}: {name} is a {type(record[name]).__name__}, due is a table")
-    for name in ("run_id", *TEXT):
-        if not isinstance(record[name], str) or not 0 < len(record[name]) <= 1000:
-            raise RecordError(f"{path}: {name} is {record[name]!r:.80}, due is text of 1 to 1000 characters")
-    if not SAFE.fullmatch(record["run_id"]):
-        raise RecordError(
-            f"{path}: run_id is {record['run_id']!r:.80}, due are letters, digits, '.', '_', '-', '+', '='"
-        )
-    fraction, seed = record["label_fraction"], record["seed"]
-    if not _is_number(fraction) or not 0 < fraction <= 1:
-        raise RecordError(f"{path}: label_fraction is {fraction!r:.80}, due is a number in 0..1, without 0")
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise RecordError(f"{path}: seed is {seed!r:.80}, due is a whole number of 0 or more")
-    data = record["data"]
-    if data.get("source") not in ("real", "phantom") or not isinstance(data.get("fingerprint"), str):
-        raise RecordError(f"{path}: data has no source (real or phantom) or no fingerprint")
+    try:
+        if SURROGATE.search(text):  # half a character cannot be written to any file
+            json.dumps(record, ensure_ascii=False).encode()
+        Record.model_validate(record)
+    except (ValidationError, UnicodeEncodeError) as error:
+        raise RecordError(f"{path}: {_first(error)}") from None
     return record
+
+
+def _first(error: ValidationError | UnicodeEncodeError) -> str:
+    """The first thing that is wrong with a record, in one line."""
+    if isinstance(error, UnicodeEncodeError):
+        return "holds half a character, which no file can hold"
+    found = error.errors()[0]
+    place = ".".join(str(part) for part in found["loc"])
+    return f"{place}: {found['msg']} (it is {found['input']!r:.80})" if found["type"] != "missing" else f"lacks {place}"
 
 
 def _read_cases(path: Path, targets: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, NDArray[Any]], NDArray[Any]]:
@@ -215,6 +226,10 @@ def _read_cases(path: Path, targets: tuple[str, ...]) -> tuple[tuple[str, ...], 
     columns = _columns(path)
     names, numbers = columns["case"], {target: number for number, target in enumerate(targets)}
     cases = tuple(sorted(set(names)))
+    if not all(case and case.isprintable() and len(case) <= 1000 for case in cases):
+        raise RecordError(
+            f"{path}: a case has no name, one that cannot be printed, or one of more than 1000 characters"
+        )
     order = {case: number for number, case in enumerate(cases)}
     try:
         column = np.array([numbers[target] for target in columns["target"]], dtype=int)
@@ -234,6 +249,9 @@ def _read_cases(path: Path, targets: tuple[str, ...]) -> tuple[tuple[str, ...], 
     for name in MEASURED:
         values[name] = np.full(len(names), np.nan)
         if name in columns:
+            written = "".join(columns[name])
+            if not written.isascii() or "_" in written or " " in written:  # `float` reads more than a number
+                raise RecordError(f"{path}: {name} has a value that is no plain number")
             cells = np.array([float(cell) if cell else math.nan for cell in columns[name]])
             if not np.isfinite(cells[[bool(cell) for cell in columns[name]]]).all():
                 raise RecordError(f"{path}: {name} has a value that is not finite")
@@ -241,7 +259,6 @@ def _read_cases(path: Path, targets: tuple[str, ...]) -> tuple[tuple[str, ...], 
         values[name] = values[name].reshape(shape)
     ordered = np.empty_like(status)
     ordered[place] = status
-    _check_ranges(path, values, ordered.reshape(shape))
     return cases, values, ordered.reshape(shape)
 
 
@@ -263,17 +280,30 @@ def _columns(path: Path) -> dict[str, list[str]]:
     return {name: cells[number :: len(header)] for number, name in enumerate(header)}
 
 
-def _check_ranges(path: Path, values: dict[str, NDArray[Any]], status: NDArray[Any]) -> None:
-    for name in ("dice", "surface_dice"):
-        if ((values[name] < 0) | (values[name] > 1)).any():
-            raise RecordError(f"{path}: {name} leaves 0..1")
-    if (values["hd95_mm"] < 0).any():
-        raise RecordError(f"{path}: hd95_mm is negative")
-    scored, one_sided = status == STATUS.index("scored"), (status == 1) | (status == 2)
-    if np.isnan(values["dice"][scored | one_sided]).any() or np.isnan(values["hd95_mm"][scored]).any():
-        raise RecordError(f"{path}: a case that was scored has no Dice or no HD95")
-    if (values["dice"][one_sided] != 0).any():
-        raise RecordError(f"{path}: a structure that was missed or made up has a Dice other than 0")
+def _check_ranges(path: Path, values: dict[str, NDArray[Any]], status: NDArray[Any], policy: str) -> None:
+    """Every value is in range and fits its status under the policy. Raises RecordError."""
+    dice, hd95, surface = (values[name] for name in MEASURED)
+    scored, one_sided, empty = status == 0, (status == 1) | (status == 2), status == 3
+    perfect = policy.startswith("empty-is-perfect")
+    wrong = {
+        "dice or surface_dice leaves 0..1": (dice < 0) | (dice > 1) | (surface < 0) | (surface > 1),
+        f"hd95_mm leaves 0..{LARGEST_MM:g}": (hd95 < 0) | (hd95 > LARGEST_MM),
+        "a case that was scored has no Dice or no HD95": scored & (np.isnan(dice) | np.isnan(hd95)),
+        "a Dice of 1 has an HD95 above 0": scored & (dice == 1) & (hd95 > 0),
+        "a structure that was missed or made up has a Dice other than 0": one_sided & ~(dice == 0),
+        "a structure that was missed or made up has an HD95 of 0, or a surface Dice": one_sided
+        & ((hd95 == 0) | (surface > 0)),
+        f"a case without the structure has values, which {policy} does not give": empty
+        & ~(np.isnan(dice) & np.isnan(hd95))
+        & (not perfect),
+        f"a case without the structure has no Dice, which {policy} gives": empty & np.isnan(dice) & perfect,
+        "some scored cases have a surface Dice and others have none": scored
+        & np.isnan(surface)
+        & ~np.isnan(surface[scored]).all(),
+    }
+    for problem, where in wrong.items():
+        if where.any():
+            raise RecordError(f"{path}: {problem} ({int(where.sum())} of {where.size})")
 
 
 def _read(path: Path) -> str:
@@ -284,10 +314,6 @@ def _read(path: Path) -> str:
 
 def _refuse(constant: str) -> float:
     raise ValueError(f"{constant} is no JSON")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _same(first: Run, second: Run) -> bool:

@@ -23,8 +23,10 @@ MIN_CASES = 2
 MIN_CASES_TEST, MIN_SEEDS_TEST = 6, 2
 CHUNK = 64
 """Groups that are resampled at once; bounds the memory."""
-EXACT = 50
-"""Cases up to which the signed-rank test is exact, SciPy's own limit."""
+LEAST = 0.25
+"""Share of a target's values that a resample must hold; with fewer, its mean says nothing."""
+EXACT, PERMUTED = 50, 13
+"""Cases up to which the signed-rank test is exact, and is so by permutation where there are ties: SciPy's own limits."""
 MANY = 64
 """Methods of a table up to which Kendall's tau is computed from every resample; above, from the first hundred."""
 
@@ -46,7 +48,13 @@ def estimates(groups: Sequence[Values]) -> list[Estimate]:
     found: dict[int, Estimate] = {}
     for places in _alike(groups):
         batch = np.stack([groups[place] for place in places])
-        draws = _resample(batch)
+        # No mean leaves the range of its values; a spread resample of very few might.
+        known = ~np.isnan(batch)
+        least, most = (
+            each(np.where(known, batch, fill), axis=(1, 2, 3))[:, None, None]
+            for each, fill in ((np.min, np.inf), (np.max, -np.inf))
+        )
+        draws = np.clip(_resample(batch), least, most)
         found |= zip(places, _with_intervals(_mean(batch), draws, batch), strict=True)
     return [found[place] for place in range(len(groups))]
 
@@ -138,24 +146,43 @@ def p_values(pairs: Sequence[tuple[Values, Values]], pooled: Luck) -> list[Value
     """
     found: dict[int, Values] = {}
     for places in _alike([first for first, _ in pairs]):
-        columns = _columns(np.stack([pairs[place][0] - pairs[place][1] for place in places]))
+        columns = _contributions(*(np.stack([pairs[place][side] for place in places]) for side in (0, 1)))
         num_seeds = columns.shape[2]
         per_case = _nanmean(columns, 2)  # (pairs, targets + 1, cases)
         number = (~np.isnan(per_case)).sum(axis=2)
         tested = (number >= MIN_CASES_TEST) & (np.nan_to_num(per_case) != 0).any(axis=2) & (num_seeds >= MIN_SEEDS_TEST)
         p = np.full(tested.shape, np.nan)
         if tested.any():
-            own, freedom_of_seeds = _nanvar(_nanmean(columns, 3)), max(pooled.freedom, 1)
-            seeds = np.fmax(own, 2 * pooled.variance) / num_seeds
+            # The freedom of the pooled variance for both: with the pair's own two or three, hardly anything could be found,
+            # and the simulations in the tests show that this is not needed.
+            freedom_of_seeds = max(pooled.freedom, 1)
+            seeds = np.fmax(_nanvar(_nanmean(columns, 3)), 2 * pooled.variance) / num_seeds
             cases = _nanvar(per_case) / np.maximum(number, 1)
             with np.errstate(divide="ignore", invalid="ignore"):
                 freedom = (seeds + cases) ** 2 / (seeds**2 / freedom_of_seeds + cases**2 / (number - 1))
                 crossed = 2 * stats.t.sf(abs(_nanmean(per_case, 2)) / np.sqrt(seeds + cases), freedom)
             # Differences without any spread are beyond doubt.
-            crossed = np.where(seeds + cases > 0, crossed, 0.0)
+            crossed = np.where(seeds + cases == 0, 0.0, crossed)
             p[tested] = np.maximum(_signed_rank(per_case[tested]), crossed[tested])
         found |= zip(places, p, strict=True)
     return [found[place] for place in range(len(pairs))]
+
+
+def _contributions(first: Values, second: Values) -> Values:
+    """What each seed and case adds to the difference, (pairs, targets + 1, seeds, cases); their means are the differences.
+
+    Where only one side has a value for a case without the structure, the other side rightly found nothing: 1, the Dice that a
+    perfect answer has. The average over targets weighs each case so that targets count alike, as the table's average does.
+    """
+    one_sided = np.isnan(first) != np.isnan(second)
+    first, second = (np.where(one_sided & np.isnan(each), 1.0, each) for each in (first, second))
+    change = first - second
+    there = ~np.isnan(change)
+    number = there.any(axis=1).sum(axis=1)[:, None, None]  # cases that have the target
+    scored = np.maximum((number > 0).sum(axis=3, keepdims=True), 1)
+    weighted = np.where(there, change, 0.0) * change.shape[2] / np.maximum(number, 1) / scored
+    average = np.where(there.any(axis=3), weighted.sum(axis=3), np.nan)
+    return np.concatenate([change.transpose(0, 3, 1, 2), average[:, None]], axis=1)
 
 
 def _signed_rank(differences: Values) -> Values:
@@ -166,7 +193,12 @@ def _signed_rank(differences: Values) -> Values:
     if plain.any():
         method = "exact" if differences.shape[1] <= EXACT else "auto"
         found[plain] = stats.wilcoxon(differences[plain], axis=1, method=method).pvalue
-    for place in np.flatnonzero(~plain):
+    # Zeros and ties: by the normal approximation, as SciPy does for more than `PERMUTED` cases, all at once.
+    many = differences.shape[1] > PERMUTED
+    tied = ~plain & ~np.isnan(ordered).any(axis=1) & (ordered[:, -1] > 0) & many
+    if tied.any():
+        found[tied] = stats.wilcoxon(differences[tied], axis=1, method="asymptotic").pvalue
+    for place in np.flatnonzero(~plain & ~tied):
         row = differences[place]
         found[place] = stats.wilcoxon(row[~np.isnan(row)]).pvalue
     return found
@@ -198,16 +230,17 @@ class Ranks:
 
 def ranks(estimates: Sequence[Estimate], target: int = -1) -> Ranks:
     """Rank stability over the resamples (Wiesenfarth et al. 2021, doi 10.1038/s41598-021-82017-6); more is better."""
-    draws = np.stack([each.draws[:, target] for each in estimates], axis=1)
+    number, means = len(estimates), np.array([each.mean[target] for each in estimates])
+    ranked = np.flatnonzero(~np.isnan(means))  # a method without a mean has no rank
+    draws = np.stack([each.draws[:, target] for each in estimates], axis=1)[:, ranked]
     draws = draws[~np.isnan(draws).any(axis=1)]
-    number = len(estimates)
+    shares = np.full((number, number), np.nan)
     if not len(draws):
-        return Ranks(np.full((number, number), np.nan), np.nan)
-    places = (-draws).argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
-    flat = (np.arange(number) * number + places).ravel()
-    shares = np.bincount(flat, minlength=number * number).reshape(number, number) / len(draws)
-    means = np.array([each.mean[target] for each in estimates])
-    return Ranks(shares, _tau(draws, means) if number > 1 else np.nan)
+        return Ranks(shares, np.nan)
+    places = stats.rankdata(-draws, method="min", axis=1).astype(int) - 1  # equal means share the better rank
+    flat = (np.arange(len(ranked)) * number + places).ravel()
+    shares[ranked] = np.bincount(flat, minlength=len(ranked) * number).reshape(-1, number) / len(draws)
+    return Ranks(shares, _tau(draws, means[ranked]) if len(ranked) > 1 else np.nan)
 
 
 def _tau(draws: NDArray[np.float32], means: Values) -> float:
@@ -259,7 +292,8 @@ def _resample(batch: Values) -> Values:
     sums = _weigh(np.where(there, batch, 0.0))
     counts = np.full_like(sums, num_seeds * num_cases) if there.all() else _weigh(there.astype(float))
     # A target that hardly any drawn case has cannot be averaged in that resample.
-    means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0.5)
+    least = LEAST * there.sum(axis=(1, 2))[:, None]
+    means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=(counts > least) & (counts > 0))
     return np.concatenate([means, _nanmean(means, 2)[..., None]], axis=2)
 
 

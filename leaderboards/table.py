@@ -2,6 +2,7 @@
 
 import html
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,12 @@ COLUMNS = [
 ]
 """Those of design.md in its order; columns are added at the end only."""
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
+"""What a spreadsheet takes for the beginning of a formula, full-width forms included."""
+
+
+class EndingError(Exception):
+    """A file's name says no format that tables are written in."""
 
 
 def build(tables: Sequence[Table]) -> pd.DataFrame:
@@ -33,19 +39,25 @@ def build(tables: Sequence[Table]) -> pd.DataFrame:
 
 
 def write(frame: pd.DataFrame, path: Path) -> None:
-    """CSV, Markdown or LaTeX, as the name ends, by rename. Raises ValueError for another ending."""
+    """CSV, Markdown or LaTeX, as the name ends, by rename. Raises EndingError for another ending."""
     writers: dict[str, Callable[[pd.DataFrame], str]] = {".csv": _csv, ".md": markdown, ".tex": latex}
     if path.suffix not in writers:
-        raise ValueError(f"{path.name} ends in {path.suffix or 'nothing'}, due is {', '.join(writers)}")
-    partial = path.with_name(f".{path.name}.partial")
+        raise EndingError(f"{path.name} ends in {path.suffix or 'nothing'}, due is {', '.join(writers)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(writers[path.suffix](frame), encoding="utf-8")
-    partial.replace(path)
+    # In a new folder of its own: a file of a name that can be guessed might be a link to another.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as partial:
+        written = Path(partial) / path.name
+        written.write_text(writers[path.suffix](frame), encoding="utf-8")
+        written.replace(path)
 
 
 def escape(text: Any) -> Any:
-    """Text that a spreadsheet would take for a formula, with an apostrophe before it; anything else as it is."""
-    return f"'{text}" if isinstance(text, str) and text.startswith(FORMULA) else text
+    """Text that a spreadsheet would take for a formula, with an apostrophe before it; anything else as it is.
+
+    An apostrophe that is there already gets a second one, so that no two texts become one.
+    """
+    risky = isinstance(text, str) and (text.lstrip(" ").startswith(FORMULA) or text.startswith(("'", *FORMULA)))
+    return f"'{text}" if risky else text
 
 
 def render(tables: Sequence[Table], reported: pd.DataFrame | None = None) -> str:
@@ -161,6 +173,8 @@ def _value(number: float) -> float | None:
 
 def _csv(frame: pd.DataFrame) -> str:
     safe = frame.copy()
+    # Shares keep every digit: they tell rows apart.
+    safe["label_fraction"] = [repr(float(share)) if float(share) != 1 else "1" for share in safe["label_fraction"]]
     for column in safe.columns[safe.dtypes.map(lambda kind: not pd.api.types.is_numeric_dtype(kind))]:
         safe[column] = safe[column].map(escape)
     text: str = safe.to_csv(index=False, float_format="%.6g", lineterminator="\n")

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from leaderboards import board, table
+from leaderboards import board, reported, table
 from leaderboards.records import STATUS, RecordError, Run, load_run
 from leaderboards.table import COLUMNS
 
@@ -39,7 +40,12 @@ NUMBERS = {
     "pretrain_seconds": (0, math.inf),
     "n_test_seen": (0, math.inf),
     "surface_dice": (0, 1),
+    "surface_dice_ci_low": (-1, 2),
+    "surface_dice_ci_high": (-1, 2),
+    "surface_tolerance_mm": (0, math.inf),
 }
+POLICY = re.compile(r"empty-is-(?P<empty>worst|skipped|perfect)-v1(?:\+hd95-(?P<hd95>pooled|area-weighted))?")
+PLAIN = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", re.ASCII)
 KEY = [*COLUMNS[:8], "target", "metric_policy", "source"]
 
 
@@ -52,7 +58,7 @@ def check_run(folder: Path) -> list[str]:
         return [str(error)]
     found = [*_check_digests(run), *_check_aggregates(run), *_check_lists(run), *_check_policy(run)]
     config = run.record.get("config")
-    for name in ("method", "backbone", "mode", "protocol", "preset", "seed", "label_fraction"):
+    for name in ("method", "backbone", "task", "mode", "protocol", "preset", "overrides", "seed", "label_fraction"):
         if isinstance(config, dict) and config.get(name, run.record[name]) != run.record[name]:
             found.append(f"{name} is {run.record[name]!r}, its configuration says {config[name]!r}")
     if folder.resolve().name != run.run_id:
@@ -80,6 +86,8 @@ def _check_digests(run: Run) -> Iterable[str]:
     if not isinstance(digests, dict):
         yield "digests is no table"
         return
+    if not isinstance(digests.get("cases.csv"), str):
+        yield "digests has none of cases.csv, so that nobody can tell whether it was changed"
     for name in ("cases.csv", "weights.safetensors"):
         path = run.folder / name
         if name in digests and path.exists():
@@ -103,41 +111,45 @@ def _check_aggregates(run: Run) -> Iterable[str]:
             if not _equal(stated, value):
                 yield f"{target} {name} is {stated}, its cases give {'nothing' if math.isnan(value) else f'{value:.12g}'}"
     for number, target in enumerate(run.targets):
-        stated = metrics[target].get("n_cases"), metrics[target].get("n_missed")
-        counted = int((~np.isnan(run.dice[:, number])).sum()), int(run.missed[:, number].sum())
-        if stated != counted:
-            yield f"{target} counts (cases, missed) are {stated}, its cases give {counted}"
+        column = run.status[:, number]
+        counted = {"n_cases": int((~np.isnan(run.dice[:, number])).sum())}
+        counted |= {f"n_{name}": int((column == place).sum()) for place, name in enumerate(STATUS) if place}
+        for name, count in counted.items():
+            if metrics[target].get(name) != count:
+                yield f"{target} {name} is {metrics[target].get(name)}, its cases give {count}"
 
 
 def _check_lists(run: Run) -> Iterable[str]:
     data = run.record["data"]
     lists = {name: data.get(name) for name in ("train", "test", "pretrain")}
     for name, cases in lists.items():
-        if cases is not None and (not isinstance(cases, list) or not all(isinstance(case, str) for case in cases)):
-            yield f"data.{name} is no list of cases"
-            return
+        if cases is None:
+            yield f"data has no list of the {name} cases, so that nobody can tell what was seen"
     if lists["test"] is not None and tuple(sorted(lists["test"])) != run.cases:
         yield f"data.test names {len(lists['test'])} cases, cases.csv scores {len(run.cases)}, not the same ones"
     for name in ("train", "test"):
         if lists[name] is not None and data.get(f"n_{name}") != len(lists[name]):
             yield f"data.n_{name} is {data.get(f'n_{name}')}, the list has {len(lists[name])}"
-    seen = set(lists["train"] or ()) & set(lists["test"] or ())
+    overlap = data.get("overlap") or []
+    known = {case for pair in overlap if isinstance(pair, list) for case in pair}
+    seen = (set(lists["train"] or ()) | set(lists["pretrain"] or ()) | known) & set(run.cases)
     if len(seen) > run.num_test_seen:
-        yield f"{len(seen)} test cases were trained on ({min(seen)} ...), n_test_seen says {run.num_test_seen}"
+        yield f"{len(seen)} test cases were trained or pre-trained on ({min(seen)} ...), n_test_seen is {run.num_test_seen}"
 
 
 def _check_policy(run: Run) -> Iterable[str]:
     policy = run.record["metric_policy"]
-    empty = np.isnan(run.dice)
-    if policy.startswith("empty-is-perfect") and empty.any():
-        yield f"under {policy} every case has a Dice, {int(empty.sum())} have none"
-    if policy.startswith("empty-is-worst") and np.isnan(run.hd95[~empty]).any():
-        yield f"under {policy} every case that has a Dice has an HD95, {int(np.isnan(run.hd95[~empty]).sum())} have none"
-    for target, entry in run.record["metrics"].items():
-        if target != "average" and isinstance(entry, dict):
-            counts = [entry.get(f"n_{status}", 0) for status in STATUS[1:]]
-            if any(not isinstance(count, int) or count < 0 or count > len(run.cases) for count in counts):
-                yield f"{target} counts {counts} of {STATUS[1:]} do not fit {len(run.cases)} cases"
+    match = POLICY.fullmatch(policy)
+    if match is None:
+        yield f"metric_policy is {policy!r:.80}, which this version does not know"
+        return
+    definition = run.record.get("metric_definitions", {}).get("hd95", "max-directed")
+    if (match["hd95"] or "max-directed") != definition:
+        yield f"metric_policy is {policy!r}, HD95 is said to be {definition!r}"
+    one_sided = (run.status == 1) | (run.status == 2)
+    lacking = np.isnan(run.hd95[one_sided])
+    if (lacking.any() and match["empty"] != "skipped") or (not lacking.all() and match["empty"] == "skipped"):
+        yield f"{int(lacking.sum())} of {lacking.size} structures that were missed or made up have no HD95 under {policy}"
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
@@ -149,6 +161,10 @@ def _read_csv(path: Path) -> pd.DataFrame:
             raise ValueError(f"separated by {name}, due are commas and a decimal point: save it as plain CSV")
     rows = list(csv.reader(io.StringIO(text), strict=True))
     header = rows[0] if rows else []
+    if len(set(header)) < len(header):
+        raise ValueError("has a column twice")
+    if header[: len(COLUMNS)] == COLUMNS and len(rows) == 1:
+        raise ValueError("has no rows")
     if header[: len(COLUMNS)] != COLUMNS:
         lacking = [column for column in COLUMNS if column not in header]
         wrong = f"lacks the columns {', '.join(lacking)}" if lacking else "has its columns in another order"
@@ -163,10 +179,7 @@ def _check_cells(frame: pd.DataFrame) -> list[str]:
     found = []
     for column, (low, high) in NUMBERS.items():
         for line, cell in enumerate(frame[column], 2):
-            try:
-                value = float(cell) if cell else None
-            except ValueError:
-                value = math.nan
+            value = None if not cell else float(cell) if PLAIN.fullmatch(cell) else math.nan
             if value is not None and not (math.isfinite(value) and low <= value <= high):
                 found.append(
                     f"line {line}: {column} is {cell[:40]!r}, due is a number in {low:g}..{high:g}, or nothing"
@@ -208,28 +221,67 @@ def _check_rows(frame: pd.DataFrame) -> list[str]:
 
 def _recompute(frame: pd.DataFrame, runs: Sequence[Run]) -> tuple[list[str], str]:
     """Every measured row again from the per-case values of its runs, as far as these are at hand."""
+    found = _check_reported(frame[frame["source"] == "reported"])
     measured = frame[frame["source"] == "measured"]
     wanted = {run_id for cell in measured["run_ids"] for run_id in cell.split()}
     known = [run for run in runs if run.run_id in wanted]
-    lacking = wanted - {run.run_id for run in known}
+    lacking = sorted(wanted - {run.run_id for run in known})
+    if lacking and known:
+        return [
+            *found,
+            f"{len(lacking)} of its {len(wanted)} runs are not at hand ({lacking[0]:.80} ...)",
+        ], "not recomputed"
     if lacking:
-        return [], f"not recomputed: {len(lacking)} of its {len(wanted)} runs are not at hand ({min(lacking)} ...)"
+        return found, f"not recomputed: none of its {len(wanted)} runs is at hand ({lacking[0]:.80} ...)"
     fresh = table.build(board.gather(known))
     for column in fresh.columns:
         fresh[column] = fresh[column].map(table.escape)
-    fresh["label_fraction"] = fresh["label_fraction"].map("{:.6g}".format)
+    fresh["label_fraction"] = fresh["label_fraction"].map(_share)
     again = {tuple(row[name] for name in KEY): row for row in fresh.to_dict("records")}
-    found = []
     for line, row in zip(measured.index + 2, measured.to_dict("records"), strict=True):
-        mine = again.get(tuple(row[name] for name in KEY))
+        row["label_fraction"] = _share(float(row["label_fraction"]))
+        mine = again.pop(tuple(row[name] for name in KEY), None)
         if mine is None:
             found.append(f"line {line}: its runs give no such row")
             continue
+        for column in ("run_ids", "note"):
+            if row[column] != mine[column]:
+                found.append(f"line {line}: {column} is {row[column]!r:.80}, its runs give {mine[column]!r:.80}")
         for column in NUMBERS:
             stated, value = row[column], mine[column]
-            if not _equal(float(stated) if stated else None, math.nan if value is None else float(value), PRINTED):
-                found.append(f"line {line}: {column} is {stated or 'empty'}, its cases give {value}")
-    return found, f"{len(measured)} rows recomputed from {len(known)} runs"
+            value = math.nan if value is None else float(value)
+            if not _equal(float(stated) if stated else None, value, PRINTED):
+                found.append(f"line {line}: {column} is {stated or 'empty'}, its cases give {value:.6g}")
+    found += [f"lacks the row of {'/'.join(map(str, key))[:160]}, which its runs give" for key in again]
+    groups = {(run.table, run.method, run.backbone) for run in known}
+    others = [run for run in runs if (run.table, run.method, run.backbone) in groups and run.run_id not in wanted]
+    left = f"; {len(others)} more runs of these rows are at hand and not in it" if others else ""
+    return found, f"{len(measured)} rows recomputed from {len(known)} runs{left}"
+
+
+def _check_reported(frame: pd.DataFrame) -> list[str]:
+    """Reported rows are those that are known to be reported, number by number."""
+    known = reported.rows(frame["task"])
+    names = [*KEY[:5], "method", "backbone", "target", "note"]
+    values: dict[tuple[str, ...], list[tuple[float, ...]]] = {}
+    for row in known.to_dict("records"):
+        key = tuple(table.escape(row[name]) for name in names)
+        values.setdefault(key, []).append(tuple(_or_nan(row[name]) for name in ("label_fraction", "dice", "hd95_mm")))
+    found = []
+    for line, row in zip(frame.index + 2, frame.to_dict("records"), strict=True):
+        stated = tuple(_or_nan(row[name]) for name in ("label_fraction", "dice", "hd95_mm"))
+        there = values.get(tuple(row[name] for name in names), [])
+        if not any(all(_equal(a, b, PRINTED) for a, b in zip(stated, each, strict=True)) for each in there):
+            found.append(f"line {line}: no such result is known to be reported")
+    return found
+
+
+def _or_nan(value: Any) -> float:
+    return math.nan if value is None or value == "" else float(value)
+
+
+def _share(fraction: float) -> str:
+    return repr(float(fraction))
 
 
 def _mean(values: np.ndarray[Any, Any]) -> float:

@@ -30,8 +30,8 @@ SECTIONS = ("config", "data", "transfer", "timing", "memory", "computed_with", "
 POINTS = 200
 
 
-class NotOursError(Exception):
-    """The folder to publish to holds something else."""
+class PublishError(Exception):
+    """What was asked for cannot be published; the message says why."""
 
 
 def publish(
@@ -50,12 +50,14 @@ def publish(
         pictures: copy the pictures of scans that runs have; False where the data's licence forbids it.
 
     Raises:
-        NotOursError: `out` holds something else.
+        PublishError: `out` holds something else, the note is no text, or the title cannot be written.
     """
     if out.exists() and not (out.is_dir() and ((out / MARK).exists() or not any(out.iterdir()))):
-        raise NotOursError(
+        raise PublishError(
             f"{out} holds something that is no site: give a new folder, an empty one, or a site to replace"
         )
+    if not title.isprintable():
+        raise PublishError(f"--title {title!r} has characters that cannot be printed: give another")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as partial:
         place = Path(partial) / "site"
@@ -161,8 +163,10 @@ class _Site:
         folder = self.place / "runs" / run.run_id
         folder.mkdir(parents=True)
         for name in LINKED:
-            shutil.copyfile(run.folder / name, folder / name)
-        pictures = sorted(path.name for path in (run.folder / "figures").glob("*.png")) if self.pictures else []
+            (folder / name).write_bytes((run.folder / name).read_bytes())
+        found = sorted((run.folder / "figures").glob("*.png")) if self.pictures else []
+        # Links are left out: what they lead to is not the run's.
+        pictures = [path.name for path in found if path.is_file() and not path.is_symlink()]
         for name in pictures:
             (folder / "figures").mkdir(exist_ok=True)
             shutil.copyfile(run.folder / "figures" / name, folder / "figures" / name)
@@ -183,7 +187,7 @@ class _Site:
             ],
             pictures=pictures,
             sections={
-                name: run.record[name]
+                name: _shallow(run.record[name])
                 for name in SECTIONS
                 if isinstance(run.record.get(name), dict) and run.record[name]
             },
@@ -201,11 +205,24 @@ def _backbones(shown: Sequence[dict[str, Any]]) -> list[str]:
 def _paragraphs(note: Path | None) -> list[str]:
     if note is None:
         return []
-    return [" ".join(part.split()) for part in note.read_text(encoding="utf-8").split("\n\n") if part.strip()]
+    try:
+        text = note.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise PublishError(f"--note {note} cannot be read as text ({error}): give a text file in UTF-8") from None
+    return [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
 
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _shallow(value: Any, depth: int = 8) -> Any:
+    """Nested tables and lists to a depth that a page can show; what is deeper is left out."""
+    if isinstance(value, dict):
+        return {key: _shallow(item, depth - 1) for key, item in value.items()} if depth else "..."
+    if isinstance(value, list):
+        return [_shallow(item, depth - 1) for item in value] if depth else "..."
+    return value
 
 
 def _curve(stage: str, losses: list[float]) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def test_markdown_and_latex_escape_what_they_would_take_for_markup(tmp_path):
     table.write(frame, tmp_path / "board.tex")
     assert r"&lt;script&gt;a\|b\_c&amp;d%\{x\}\\" in (tmp_path / "board.md").read_text()
     assert r"<script>a|b\_c\&d\%\{x\}\textbackslash{}" in (tmp_path / "board.tex").read_text()
-    with pytest.raises(ValueError, match="due is"):
+    with pytest.raises(table.EndingError, match="due is"):
         table.write(frame, tmp_path / "board.xlsx")
 
 
@@ -201,6 +201,26 @@ def test_every_reported_dice_and_hd95_becomes_one_value():
         ("backbone", ""),
         ("task", "t" * 2000),
         ("timing", "fast"),
+        ("timing", {"seconds": {}, "pretrain_step": "text"}),
+        ("timing", {"seconds": {}, "pretrain_step": {"step": {"p50_ms": None}}}),
+        ("timing", {"seconds": {"pretrain": "slow"}}),
+        ("timing", {"seconds": {"finetune": -1}}),
+        ("timing", {"pretrain_step": None}),
+        ("metric_definitions", ["hd95"]),
+        ("metric_definitions", {"surface_dice_tolerance_mm": "=1+1"}),
+        ("data", {"source": "real", "fingerprint": "f", "n_test_seen": "3"}),
+        ("data", {"source": "real", "fingerprint": "f", "n_test_seen": -1}),
+        ("data", {"source": "real", "fingerprint": "f"}),
+        ("data", {"source": "real", "fingerprint": "f", "n_test_seen": 0, "corpora": [3]}),
+        ("metrics", {"a": [], "b": {}}),
+        ("metrics", {"a": {"dice": 10**400}}),
+        ("metrics", {"a\x00": {}}),
+        ("overrides", {"method.x": 1}),
+        ("environment", "a machine"),
+        ("environment", {"git": "dirty"}),
+        ("files", [1]),
+        ("finished", "9999"),
+        ("backbone", "half \ud800"),
     ],
 )
 def test_hand_edited_records_are_named_and_left_out(tmp_path, field, value):
@@ -223,11 +243,21 @@ def test_hand_edited_records_are_named_and_left_out(tmp_path, field, value):
         ("c1,a,scored", "c1,a,fine", "no target of the record or no status"),
         ("c1,a,scored,", "c1,a,scored,1", "leaves 0..1"),
         ("c1,a,scored,", "c1,a,missed,", "Dice other than 0"),
-        (",2.0,0.9", ",-2.0,0.9", "negative"),
+        (",2.0,0.9", ",-2.0,0.9", "leaves 0..1e"),
         (",2.0,0.9", ",inf,0.9", "not finite"),
         (",2.0,0.9", ",nan,0.9", "not finite"),
         (",2.0,0.9", ",,0.9", "no HD95"),
         (",2.0,0.9", ",2.0", "truncated"),
+        (",2.0,0.9", ",2_0.0,0.9", "no plain number"),
+        (",2.0,0.9", ",٢.٠,0.9", "no plain number"),
+        (",2.0,0.9", ",1e308,0.9", "leaves 0..1e"),
+        (",2.0,0.9", ",2.0,", "some scored cases have a surface Dice"),
+        ("c0,b,empty,,,", "c0,b,empty,1.0,0.0,1.0", "does not give"),
+        ("c1,b,scored,0.5,4.0,0.7", "c1,b,missed,0.0,0.0,0.0", "an HD95 of 0"),
+        ("c1,b,scored,0.5,4.0,0.7", "c1,b,missed,0.0,9.0,0.9", "or a surface Dice"),
+        ("c1,b,scored,0.5,", "c1,b,scored,1.0,", "a Dice of 1 has an HD95 above 0"),
+        ("c1,a", ",a", "a case has no name"),
+        ("c1,a", "c\x001,a", "cannot be printed"),
     ],
 )
 def test_hand_edited_cases_are_named_and_left_out(tmp_path, old, new, says):

@@ -40,16 +40,23 @@ def test_what_the_harness_wrote_is_valid(board, capsys):
     [
         (lambda r: r["metrics"]["a"].update(dice=0.99), "a dice is 0.99, its cases give"),
         (lambda r: r["metrics"]["average"].update(hd95=0.1), "average hd95 is 0.1, its cases give 3"),
-        (lambda r: r["metrics"]["b"].update(n_cases=8), r"b counts \(cases, missed\) are \(8, 0\)"),
-        (lambda r: r["metrics"]["a"].update(n_missed=1), "a counts"),
-        (lambda r: r["metrics"]["a"].update(n_empty=-1), "do not fit 8 cases"),
-        (lambda r: r["metrics"]["a"].update(dice="0.8"), "a dice is 0.8, its cases give"),
+        (lambda r: r["metrics"]["b"].update(n_cases=8), "b n_cases is 8, its cases give 7"),
+        (lambda r: r["metrics"]["a"].update(n_missed=1), "a n_missed is 1, its cases give 0"),
+        (lambda r: r["metrics"]["a"].update(n_empty=3, n_spurious=2), "a n_spurious is 2, its cases give 0"),
+        (lambda r: r["metrics"]["a"].update(dice="0.8"), "metrics.a.dice: Input should be a valid number"),
+        (lambda r: r["data"].update(pretrain=["c3"]), "1 test cases were trained or pre-trained on"),
+        (lambda r: r["data"].update(overlap=[["scan", "c3"]]), "1 test cases were trained or pre-trained on"),
+        (lambda r: r["data"].pop("pretrain"), "data has no list of the pretrain cases"),
+        (lambda r: r.pop("digests"), "digests has none of cases.csv"),
+        (lambda r: r.update(metric_policy="best-of-all"), "which this version does not know"),
+        (lambda r: r["metric_definitions"].update(hd95="pooled"), "HD95 is said to be 'pooled'"),
+        (lambda r: r.update(config={"overrides": {"finetune.steps": "9"}}), "overrides is {}, its configuration says"),
         (lambda r: r["data"].update(test=["c0"]), "data.test names 1 cases"),
         (lambda r: r["data"].update(n_train=7), "data.n_train is 7, the list has 2"),
-        (lambda r: r["data"].update(train=["c1", "y"]), "1 test cases were trained on"),
-        (lambda r: r["data"].update(train=3), "data.train is no list"),
+        (lambda r: r["data"].update(train=["c1", "y"]), "1 test cases were trained or pre-trained on"),
+        (lambda r: r["data"].update(train=3), "data.train: Input should be a valid list"),
         (lambda r: r.update(config={"method": "other"}), "method is 'scratch', its configuration says 'other'"),
-        (lambda r: r.update(metric_policy="empty-is-perfect-v1"), "every case has a Dice, 1 have none"),
+        (lambda r: r.update(metric_policy="empty-is-perfect-v1"), "has no Dice, which empty-is-perfect-v1 gives"),
         (lambda r: r.update(run_id="another"), "run_id is 'another', the folder is called"),
         (lambda r: r.update(digests=[]), "digests is no table"),
     ],
@@ -89,6 +96,9 @@ CELLS = [
     ("rank", "1", "rank is 1"),
     ("n_missed", "3", "n_missed is 3"),
     ("run_ids", "", "names no run"),
+    ("note", "well known", "note is 'well known'"),
+    ("surface_tolerance_mm", "99", "surface_tolerance_mm is 99"),
+    ("dice", "0_0", "dice is '0_0'"),
 ]
 
 
@@ -124,6 +134,8 @@ def test_an_average_that_is_not_its_targets_is_found(board):
         (lambda text: text[: len(text) // 2], "is it truncated"),
         (lambda text: text + text.splitlines()[1] + "\n", "a second row of"),
         (lambda text: "", "lacks the columns"),
+        (lambda text: text.splitlines()[0] + "\n", "has no rows"),
+        (lambda text: text.replace("note", "task", 1), "has a column twice"),
         (lambda text: text.encode("utf-16"), "invalid start byte|codec"),
     ],
 )
@@ -143,9 +155,32 @@ def test_a_spreadsheets_byte_order_mark_and_line_ends_do_no_harm(board):
 
 
 def test_without_the_runs_it_says_what_it_could_not_do(board):
-    found, recomputed = validate.check_csv(board / "board.csv", loaded(board)[:1])
+    found, recomputed = validate.check_csv(board / "board.csv", [])
     assert found == []
-    assert recomputed.startswith("not recomputed: 3 of its 4 runs are not at hand")
+    assert recomputed.startswith("not recomputed: none of its 4 runs is at hand")
+    found, _ = validate.check_csv(board / "board.csv", loaded(board)[:1])
+    assert "3 of its 4 runs are not at hand" in found[0]
+
+
+def test_the_best_seeds_alone_are_noticed(board):
+    write_run(board / "runs", "better", 2, dice=0.6)
+    found, recomputed = validate.check_csv(board / "board.csv", loaded(board))
+    assert found == []
+    assert recomputed.endswith("1 more runs of these rows are at hand and not in it")
+
+
+def test_rows_that_were_taken_out_or_called_reported_are_found(board):
+    frame = pd.read_csv(board / "board.csv", dtype=str, keep_default_na=False)
+    frame[frame["method"] != "scratch"].to_csv(board / "board.csv", index=False)
+    write_run(board / "runs", "scratch", 9)
+    found, _ = validate.check_csv(board / "board.csv", loaded(board))
+    assert any("no scratch run to compare with" in problem for problem in found)
+    frame[frame["target"] != "b"].to_csv(board / "board.csv", index=False)
+    assert validate.check_csv(board / "board.csv", loaded(board))[0]
+    frame["source"] = "reported"
+    frame[["rank", "p_value_holm", "run_ids"]] = ""
+    frame.to_csv(board / "board.csv", index=False)
+    assert "no such result is known to be reported" in validate.check_csv(board / "board.csv", loaded(board))[0][0]
 
 
 def test_every_row_of_the_board_is_checked_against_its_cases(board):

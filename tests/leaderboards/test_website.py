@@ -8,7 +8,7 @@ import time
 import pytest
 
 from harness.cli import main
-from leaderboards import board, curves, figures, records, website
+from leaderboards import board, curves, figures, records, table, website
 from tests.leaderboards.made import tables, write_run
 
 HOSTILE = [
@@ -233,6 +233,56 @@ def test_pictures_of_scans_stay_out_when_asked(tmp_path):
     assert "segmentation.png" not in next((tmp_path / "without").glob("runs/*/index.html")).read_text()
 
 
+def test_links_in_a_run_are_not_followed(tmp_path):
+    folder = write_run(tmp_path / "runs")
+    (folder / "figures").mkdir()
+    (tmp_path / "secret").write_text("secret")
+    (folder / "figures" / "x.png").symlink_to(tmp_path / "secret")
+    (folder / "figures" / "dangling.png").symlink_to(tmp_path / "nothing")
+    (folder / "figures" / "folder.png").mkdir()
+    runs, _ = records.load_runs([tmp_path / "runs"])
+    website.publish(runs, tmp_path / "site", title="t")
+    assert not list((tmp_path / "site").rglob("figures/*.png"))
+
+
+def test_a_planted_link_is_not_written_through(tmp_path):
+    write_run(tmp_path / "runs")
+    (tmp_path / "victim").write_text("whole")
+    for name in (".board.csv.partial", "board.csv"):
+        (tmp_path / name).symlink_to(tmp_path / "victim")
+    table.write(table.build(tables(tmp_path / "runs")), tmp_path / "board.csv")
+    assert (tmp_path / "victim").read_text() == "whole"
+
+
+def test_a_deep_configuration_is_shown_to_a_depth(tmp_path):
+    deep: dict = {}
+    for _ in range(300):
+        deep = {"x": deep}
+    write_run(tmp_path / "runs", memory=deep)
+    runs, problems = records.load_runs([tmp_path / "runs"])
+    assert problems == []
+    website.publish(runs, tmp_path / "site", title="t")
+
+
+@pytest.mark.parametrize("note", [b"\xff\xfe", None])
+def test_a_note_that_is_no_text_is_named(tmp_path, capsys, note):
+    write_run(tmp_path / "runs")
+    if note:
+        (tmp_path / "note").write_bytes(note)
+    words = [
+        "leaderboard",
+        "publish",
+        "--runs",
+        tmp_path / "runs",
+        "--out",
+        tmp_path / "s",
+        "--note",
+        tmp_path / "note",
+    ]
+    assert main(list(map(str, words))) == 2
+    assert "cannot be read as text" in capsys.readouterr().err
+
+
 def test_phantoms_are_marked_on_every_page(tmp_path):
     write_run(tmp_path / "runs", data={"source": "phantom"})
     runs, _ = records.load_runs([tmp_path / "runs"])
@@ -254,9 +304,9 @@ def test_figures_are_drawn_for_any_name_and_number(tmp_path):
     assert "area" in figures.label_efficiency(curve, tmp_path / "figures" / "curve")
 
 
-def _drawn(table: board.Table, folder):
-    if len(table.groups) > 1:
-        said = figures.table_figures(table, folder)
+def _drawn(each: board.Table, folder):
+    if len(each.groups) > 1:
+        said = figures.table_figures(each, folder)
         assert all(said.values())
     return list(folder.iterdir()) if folder.exists() else []
 

@@ -1,0 +1,118 @@
+"""What a record must hold before anything is computed from it; further fields are kept and not believed."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Name = Annotated[str, Field(min_length=1, max_length=1000)]
+Digest = Annotated[str, Field(max_length=200)]
+Number = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Cases = list[Annotated[str, Field(min_length=1, max_length=1000)]]
+
+
+class Part(BaseModel):
+    """A table of a record. Types are exact: "3" is no number."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class Phase(Part):
+    """Times of one phase of a step."""
+
+    p50_ms: Number
+
+
+class Step(Part):
+    """Times of a pre-training step."""
+
+    step: Phase
+    forward: Phase | None = None
+    backward: Phase | None = None
+    optimizer: Phase | None = None
+
+
+class Seconds(Part):
+    """Total time per stage."""
+
+    __pydantic_extra__: dict[str, Number]
+    pretrain: Number | None = None
+    method_prepare: Number = 0.0
+
+
+class Timing(Part):
+    """Costs; `pretrain_step` is None where nothing was pre-trained."""
+
+    seconds: Seconds
+    pretrain_step: Step | None = None
+
+
+class Corpus(Part):
+    """Scans that were pre-trained on."""
+
+    name: Name
+    fingerprint: Digest
+
+
+class Data(Part):
+    """What was trained and tested on."""
+
+    source: Literal["real", "phantom"]
+    fingerprint: Annotated[str, Field(min_length=1, max_length=200)]
+    n_test_seen: Count
+    split: Name = "fixed"
+    train: Cases | None = None
+    pretrain: Cases | None = None
+    test: Cases | None = None
+    corpora: list[Corpus] = []
+
+
+class Metric(Part):
+    """Averages of one target."""
+
+    dice: Annotated[float, Field(ge=0, le=1)] | None = None
+    hd95: Number | None = None
+    surface_dice: Annotated[float, Field(ge=0, le=1)] | None = None
+    n_cases: Count | None = None
+    n_missed: Count | None = None
+    n_spurious: Count | None = None
+    n_empty: Count | None = None
+
+
+class Definitions(Part):
+    """Which of the field's definitions the metrics follow."""
+
+    hd95: Name = "max-directed"
+    surface_dice_tolerance_mm: Number | None = None
+
+
+class Environment(Part):
+    """Versions and hardware."""
+
+    packages: dict[Name, str | None] = {}
+    git: dict[Name, str | bool | None] = {}
+
+
+class Record(Part):
+    """A run record of schema 1."""
+
+    record_schema: Annotated[Literal[1], Field(alias="schema")]
+    run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+=-]{0,199}$")]
+    method: Name
+    backbone: Name
+    task: Name
+    task_version: Name
+    mode: Name
+    protocol: Name
+    preset: Name
+    metric_policy: Name
+    overrides: dict[Name, Annotated[str, Field(max_length=10_000)]]
+    label_fraction: Annotated[float, Field(gt=0, le=1)]
+    seed: Count
+    data: Data
+    metrics: Annotated[dict[Name, Metric], Field(min_length=1)]
+    timing: Timing
+    metric_definitions: Definitions = Definitions()
+    environment: Environment = Environment()
+    files: dict[Name, Digest] = {}
+    finished: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")] | None = None
