@@ -40,7 +40,7 @@ def write_many(root: Path, number: int) -> None:
         (place / "record.json").write_text(json.dumps(record | own | {"backbone": backbone, "seed": seed}, indent=1))
         lines = ["case,target,status,dice,hd95_mm,surface_dice"]
         for case, target in itertools.product(range(40), "ab"):
-            dice = float(np.clip(rng.normal(0.8, 0.05), 0, 1))
+            dice = float(np.clip(rng.normal(0.8, 0.05), 0, 0.999))
             lines.append(f"c{case:03d},{target},scored,{dice!r},{float(rng.gamma(2, 2))!r},{dice!r}")
         (place / "cases.csv").write_text("\n".join(lines) + "\n")
         (place / "history.jsonl").write_text(history)
