@@ -242,8 +242,7 @@ def reproduce(arguments: argparse.Namespace) -> None:
         raise UserError(str(error)) from None
     from harness import reproduce as again
 
-    place = arguments.into or arguments.runs / "reproduced"
-    found = again.look(record, arguments.data, place, arguments.plugins, arguments.corpora)
+    found = again.look(record, arguments.data, arguments.into, arguments.plugins, arguments.corpora)
     print(*map(printable, str(found).splitlines()), sep="\n", flush=True)
     if arguments.go:
         from harness import run as engine

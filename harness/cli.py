@@ -300,10 +300,7 @@ def _add_reproduce(commands: Any) -> None:
     reproduce.add_argument("run", metavar="RUN_ID|RECORD", help="run id, its beginning, a run folder or a record.json")
     reproduce.add_argument("--go", action="store_true", help="run it, and compare every case")
     reproduce.add_argument(
-        "--into",
-        type=Path,
-        metavar="DIR",
-        help="runs folder of the second run (default: reproduced, in the runs folder)",
+        "--into", type=Path, default=Path("reproduced"), metavar="DIR", help="its runs folder (default: ./reproduced)"
     )
     reproduce.add_argument(
         "--corpus", action="append", default=[], metavar="NAME|DIR[=LOW,HIGH]", dest="corpora", help="where it is here"

@@ -1,8 +1,9 @@
 """The command that made a run, what differs here from where it was made, and the same run again: `harness reproduce`."""
 
 import shlex
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,10 @@ def _data(record: Mapping[str, Any], request: Request) -> list[tuple[str, str, s
     there = record["data"]
     if request.data is None and there["source"] == "real":
         return [("data", f"real, fingerprint {there['fingerprint']}", "not given: --data DIR")]
-    setting = plan(request, *locate(request))
+    # Elsewhere: to look leaves nothing behind.
+    with tempfile.TemporaryDirectory() as place:
+        aside = replace(request, runs=Path(place))
+        setting = plan(aside, *locate(aside))
     found = []
     if setting.data.fingerprint != there["fingerprint"]:
         found.append(("data fingerprint", there["fingerprint"], setting.data.fingerprint))

@@ -24,16 +24,7 @@ def write_run(
     **changes,
 ) -> Path:
     """A run of two targets; `dice` is the mean of target a, b is empty in the first case. `changes` go into the record."""
-    rng = np.random.default_rng(1)
-    rows = []
-    for case in range(cases):
-        noise = rng.normal(0, 0.02)
-        a = {"dice": min(1, dice + noise), "hd95_mm": 2.0, "surface_dice": 0.9, "status": "scored"}
-        b = {"dice": 0.5, "hd95_mm": 4.0, "surface_dice": 0.7, "status": "scored"}
-        if case == 0:
-            b = {"dice": None, "hd95_mm": None, "surface_dice": None, "status": "empty"}
-        rows += [{"case": f"c{case}", "target": target, **each} for target, each in (("a", a), ("b", b))]
-    frame = pd.DataFrame(rows)[["case", "target", "status", "dice", "hd95_mm", "surface_dice"]]
+    frame = scores(dice, cases)
     number = hashlib.blake2b(repr((overrides, changes)).encode(), digest_size=3).hexdigest()
     run_id = changes.pop("run_id", None) or f"t-m-{preset}-s{seed}-{fingerprint[:2]}-{_slug(method)}-{number}"
     place = folder / run_id
@@ -76,6 +67,20 @@ def write_run(
     steps = [{"stage": "finetune", "step": s, "loss": 1 / s, "lr": 0.1, "terms": {"dice": 1 / s}} for s in range(1, 30)]
     (place / "history.jsonl").write_text("\n".join(map(json.dumps, steps)) + "\n")
     return place
+
+
+def scores(dice: float, cases: int) -> pd.DataFrame:
+    """`cases.csv` of such a run; the noise of a case is the same in every run."""
+    rng = np.random.default_rng(1)
+    rows = []
+    for case in range(cases):
+        noise = rng.normal(0, 0.02)
+        a = {"dice": min(1, dice + noise), "hd95_mm": 2.0, "surface_dice": 0.9, "status": "scored"}
+        b = {"dice": 0.5, "hd95_mm": 4.0, "surface_dice": 0.7, "status": "scored"}
+        if case == 0:
+            b = {"dice": None, "hd95_mm": None, "surface_dice": None, "status": "empty"}
+        rows += [{"case": f"c{case}", "target": target, **each} for target, each in (("a", a), ("b", b))]
+    return pd.DataFrame(rows)[["case", "target", "status", "dice", "hd95_mm", "surface_dice"]]
 
 
 def merge(record: dict, changes: dict) -> dict:
