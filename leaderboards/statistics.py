@@ -35,11 +35,17 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Means (targets + 1), their 95 % intervals, and the resampled means (RESAMPLES, targets + 1); NaN: not computable."""
+    """Means (targets + 1) with 95 % intervals; NaN: not computable.
+
+    Attributes:
+        freedom: (targets + 1), degrees of freedom that the intervals' levels come from.
+        draws: resampled means, (RESAMPLES, targets + 1).
+    """
 
     mean: Values
     low: Values
     high: Values
+    freedom: Values
     draws: NDArray[np.float32]
 
 
@@ -87,10 +93,14 @@ def differences(pairs: Sequence[tuple[Values, Values]]) -> list[Estimate]:
 
 
 def combine(parts: Sequence[Estimate], weights: Sequence[float]) -> tuple[float, float, float]:
-    """Weighted sum of the averages over targets of several estimates on the same cases: value, low, high (percentiles)."""
+    """Weighted sum of the averages over targets of several estimates on the same cases: value, low, high.
+
+    With the fewest degrees of freedom that any part has.
+    """
     mean = sum(weight * part.mean[-1] for part, weight in zip(parts, weights, strict=True))
     draws = sum(weight * part.draws[:, -1] for part, weight in zip(parts, weights, strict=True))
-    low, high = np.nanpercentile(draws, [2.5, 97.5]) if not np.isnan(draws).all() else (np.nan, np.nan)
+    level = 100 * stats.norm.cdf(stats.t.ppf(0.025, min(float(part.freedom[-1]) for part in parts)))
+    low, high = np.nanpercentile(draws, [level, 100 - level]) if not np.isnan(draws).all() else (np.nan, np.nan)
     return float(mean), float(low), float(high)
 
 
@@ -263,7 +273,8 @@ def _with_intervals(means: Values, draws: Values, values: Values) -> list[Estima
     """Percentiles of the draws (groups, RESAMPLES, targets + 1) at the levels of a t distribution."""
     columns = _columns(values)
     enough = (~np.isnan(columns)).any(axis=2).sum(axis=2) >= MIN_CASES
-    levels = stats.norm.cdf(stats.t.ppf(0.025, np.maximum(_freedom(columns), 1)))
+    freedom = np.maximum(_freedom(columns), 1)
+    levels = stats.norm.cdf(stats.t.ppf(0.025, freedom))
     ordered = np.sort(draws, axis=1)  # NaN last
     most = (~np.isnan(draws)).sum(axis=1) - 1
     ends = []
@@ -274,7 +285,7 @@ def _with_intervals(means: Values, draws: Values, values: Values) -> list[Estima
         low, high = (np.take_along_axis(ordered, each[:, None], axis=1)[:, 0] for each in (below, above))
         ends.append(np.where(enough & (most >= 0), low + (place - below) * (high - low), np.nan))
     kept = draws.astype(np.float32)
-    return [Estimate(*each) for each in zip(means, *ends, kept, strict=True)]
+    return [Estimate(*each) for each in zip(means, *ends, freedom, kept, strict=True)]
 
 
 @lru_cache(maxsize=256)
