@@ -100,7 +100,7 @@ def _onnx(place: Path, record: dict[str, Any], restored: Restored, example: Tens
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError(f"{error.name} is not installed: pip install 'ssl-seg-harness[onnx]'") from None
+        raise UserError(f"{error.name} is not installed: pip install onnx onnxscript") from None
     batch = torch.export.Dim("batch", min=1)
     torch.onnx.export(
         restored.network,

@@ -156,7 +156,9 @@ def _pretrained(
     if folder.exists():
         say(f"{folder} is not whole: pre-training again")
     discovery = (setting.discovery, runs / "cache" / "prepared-by-methods" / config.method)
-    stage = pretrain(config, plugins, channels, volumes, folder, discovery)
+    mark = "PHANTOM - " if setting.phantom else ""
+    title = f"{mark}{config.method} on {config.backbone}, after pre-training"
+    stage = pretrain(config, plugins, channels, volumes, folder, discovery, title)
     return load_file(folder / "weights.safetensors"), stage | _left(folder)
 
 

@@ -61,7 +61,13 @@ def seed_for(seed: int, purpose: str) -> int:
 
 
 def pretrain(
-    config: RunConfig, plugins: Plugins, channels: int, volumes: Sequence[Volume], folder: Path, discovery: Discovery
+    config: RunConfig,
+    plugins: Plugins,
+    channels: int,
+    volumes: Sequence[Volume],
+    folder: Path,
+    discovery: Discovery,
+    title: str = "",
 ) -> dict[str, Any]:
     """Run the pretext task and leave `weights.safetensors`, `history.jsonl` and, last, `stage.json` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,12 +92,12 @@ def pretrain(
     save_file(method.weights(), folder / "weights.safetensors")
     stage = asdict(trained) | prepared | {"memory": hardware.memory(accelerator.device)}
     write_atomic(folder / "stage.json", json.dumps(stage))
-    _show(method, data, config, accelerator.device, folder)
+    _show(method, data, config, accelerator.device, folder / PICTURE, title)
     return stage
 
 
 @torch.inference_mode()
-def _show(method: Method, data: CropDataset, config: RunConfig, device: torch.device, folder: Path) -> None:
+def _show(method: Method, data: CropDataset, config: RunConfig, device: torch.device, path: Path, title: str) -> None:
     """A picture of what the method sees and restores, where it has something to show."""
     assert method.generator is not None
     method.generator.manual_seed(seed_for(config.seed, "pretrain picture"))
@@ -100,7 +106,7 @@ def _show(method: Method, data: CropDataset, config: RunConfig, device: torch.de
     shown = method.eval().show(batch)
     if shown:
         images = {name: value.float().clamp(0, 1).cpu().numpy() for name, value in shown.items()}
-        picture.restoration(images, folder / PICTURE, f"{config.method} on {config.backbone}, after pre-training")
+        picture.restoration(images, path, title)
 
 
 def _prepared(

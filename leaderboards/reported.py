@@ -30,7 +30,7 @@ def rows(tasks: Iterable[str]) -> pd.DataFrame:
         own = "" if "average" in note else note
         row = found.setdefault((*key, own), _row(entry, task))
         if entry["metric"] == "dice":
-            row["dice"] = float(entry["value"]) / 100
+            row["dice"] = round(float(entry["value"]) / 100, 6)
         else:
             row["hd95_mm"] = float(entry["value"])
         row["note"] = "; ".join(dict.fromkeys([*filter(None, row["note"].split("; ")), *filter(None, [note])]))
