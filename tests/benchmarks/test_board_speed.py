@@ -1,7 +1,6 @@
-"""Tables of 10,000 records, the site of 1,000 runs, a page of 1,000 rows; `pytest -m "benchmark and slow" -s tests/benchmarks/test_board_speed.py`.
+"""Tables of 10,000 records, the site of 1,000 runs, a page of 1,000 rows; `pytest -m "benchmark and slow" -s`.
 
-Limits in seconds, against the house's rule, because the issue of this project states them so; that is why it is slow-marked and
-not part of CI.
+The limits are seconds, against the house's rule, because that is how they were asked for; so these tests are no part of CI.
 """
 
 import itertools
