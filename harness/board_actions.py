@@ -212,4 +212,4 @@ def _run_folders(path: Path) -> list[Path]:
         raise UserError(
             f"{path} is neither a record.json nor a .csv: give one of these, a run folder or a folder of runs"
         )
-    return [path] if (path / "record.json").exists() else sorted(found.parent for found in path.glob("*/record.json"))
+    return [path] if (path / "record.json").exists() else records.run_folders(path)

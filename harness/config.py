@@ -12,6 +12,10 @@ from harness.registry import Registry
 from harness.settings import Settings, Size3, build
 from harness.task import Task, Window
 
+Protocol = Literal["finetune", "frozen", "linear"]
+Definition = Literal["max-directed", "pooled", "area-weighted"]
+Empty = Literal["worst", "skipped", "perfect"]
+
 SECTIONS = ("method", "backbone", "pretrain", "finetune", "evaluate")
 SETTABLE = (*SECTIONS, "task")
 
@@ -76,12 +80,10 @@ class Evaluate(Settings):
     """Sliding-window inference."""
 
     overlap: float = Field(0.5, ge=0, lt=1, description="of neighbouring windows, as a share of the window")
-    hd95: Literal["max-directed", "pooled", "area-weighted"] = Field(
+    hd95: Definition = Field(
         "max-directed", description="definition of HD95: MONAI's, medpy's or surface-distance's (harness/metrics.py)"
     )
-    empty: Literal["worst", "skipped", "perfect"] = Field(
-        "worst", description="policy for empty masks (harness/metrics.py)"
-    )
+    empty: Empty = Field("worst", description="policy for empty masks (harness/metrics.py)")
     tolerance: float = Field(1.0, ge=0, description="of surface Dice, in mm")
 
 
@@ -110,7 +112,7 @@ class RunConfig(Settings):
     corpora: tuple[str, ...] = ()
     split: str = "fixed"
     prepared: dict[str, Any] = Field(default_factory=dict, description="spacing and intensities of the task's volumes")
-    protocol: Literal["finetune", "frozen", "linear"] = "finetune"
+    protocol: Protocol = "finetune"
     preset: str
     overrides: dict[str, str]
     label_fraction: float = Field(1.0, gt=0, le=1, description="share of the training labels used in fine-tuning")

@@ -6,12 +6,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.config import Evaluate, Finetune
+from harness.config import Evaluate, Finetune, Protocol
 from harness.errors import UserError
 from harness.files import walk
 from harness.formats import ENDINGS, is_named_label, read_header, stem, write_label
@@ -138,6 +138,14 @@ def group_images(folder: Path, channels: Sequence[str]) -> list[Case]:
     return cases
 
 
+def _protocol(name: str) -> Protocol:
+    """A protocol by its name. Raises ValueError for another one."""
+    for known in get_args(Protocol):
+        if name == known:
+            return cast(Protocol, known)
+    raise ValueError(f"protocol {name!r}")
+
+
 def read_run(run: Path) -> dict[str, Any]:
     """The record of a run that describes its task. Raises UserError where it is none."""
     try:
@@ -154,7 +162,7 @@ def restore(run: Path, record: dict[str, Any], registry: Registry) -> Restored:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from harness.protocols import PROTOCOLS, with_head
+    from harness.protocols import with_head
     from harness.training import new_accelerator
 
     try:
@@ -189,7 +197,7 @@ def restore(run: Path, record: dict[str, Any], registry: Registry) -> Restored:
         backbone = backbone_class(own, len(task.channels))
         if any(edge % stride for edge, stride in zip(trained.crop, backbone.stride, strict=True)):
             raise ValueError(f"a crop of {trained.crop}, which is no multiple of {backbone.stride}")
-        network = with_head(backbone, task.num_outputs, PROTOCOLS[PROTOCOLS.index(record["protocol"])])
+        network = with_head(backbone, task.num_outputs, _protocol(record["protocol"]))
         network.load_state_dict(load_file(run / "weights.safetensors"))
         return Restored(task, network.to(new_accelerator().device), trained, settings)
     except (

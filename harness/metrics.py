@@ -13,16 +13,13 @@ by area as the definition has it, that lies within a tolerance of the other one.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from harness import surfaces
+from harness.config import Definition, Empty
 from harness.surfaces import BITS, Codes, Surfaces
-
-Definition = Literal["max-directed", "pooled", "area-weighted"]
-Empty = Literal["worst", "skipped", "perfect"]
 
 VERSION = 1
 """Of what is computed; records of another version are never compared with these."""

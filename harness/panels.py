@@ -1,7 +1,6 @@
 """Cases side by side: image, reference, and what each of several runs made of it (the paper's Figure 3)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,22 +11,11 @@ from harness.data import find_data
 from harness.errors import UserError
 from harness.formats import read_image
 from harness.images import load_case, load_label
+from harness.picture import Row
 from harness.registry import Registry
 from harness.task import Case, Task
 from leaderboards import board
 from leaderboards.records import Run
-
-
-@dataclass(frozen=True)
-class Row:
-    """One slice of one case: (x, y) arrays; `predictions` and `dice` have one entry per run."""
-
-    case: str
-    image: NDArray[np.float32]
-    reference: NDArray[np.uint8]
-    predictions: list[NDArray[np.uint8]]
-    dice: list[float | None]
-    aspect: float
 
 
 def draw(

@@ -46,6 +46,18 @@ class Panel:
     aspect: float
 
 
+@dataclass(frozen=True)
+class Row:
+    """One slice of one case as several runs segment it: (x, y) arrays as in `Panel`; one prediction and Dice per run."""
+
+    case: str
+    image: NDArray[np.float32]
+    reference: NDArray[np.uint8]
+    predictions: list[NDArray[np.uint8]]
+    dice: list[float | None]
+    aspect: float
+
+
 def panel(task: Task, volume: Volume, probabilities: NDArray[np.float32], scores: Sequence[float | None]) -> Panel:
     """The slice with the largest reference; `probabilities` (outputs, x, y, z) on the prepared grid."""
     reference = task.masks(volume.label)
@@ -83,8 +95,8 @@ def segmentation(task: Task, panels: Sequence[Panel], path: Path, title: str) ->
     figure.savefig(path, dpi=110)
 
 
-def grid(rows: Sequence[Any], headings: Sequence[str], targets: Sequence[str], path: Path, title: str) -> None:
-    """Cases below each other; image, reference and the prediction of each run beside each other (`harness.panels.Row`)."""
+def grid(rows: Sequence[Row], headings: Sequence[str], targets: Sequence[str], path: Path, title: str) -> None:
+    """Cases below each other; image, reference and the prediction of each run beside each other."""
     figure = Figure(figsize=(2.6 * len(headings), 2.9 * len(rows) + 1), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), len(headings), squeeze=False)
@@ -129,7 +141,7 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _draw(axis: Axes, panel: Any, overlay: NDArray[np.uint8] | None, num_targets: int) -> None:
+def _draw(axis: Axes, panel: Panel | Row, overlay: NDArray[np.uint8] | None, num_targets: int) -> None:
     # Rows of the picture run from anterior to posterior, columns from the patient's right to left.
     low, high = np.percentile(panel.image, (0.5, 99.5))
     style: dict[str, Any] = {"aspect": panel.aspect, "interpolation": "nearest"}

@@ -2,16 +2,13 @@
 
 import hashlib
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.config import Protocol
 from harness.contracts import Backbone
-
-Protocol = Literal["finetune", "frozen", "linear"]
-PROTOCOLS: tuple[Protocol, ...] = ("finetune", "frozen", "linear")
 
 
 class LinearProbe(nn.Module):

@@ -61,7 +61,7 @@ class Group:
     def pretrain_seconds(self) -> float | None:
         """Mean time of pre-training with the method's own preparation, over seeds."""
         found = [run.record["timing"]["seconds"] for run in self.runs]
-        seconds = [each["pretrain"] + each["method_prepare"] for each in found if "pretrain" in each]
+        seconds = [each["pretrain"] + each.get("method_prepare", 0.0) for each in found if "pretrain" in each]
         return float(np.mean(seconds)) if seconds else None
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -79,7 +78,8 @@ def _compare(title: str, table: Table, first: list[Run], second: list[Run], name
     difference = statistics.difference(dice[0], dice[1])
     means = [statistics.estimate(each).mean for each in (*dice, *hd95)]
     (p,) = statistics.p_values([(dice[0], dice[1])], statistics.luck(dice))
-    per_case = [np.concatenate([_over_seeds(each), _average(each)], axis=1) for each in (*dice, *hd95)]
+    over_seeds = [statistics.nanmean(each, 0) for each in (*dice, *hd95)]
+    per_case = [np.column_stack([each, statistics.nanmean(each, 1)]) for each in over_seeds]
     frames, summary = [], []
     for number, target in enumerate(table.names):
         a, b, far_a, far_b = (each[:, number] for each in per_case)
@@ -105,22 +105,6 @@ def _compare(title: str, table: Table, first: list[Run], second: list[Run], name
     note = statistics.why_no_test(len(first), len(first[0].cases)) or "p is of this pair alone: no correction"
     seeds = [run.seed for run in first]
     return Comparison(title, names, seeds, pd.concat(frames, ignore_index=True), pd.DataFrame(summary), note)
-
-
-def _over_seeds(values: Any) -> Any:
-    return np.stack([_mean(values[:, :, number], 0) for number in range(values.shape[2])], axis=1)
-
-
-def _average(values: Any) -> Any:
-    return _mean(_over_seeds(values), 1)[:, None]
-
-
-def _mean(values: Any, axis: int) -> Any:
-    there = ~np.isnan(values)
-    counts = there.sum(axis=axis)
-    return np.divide(
-        np.where(there, values, 0).sum(axis=axis), counts, out=np.full(counts.shape, np.nan), where=counts > 0
-    )
 
 
 def _why_not(tables: Sequence[Table], first: str, second: str) -> str:

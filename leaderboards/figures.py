@@ -150,10 +150,8 @@ def step_times(table: Table, groups: list[Group], path: Path) -> str:
     phases = ("forward", "backward", "optimizer")
     splits = []
     for group in timed:
-        steps = [run.record["timing"].get("pretrain_step") or {} for run in group.runs]
-        splits.append(
-            [float(np.median([step.get(phase, {}).get("p50_ms", np.nan) for step in steps])) for phase in phases]
-        )
+        steps = [run.record["timing"]["pretrain_step"] for run in group.runs if run.record["timing"]["pretrain_step"]]
+        splits.append([float(np.median([step[phase]["p50_ms"] for step in steps])) for phase in phases])
 
     def draw(axes: Axes) -> None:
         left = np.zeros(len(timed))

@@ -150,10 +150,9 @@ def _load(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
     runs: dict[str, Run] = {}
     problems, conflicts = [], set()
     for folder in dict.fromkeys(folder.resolve() for folder in folders):
-        # Links that lead nowhere count as well: a run that is not read is named.
-        for path in sorted(each / "record.json" for each in folder.iterdir() if os.path.lexists(each / "record.json")):
+        for place in run_folders(folder):
             try:
-                run = load_run(path.parent)
+                run = load_run(place)
             except RecordError as error:
                 problems.append(str(error))
                 continue
@@ -161,9 +160,14 @@ def _load(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
             if other is not run and not _same(run, other):
                 conflicts.add(run.run_id)
                 problems.append(
-                    f"{path}: run {run.run_id} is also in {other.folder}, with other content; neither is used: remove one"
+                    f"{place}: run {run.run_id} is also in {other.folder}, with other content; neither is used: remove one"
                 )
     return [run for name, run in runs.items() if name not in conflicts], problems
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """Folders directly below that have a record, be it a link that leads nowhere: a run that is not read is named."""
+    return sorted(each for each in folder.iterdir() if os.path.lexists(each / "record.json"))
 
 
 def load_run(folder: Path) -> Run:

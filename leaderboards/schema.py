@@ -27,16 +27,16 @@ class Step(Part):
     """Times of a pre-training step."""
 
     step: Phase
-    forward: Phase | None = None
-    backward: Phase | None = None
-    optimizer: Phase | None = None
+    forward: Phase
+    backward: Phase
+    optimizer: Phase
 
 
 class Seconds(Part):
     """Total time per stage."""
 
     __pydantic_extra__: dict[str, Number]
-    pretrain: Number | None = None
+    pretrain: Number = 0.0
     method_prepare: Number = 0.0
 
 

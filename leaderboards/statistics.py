@@ -158,7 +158,7 @@ def p_values(pairs: Sequence[tuple[Values, Values]], pooled: Luck) -> list[Value
     for places in _alike([first for first, _ in pairs]):
         columns = _contributions(*(np.stack([pairs[place][side] for place in places]) for side in (0, 1)))
         num_seeds = columns.shape[2]
-        per_case = _nanmean(columns, 2)  # (pairs, targets + 1, cases)
+        per_case = nanmean(columns, 2)  # (pairs, targets + 1, cases)
         number = (~np.isnan(per_case)).sum(axis=2)
         tested = (number >= MIN_CASES_TEST) & (np.nan_to_num(per_case) != 0).any(axis=2) & (num_seeds >= MIN_SEEDS_TEST)
         p = np.full(tested.shape, np.nan)
@@ -166,11 +166,11 @@ def p_values(pairs: Sequence[tuple[Values, Values]], pooled: Luck) -> list[Value
             # The freedom of the pooled variance for both: with the pair's own two or three, hardly anything could be found,
             # and the simulations in the tests show that this is not needed.
             freedom_of_seeds = max(pooled.freedom, 1)
-            seeds = np.fmax(_nanvar(_nanmean(columns, 3)), 2 * pooled.variance) / num_seeds
+            seeds = np.fmax(_nanvar(nanmean(columns, 3)), 2 * pooled.variance) / num_seeds
             cases = _nanvar(per_case) / np.maximum(number, 1)
             with np.errstate(divide="ignore", invalid="ignore"):
                 freedom = (seeds + cases) ** 2 / (seeds**2 / freedom_of_seeds + cases**2 / (number - 1))
-                crossed = 2 * stats.t.sf(abs(_nanmean(per_case, 2)) / np.sqrt(seeds + cases), freedom)
+                crossed = 2 * stats.t.sf(abs(nanmean(per_case, 2)) / np.sqrt(seeds + cases), freedom)
             # Differences without any spread are beyond doubt.
             crossed = np.where(seeds + cases == 0, 0.0, crossed)
             p[tested] = np.maximum(_signed_rank(per_case[tested]), crossed[tested])
@@ -305,7 +305,7 @@ def _resample(batch: Values) -> Values:
     # A target that hardly any drawn case has cannot be averaged in that resample.
     least = LEAST * there.sum(axis=(1, 2))[:, None]
     means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=(counts > least) & (counts > 0))
-    return np.concatenate([means, _nanmean(means, 2)[..., None]], axis=2)
+    return np.concatenate([means, nanmean(means, 2)[..., None]], axis=2)
 
 
 def _weigh(batch: Values) -> Values:
@@ -322,20 +322,20 @@ def _weigh(batch: Values) -> Values:
 
 def _mean(batch: Values) -> Values:
     """(groups, seeds, cases, targets) -> (groups, targets + 1)."""
-    means = _nanmean(batch.reshape(len(batch), -1, batch.shape[3]), 1)
-    return np.concatenate([means, _nanmean(means, 1)[:, None]], axis=1)
+    means = nanmean(batch.reshape(len(batch), -1, batch.shape[3]), 1)
+    return np.concatenate([means, nanmean(means, 1)[:, None]], axis=1)
 
 
 def _columns(batch: Values) -> Values:
     """(groups, seeds, cases, targets) -> (groups, targets + 1, seeds, cases): each target, and the mean that a case has."""
-    return np.concatenate([batch.transpose(0, 3, 1, 2), _nanmean(batch, 3)[:, None]], axis=1)
+    return np.concatenate([batch.transpose(0, 3, 1, 2), nanmean(batch, 3)[:, None]], axis=1)
 
 
 def _freedom(columns: Values) -> Values:
     """Degrees of freedom of the mean over (..., seeds, cases), both random (Satterthwaite)."""
     parts = []
     for axis in (-1, -2):
-        means = _nanmean(columns, axis)
+        means = nanmean(columns, axis)
         number = (~np.isnan(means)).sum(axis=-1)
         parts.append((np.nan_to_num(_nanvar(means)) / np.maximum(number, 1), np.maximum(number - 1, 1)))
     (seeds, few), (cases, many) = parts
@@ -347,13 +347,14 @@ def _freedom(columns: Values) -> Values:
 def _nanvar(values: Values) -> Values:
     """Variance with n - 1 along the last axis; NaN for fewer than two values."""
     there = ~np.isnan(values)
-    squares = np.where(there, values - _nanmean(values, -1)[..., None], 0.0) ** 2
+    squares = np.where(there, values - nanmean(values, -1)[..., None], 0.0) ** 2
     number = there.sum(axis=-1)
     found: Values = np.divide(squares.sum(axis=-1), number - 1, out=np.full(number.shape, np.nan), where=number > 1)
     return found
 
 
-def _nanmean(values: Values, axis: int) -> Values:
+def nanmean(values: Values, axis: int) -> Values:
+    """Mean along an axis over what is not NaN; NaN, without a warning, where nothing is."""
     there = ~np.isnan(values)
     counts, sums = there.sum(axis=axis), np.where(there, values, 0.0).sum(axis=axis)
     means: Values = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)

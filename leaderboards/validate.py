@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from leaderboards import board, reported, table
+from leaderboards import board, reported, statistics, table
 from leaderboards.records import STATUS, RecordError, Run, load_run
 from leaderboards.table import COLUMNS
 
@@ -102,8 +102,8 @@ def _check_aggregates(run: Run) -> Iterable[str]:
     metrics = run.record["metrics"]
     fields = {"dice": run.dice, "hd95": run.hd95, "surface_dice": run.surface_dice}
     for name, values in fields.items():
-        means = [_mean(column) for column in values.T]
-        expected = dict(zip(run.targets, means, strict=True)) | {"average": _mean(np.array(means, dtype=float))}
+        means = statistics.nanmean(values, 0)
+        expected = dict(zip(run.targets, means, strict=True)) | {"average": float(statistics.nanmean(means, 0))}
         for target, value in expected.items():
             stated = metrics.get(target, {}).get(name)
             if name == "surface_dice" and stated is None and math.isnan(value):
@@ -212,10 +212,10 @@ def _check_rows(frame: pd.DataFrame) -> list[str]:
     for _, rows in frame[measured].groupby([*KEY[:8], "metric_policy"], sort=False):
         dice = numbers.loc[rows.index, "dice"]
         average, targets = dice[rows["target"] == "average"], dice[rows["target"] != "average"]
-        if len(average) == 1 and len(targets) and not _equal(average.iloc[0], _mean(targets.to_numpy()), PRINTED):
-            found.append(
-                f"line {average.index[0] + 2}: the average Dice is {average.iloc[0]:.6g}, its targets' is {targets.mean():.6g}"
-            )
+        expected = float(statistics.nanmean(targets.to_numpy(), 0))
+        if len(average) == 1 and len(targets) and not _equal(average.iloc[0], expected, PRINTED):
+            line = average.index[0] + 2
+            found.append(f"line {line}: the average Dice is {average.iloc[0]:.6g}, its targets' is {expected:.6g}")
     return found
 
 
@@ -282,11 +282,6 @@ def _or_nan(value: Any) -> float:
 
 def _share(fraction: float) -> str:
     return repr(float(fraction))
-
-
-def _mean(values: np.ndarray[Any, Any]) -> float:
-    there = values[~np.isnan(values)]
-    return float(there.mean()) if len(there) else math.nan
 
 
 def _equal(stated: Any, value: float, tolerance: float = TOLERANCE) -> bool:

@@ -170,18 +170,11 @@ class _Site:
         for name in pictures:
             (folder / "figures").mkdir(exist_ok=True)
             shutil.copyfile(run.folder / "figures" / name, folder / "figures" / name)
-        averages = []
-        for target, entry in run.record["metrics"].items():
-            known = entry if isinstance(entry, dict) else {}
-            values = {name: _number(known.get(name)) for name in ("dice", "hd95", "surface_dice")}
-            counts = {"cases": known.get("n_cases", "-"), "missed": known.get("n_missed", "-")}
-            averages.append({"target": target, **values, **counts})
         self._page(
             "run.html",
             f"runs/{run.run_id}/index.html",
             run=run,
             memberships=memberships,
-            averages=averages,
             curves=[
                 _curve(stage, values) for stage, values in figures.read_losses(run.folder / "history.jsonl").items()
             ],
@@ -210,10 +203,6 @@ def _paragraphs(note: Path | None) -> list[str]:
     except (OSError, ValueError) as error:
         raise PublishError(f"--note {note} cannot be read as text ({error}): give a text file in UTF-8") from None
     return [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _shallow(value: Any, depth: int = 8) -> Any:

@@ -1,6 +1,7 @@
 """Checks of records and CSVs from anywhere: what was changed by hand is found, what was not passes."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,8 @@ import pytest
 from harness.cli import main
 from leaderboards import records, table, validate
 from tests.leaderboards.made import built, write_run
+
+PUBLISHED = Path(__file__).parents[2] / "leaderboards" / "published"
 
 
 @pytest.fixture
@@ -199,6 +202,22 @@ def test_every_row_of_the_board_is_checked_against_its_cases(board):
         changed.loc[line, column] = f"{float(frame.loc[line, column]) * 1.001 + 1e-4:.6g}"
         changed.to_csv(board / "changed.csv", index=False)
         assert validate.check_csv(board / "changed.csv", loaded(board))[0], column
+
+
+@pytest.mark.parametrize(
+    "place", sorted(path.parent for path in PUBLISHED.glob("*/leaderboard.csv")), ids=lambda p: p.name
+)
+def test_what_is_published_follows_from_its_cases(place, capsys):
+    words = [
+        "leaderboard",
+        "validate",
+        str(place / "runs"),
+        str(place / "leaderboard.csv"),
+        "--runs",
+        str(place / "runs"),
+    ]
+    assert main(words) == 0
+    assert "rows recomputed from" in capsys.readouterr().out
 
 
 def test_the_command_names_what_is_no_record(tmp_path, capsys):
