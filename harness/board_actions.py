@@ -44,6 +44,10 @@ def compare_two(arguments: argparse.Namespace) -> int:
         if single[0] is not None and single[1] is not None:
             found = [compare.compare_runs(single[0], single[1])]
         else:
+            known = sorted({run.method for run in runs})
+            for name in (arguments.first, arguments.second):
+                if name not in known:
+                    raise unknown("method among these runs", name, known)
             found = compare.compare_methods(board.gather(runs), arguments.first, arguments.second)
     except board.NotComparableError as error:
         raise UserError(
@@ -98,12 +102,13 @@ def efficiency(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Records and CSVs from anywhere."""
+    """Records, CSVs and sites from anywhere."""
     problems: list[str] = []
-    folders = [folder for path in arguments.files if not _is_board(path) for folder in _run_folders(path)]
+    files = [each for path in arguments.files for each in _parts(path)]
+    folders = [folder for path in files if not _is_board(path) for folder in _run_folders(path)]
     places = {folder.parent for folder in folders} | {arguments.runs}
     known, _ = records.load_runs(place for place in places if place.is_dir())
-    for path in arguments.files:
+    for path in files:
         if _is_board(path):
             found, recomputed = validate.check_csv(path, known)
             print(f"{path}: {'NOT VALID' if found else 'valid'}{f', {recomputed}' if recomputed else ''}")
@@ -198,14 +203,20 @@ def _named_run(name: str, runs: Sequence[Run]) -> Run | None:
     return found[0] if len(found) == 1 else None
 
 
+def _parts(path: Path) -> list[Path]:
+    """What there is to check: of a published site its runs and its table, else the path itself."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a record.json, a run folder, a folder of runs, a CSV or a site")
+    site = path.is_dir() and (path / "runs").is_dir() and (path / "leaderboard.csv").is_file()
+    return [path / "runs", path / "leaderboard.csv"] if site else [path]
+
+
 def _is_board(path: Path) -> bool:
     return path.suffix == ".csv" and path.name != "cases.csv"
 
 
 def _run_folders(path: Path) -> list[Path]:
     """A record's folder, a run folder, or the run folders below a folder (those without a record are unfinished)."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give a record.json, a run folder, a folder of runs or a CSV")
     if path.name in ("record.json", "cases.csv"):
         return [path.parent]
     if not path.is_dir():

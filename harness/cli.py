@@ -193,7 +193,7 @@ def _add_leaderboard(commands: Any) -> None:
     efficiency = verbs.add_parser("efficiency", help="Dice over label fractions, and its area", allow_abbrev=False)
     check = verbs.add_parser("validate", help="check records and CSVs from anywhere", allow_abbrev=False)
     check.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="CSVs, records, run folders, folders of runs"
+        "files", nargs="+", type=Path, metavar="FILE", help="CSVs, records, run folders, folders of runs, sites"
     )
     _add_runs_option(check)
     check.set_defaults(command=_board("check"))

@@ -76,7 +76,9 @@ def test_compare_refuses_what_differs_and_says_in_which_field(capsys, tmp_path):
     said = called(capsys, "leaderboard", "compare", "better", "scratch", "--runs", tmp_path, status=2)
     assert "share no table: they differ in preset" in said
     said = called(capsys, "leaderboard", "compare", "better", "worse", "--runs", tmp_path, status=2)
-    assert "no run of 'worse'; there are better, scratch" in said
+    assert "unknown method among these runs 'worse': known: better, scratch" in said
+    said = called(capsys, "leaderboard", "compare", "beter", "scratch", "--runs", tmp_path, status=2)
+    assert "did you mean 'better'?" in said
     assert "with itself" in called(capsys, "leaderboard", "compare", "a", "a", "--runs", tmp_path, status=2)
 
 
