@@ -1,15 +1,22 @@
 """SwinUNETR: MONAI's modules and keys behind the encoder / decoder contract."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 from monai.networks.blocks import UnetOutBlock
 from monai.networks.nets.swin_unetr import SwinUNETR as MonaiSwinUNETR
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from harness import Backbone, Pyramid, Settings
 
+IN_CACHE = 2**20  # attention probabilities that are handled at a time on a CPU
 Stages = Annotated[tuple[PositiveInt, ...], Field(min_length=4, max_length=4)]
 
 
@@ -18,6 +25,10 @@ class SwinUNETR(Backbone):
 
     Level 0 of the pyramid is the image itself: the convolutions on the skip connections (`encoder1`..`encoder4`,
     `encoder10`) belong to the decoder, so that partial decoding does not pay for them on the whole volume.
+
+    The modules are MONAI's, their forward pass is not: tokens stay channels-last, one indexed copy replaces padding, roll
+    and window partition, and attention is `scaled_dot_product_attention` with the relative position bias and the shift
+    mask. Outputs and gradients equal MONAI's for MONAI's weights.
     """
 
     name = "swinunetr"
@@ -70,6 +81,10 @@ class SwinUNETR(Backbone):
         num_heads: Stages = Field((3, 6, 12, 24), description="attention heads per stage; the paper's")
         dropout: float = Field(0.1, ge=0, lt=1, description="on the deepest features, after the trunk; SimCSE's 0.1")
         drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth inside the trunk; MONAI's 0")
+        checkpoint: bool = Field(
+            False,
+            description="compute the transformer's activations again in the backward pass: less memory, more time",
+        )
 
         @model_validator(mode="after")
         def _heads_fit(self) -> "SwinUNETR.Config":
@@ -119,13 +134,18 @@ class SwinUNETR(Backbone):
         return self._drop(self._stages(visible, embedded))
 
     def _stages(self, image: Tensor, features: Tensor) -> Pyramid:
-        """The four stages as MONAI's `SwinTransformer.forward` runs them; every level is normalised over channels."""
+        """Patch embedding -> pyramid; every level is normalised over channels."""
         swin = self.swinViT
-        features = swin.pos_drop(features)
-        pyramid = [image, swin.proj_out(features, True)]
+        tokens = swin.pos_drop(features).permute(0, 2, 3, 4, 1).contiguous()
+        pyramid = [image, _as_level(tokens)]
         for (stage,) in (swin.layers1, swin.layers2, swin.layers3, swin.layers4):
-            features = stage(features.contiguous())
-            pyramid.append(swin.proj_out(features, True))
+            for block in stage.blocks:
+                if self.config.checkpoint and torch.is_grad_enabled():
+                    tokens = checkpoint(_block, block, tokens, use_reentrant=False)
+                else:
+                    tokens = _block(block, tokens)
+            tokens = _merge(stage.downsample, tokens)
+            pyramid.append(_as_level(tokens))
         return pyramid
 
     def decode(self, pyramid: Pyramid) -> Tensor:
@@ -136,3 +156,200 @@ class SwinUNETR(Backbone):
         features = self.decoder2(features, self.encoder2(tokens_2))
         whole: Tensor = self.decoder1(features, self.encoder1(image))
         return whole
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Where the tokens of a batch lie in (shifted) windows; windows under the same mask lie together.
+
+    Attributes:
+        tokens: for every place in the windows the row of its token among (samples * x * y * z).
+        places: for every token its place in the windows.
+        padding: places that no token has.
+        volume: tokens in a window.
+        groups: number of windows and their mask (volume, volume), 0 or -100; None where all see each other.
+    """
+
+    tokens: Tensor
+    places: Tensor
+    padding: Tensor
+    volume: int
+    groups: tuple[tuple[int, Tensor | None], ...]
+
+
+# What is kept was first needed by an evaluation or by a training step: gradients must be able to use it in any case.
+@torch.compiler.disable
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _windows(
+    samples: int, grid: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], device: torch.device
+) -> _Windows:
+    """The partition of Liu et al. 2021 as MONAI makes it: pad at the end, roll back by `shift`, cut in windows."""
+    padded = [-(-extent // edge) * edge for extent, edge in zip(grid, window, strict=True)]
+    numbers = [extent // edge for extent, edge in zip(padded, window, strict=True)]
+    row, region, last = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), torch.zeros(1)
+    missing = torch.zeros(1, 1, dtype=torch.bool)
+    for extent, whole, edge, step, number in zip(grid, padded, window, shift, numbers, strict=True):
+        place = (torch.arange(whole) + step) % whole
+        # What the roll brings next to each other though it is far apart must not attend: the last `step` places.
+        beyond = (torch.arange(whole) >= whole - step).long()
+        at_end = torch.arange(number) == number - 1 if step else torch.zeros(number)
+        row, region, missing = (
+            _outer(whole_so_far, along.view(number, edge))
+            for whole_so_far, along in (
+                (row * extent, place.clamp(max=extent - 1)),
+                (region * 2, beyond),
+                (missing.long(), (place >= extent).long()),
+            )
+        )
+        last = (last[:, None] * 2 + at_end[None]).flatten()
+    missing = missing > 0
+    count = grid[0] * grid[1] * grid[2]
+    tokens, padding, groups = [], [], []
+    for kind in last.unique().tolist():
+        mine = (last == kind).nonzero()[:, 0]
+        tokens.append((row[mine] + count * torch.arange(samples)[:, None, None]).flatten())
+        padding.append(missing[mine].expand(samples, -1, -1).flatten())
+        regions = region[mine[0]]
+        mask = -100.0 * (regions[:, None] != regions[None]).float()
+        groups.append((samples * len(mine), mask.to(device) if mask.any() else None))
+    all_tokens, is_padding = torch.cat(tokens), torch.cat(padding)
+    places = torch.empty(samples * count, dtype=torch.long)
+    places[all_tokens[~is_padding]] = (~is_padding).nonzero()[:, 0]
+    blank = is_padding.nonzero()[:, 0]
+    return _Windows(all_tokens.to(device), places.to(device), blank.to(device), row.shape[1], tuple(groups))
+
+
+def _outer(so_far: Tensor, along: Tensor) -> Tensor:
+    """(windows, voxels) and one more axis's (windows, edge) -> all windows, all voxels; indices add up."""
+    return (so_far[:, None, :, None] + along[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
+@torch.compiler.disable
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _merging(samples: int, grid: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of the 2 x 2 x 2 tokens that MONAI's `PatchMerging` joins, in its order, and the way back."""
+    row = torch.arange(samples * grid[0] * grid[1] * grid[2]).view(samples, *grid)
+    # MONAI's order: 000 100 010 001 110 101 011 111.
+    corners = sorted(product(range(2), repeat=3), key=lambda corner: (sum(corner), tuple(-c for c in corner)))
+    tokens = torch.stack([row[:, i::2, j::2, k::2] for i, j, k in corners], dim=-1).flatten()
+    return tokens.to(device), tokens.argsort().to(device)
+
+
+class _Reorder(torch.autograd.Function):
+    """Rows (R, C) -> rows[index], 0 at `blank`. Each row goes to one place, so the gradient is a copy as well, not a sum."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, index: Tensor, back: Tensor, blank: Tensor | None, lost: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(back, lost)
+        return _take(rows, index, blank)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None, None, None]:
+        back, lost = ctx.saved_tensors
+        return _take(slope, back, lost), None, None, None, None
+
+
+def _take(rows: Tensor, index: Tensor, blank: Tensor | None) -> Tensor:
+    taken = rows.index_select(0, index)
+    return taken if blank is None or not len(blank) else taken.index_fill_(0, blank, 0)
+
+
+def _as_level(tokens: Tensor) -> Tensor:
+    """Tokens (N, x, y, z, C) -> (N, C, x, y, z), normalised over channels; no copy."""
+    return F.layer_norm(tokens, tokens.shape[-1:]).permute(0, 4, 1, 2, 3)
+
+
+def _merge(downsample: Any, tokens: Tensor) -> Tensor:
+    """MONAI's `PatchMerging`: 2 x 2 x 2 tokens become one of twice the channels."""
+    samples, *grid, width = tokens.shape
+    x, y, z = grid
+    order, back = _merging(samples, (x, y, z), tokens.device)
+    joined = _Reorder.apply(tokens.reshape(-1, width), order, back, None, None).view(-1, 8 * width)
+    merged: Tensor = downsample.reduction(downsample.norm(joined))
+    return merged.view(samples, x // 2, y // 2, z // 2, -1)
+
+
+def _block(block: Any, tokens: Tensor) -> Tensor:
+    """MONAI's `SwinTransformerBlock` on tokens (N, x, y, z, C)."""
+    samples, *grid, width = tokens.shape
+    # An axis that one window covers is neither cut nor shifted.
+    fits = [extent <= edge for extent, edge in zip(grid, block.window_size, strict=True)]
+    window = tuple(n if whole else w for n, w, whole in zip(grid, block.window_size, fits, strict=True))
+    shift = tuple(0 if whole else s for s, whole in zip(block.shift_size, fits, strict=True))
+    windows = _windows(samples, tuple(grid), window, shift, tokens.device)
+    rows = tokens.reshape(-1, width)
+    placed = _Reorder.apply(block.norm1(rows), windows.tokens, windows.places, windows.padding, None)
+    seen = _attend(block.attn, placed, windows)
+    seen = block.attn.proj(_Reorder.apply(seen, windows.places, windows.tokens, None, windows.padding))
+    tokens = tokens + block.drop_path(seen.view(tokens.shape))
+    mixed: Tensor = tokens + block.drop_path(block.mlp(block.norm2(tokens)))
+    return mixed
+
+
+def _attend(attention: Any, placed: Tensor, windows: _Windows) -> Tensor:
+    """Rows in windows (B * volume, C) -> what each token takes from its window, before the projection."""
+    volume, heads = windows.volume, attention.num_heads
+    triple = attention.qkv(placed).view(-1, volume, 3, heads, placed.shape[1] // heads)
+    index = attention.relative_position_index[:volume, :volume].flatten()
+    bias = attention.relative_position_bias_table.index_select(0, index).view(volume, volume, heads).permute(2, 0, 1)
+    bias = bias.to(triple.dtype).contiguous()
+    if triple.device.type == "cpu" and torch.is_grad_enabled():
+        seen: Tensor = _Attention.apply(triple, bias, windows.groups)
+    else:
+        seen = _attention(triple, bias, windows.groups)
+    return seen.reshape(-1, placed.shape[1])
+
+
+def _attention(triple: Tensor, bias: Tensor, groups: Sequence[tuple[int, Tensor | None]]) -> Tensor:
+    """Queries, keys and values (B, volume, 3, heads, d) -> (B, volume, heads, d)."""
+    seen = []
+    for part, (_, mask) in zip(triple.split([number for number, _ in groups]), groups, strict=True):
+        q, k, v = part.permute(2, 0, 3, 1, 4).contiguous()
+        added = bias if mask is None else bias + mask.to(bias.dtype)
+        # Without a stride of 0 over windows the GPU's kernels do not take the bias.
+        seen.append(F.scaled_dot_product_attention(q, k, v, attn_mask=added.expand(len(q), -1, -1, -1)))
+    return torch.cat(seen).transpose(1, 2)
+
+
+class _Attention(torch.autograd.Function):
+    """`_attention` on a CPU, where torch has no fused gradient once the bias needs one.
+
+    The backward pass makes the probabilities again for a few windows at a time, so that they stay in the cache and are
+    never kept: a whole stage's are half a gigabyte at 96^3.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, triple: Tensor, bias: Tensor, groups: Sequence[tuple[int, Tensor | None]]) -> Tensor:
+        ctx.save_for_backward(triple, bias)
+        ctx.groups = groups
+        # A bias that asks for a gradient keeps torch from its fused kernel, here too.
+        return _attention(triple, bias.detach(), groups)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]:
+        triple, bias = ctx.saved_tensors
+        heads, volume, _ = bias.shape
+        scale, at_once = triple.shape[-1] ** -0.5, max(1, IN_CACHE // (heads * volume**2))
+        triple_slope, bias_slope = torch.empty_like(triple), torch.zeros_like(bias, dtype=torch.float32)
+        start = 0
+        for number, mask in ctx.groups:
+            added = bias if mask is None else bias + mask.to(bias.dtype)
+            for first in range(start, start + number, at_once):
+                some = slice(first, min(first + at_once, start + number))
+                q, k, v = triple[some].permute(2, 0, 3, 1, 4).contiguous()
+                seen = slope[some].transpose(1, 2).contiguous()
+                q = q * scale
+                p = (q @ k.transpose(2, 3)).add_(added).softmax(dim=-1)
+                ds = torch.ops.aten._softmax_backward_data(seen @ v.transpose(2, 3), p, -1, p.dtype)
+                into = triple_slope[some].permute(2, 0, 3, 1, 4)
+                into[0] = (ds @ k) * scale
+                into[1] = ds.transpose(2, 3) @ q
+                into[2] = p.transpose(2, 3) @ seen
+                bias_slope += ds.sum(dim=0, dtype=torch.float32)
+            start += number
+        return triple_slope, bias_slope.to(bias.dtype), None

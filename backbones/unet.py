@@ -2,6 +2,7 @@
 
 from typing import Annotated, Any
 
+import torch
 from monai.networks.nets.basic_unet import Down, TwoConv, UpCat
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
@@ -80,5 +81,6 @@ class UNet(Backbone):
     def decode(self, pyramid: Pyramid) -> Tensor:
         *skips, features = pyramid
         for up, skip in zip((self.upcat_4, self.upcat_3, self.upcat_2, self.upcat_1), reversed(skips), strict=True):
-            features = up(features, skip)
+            # MONAI's UpCat pads what is upsampled to the skip's extent; crops are multiples of the stride, so it fits.
+            features = up.convs(torch.cat([skip, up.upsample(features)], dim=1))
         return features

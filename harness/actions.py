@@ -5,37 +5,19 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from harness.planning import Request
 
 
 def run(arguments: argparse.Namespace) -> None:
     """One run, then its table and its files."""
     from harness import run as engine
-    from harness.planning import Request
 
-    if not 0 < arguments.label_fraction <= 1:
-        raise UserError(f"--label-fraction {arguments.label_fraction:g} is not in 0..1: give for instance 0.1")
-    request = Request(
-        method=arguments.method,
-        task=arguments.task,
-        backbone=arguments.backbone,
-        preset=arguments.preset,
-        seed=arguments.seed,
-        label_fraction=arguments.label_fraction,
-        data=arguments.data,
-        runs=arguments.runs,
-        settings=tuple(arguments.settings),
-        plugins=tuple(arguments.plugins),
-        mode=arguments.mode,
-        corpora=tuple(arguments.corpora),
-        split=arguments.split,
-        protocol=arguments.protocol,
-        skip_bad=arguments.skip_bad,
-        allow_overlap=arguments.allow_overlap,
-        save_predictions=arguments.save_predictions,
-    )
+    request = request_of(arguments)
     if arguments.dry_run:
         _dry_run(request, arguments.json)
         return
@@ -59,7 +41,34 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"leaderboard of all runs:\n  {csv}")
 
 
-def _dry_run(request: Any, as_json: bool) -> None:
+def request_of(arguments: argparse.Namespace) -> "Request":
+    """What the options of a run ask for."""
+    from harness.planning import Request
+
+    if not 0 < arguments.label_fraction <= 1:
+        raise UserError(f"--label-fraction {arguments.label_fraction:g} is not in 0..1: give for instance 0.1")
+    return Request(
+        method=arguments.method,
+        task=arguments.task,
+        backbone=arguments.backbone,
+        preset=arguments.preset,
+        seed=arguments.seed,
+        label_fraction=arguments.label_fraction,
+        data=arguments.data,
+        runs=arguments.runs,
+        settings=tuple(arguments.settings),
+        plugins=tuple(arguments.plugins),
+        mode=arguments.mode,
+        corpora=tuple(arguments.corpora),
+        split=arguments.split,
+        protocol=arguments.protocol,
+        skip_bad=arguments.skip_bad,
+        allow_overlap=arguments.allow_overlap,
+        save_predictions=arguments.save_predictions,
+    )
+
+
+def _dry_run(request: "Request", as_json: bool) -> None:
     from harness.planning import plan_without_data
 
     config, setting = plan_without_data(request)

@@ -59,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_sweep(commands)
     _add_check_method(commands)
+    _add_profile(commands)
+    _add_estimate(commands)
     _add_list(commands)
     _add_show(commands)
     _add_predict(commands)
@@ -71,9 +73,29 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_run(commands: Any) -> None:
     run = commands.add_parser("run", help="pre-train, fine-tune, evaluate, record", allow_abbrev=False)
-    run.add_argument("--method", required=True, metavar="M", help="`harness list methods`")
+    _add_request_options(run, required=True)
+    run.add_argument("--save-predictions", action="store_true", help="write the test cases' label maps as NIfTI")
+    run.add_argument("--dry-run", action="store_true", help="resolve and check everything, compute nothing")
+    run.add_argument("--json", action="store_true", help="print the record as one JSON document")
+    run.set_defaults(command=actions.run)
+
+
+def _add_estimate(commands: Any) -> None:
+    estimate = commands.add_parser(
+        "estimate", help="hours, memory and disk of a run or sweep, from a few measured steps", allow_abbrev=False
+    )
+    estimate.add_argument("--sweep", type=Path, metavar="FILE.toml", help="all cells of a sweep file, see sweeps/")
+    estimate.add_argument("--jobs", type=_positive, default=1, metavar="N", help="of the sweep (default: 1)")
+    _add_request_options(estimate, required=False)
+    estimate.add_argument("--json", action="store_true", help="print the estimates as one JSON document")
+    estimate.set_defaults(command=_costs("estimate"), save_predictions=False)
+
+
+def _add_request_options(run: argparse.ArgumentParser, required: bool) -> None:
+    """All that determines a run."""
+    run.add_argument("--method", required=required, metavar="M", help="`harness list methods`")
     run.add_argument(
-        "--task", required=True, metavar="T", help="`harness list tasks`, or a Decathlon or nnU-Net folder"
+        "--task", required=required, metavar="T", help="`harness list tasks`, or a Decathlon or nnU-Net folder"
     )
     run.add_argument("--backbone", default="unet", metavar="B", help="`harness list backbones` (default: unet)")
     run.add_argument("--preset", default="demo", metavar="P", help="`harness list presets` (default: demo)")
@@ -101,7 +123,6 @@ def _add_run(commands: Any) -> None:
         metavar="fixed|K/N|same",
         help="80/20 (default), fold K of N, or train and test on the same cases, a plumbing check",
     )
-    run.add_argument("--save-predictions", action="store_true", help="write the test cases' label maps as NIfTI")
     run.add_argument(
         "--protocol",
         default="finetune",
@@ -121,9 +142,6 @@ def _add_run(commands: Any) -> None:
     _add_data_option(run)
     _add_runs_option(run)
     _add_plugin_option(run)
-    run.add_argument("--dry-run", action="store_true", help="resolve and check everything, compute nothing")
-    run.add_argument("--json", action="store_true", help="print the record as one JSON document")
-    run.set_defaults(command=actions.run)
 
 
 def _add_sweep(commands: Any) -> None:
@@ -152,6 +170,52 @@ def _add_check_method(commands: Any) -> None:
     _add_plugin_option(check)
     check.add_argument("--json", action="store_true")
     check.set_defaults(command=actions.check_method)
+
+
+def _add_profile(commands: Any) -> None:
+    profile = commands.add_parser("profile", help="what a training step costs", allow_abbrev=False)
+    profile.add_argument("--sweep", type=Path, metavar="FILE.toml", help="the cells of a sweep file, see sweeps/")
+    for name, metavar, text in (
+        ("method", "M", "`harness list methods`"),
+        ("backbone", "B", "`harness list backbones` (default: unet)"),
+        ("crop", "X,Y,Z", "extent of a crop (default: the preset's)"),
+        ("batch", "N", "crops per step (default: the preset's)"),
+        ("precision", "fp32|bf16", "default: auto"),
+    ):
+        many = {"batch": "batches", "precision": "precisions"}.get(name, f"{name}s")
+        profile.add_argument(
+            f"--{name}", action="append", default=[], metavar=metavar, dest=many, help=f"{text}; also several"
+        )
+    profile.add_argument("--task", metavar="T", help="gives channels, crop and batch: `harness list tasks`")
+    profile.add_argument("--preset", default="demo", metavar="P", help="`harness list presets` (default: demo)")
+    profile.add_argument("--stage", default="pretrain", choices=["pretrain", "finetune"])
+    profile.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="VARIANT",
+        help="settings that the method has a name for, side by side, for instance whole partial",
+    )
+    profile.add_argument("--rounds", type=_positive, default=5, metavar="N", help="of all cells in turn (default: 5)")
+    profile.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="as in `harness run`"
+    )
+    profile.add_argument("--out", type=Path, metavar="CSV", help="default: profiles/NAME.csv in the runs folder")
+    _add_runs_option(profile)
+    _add_plugin_option(profile)
+    profile.add_argument("--json", action="store_true", help="print the rows as one JSON document")
+    profile.set_defaults(command=_costs("profile"))
+
+
+def _costs(name: str) -> Callable[[argparse.Namespace], int]:
+    """The command of that name in `cost_actions`."""
+
+    def command(arguments: argparse.Namespace) -> int:
+        from harness import cost_actions
+
+        status: int = getattr(cost_actions, name)(arguments)
+        return status
+
+    return command
 
 
 def _add_list(commands: Any) -> None:

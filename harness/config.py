@@ -37,6 +37,7 @@ class Training(Settings):
         "auto", description="auto: bf16 where the hardware computes in it"
     )
     channels_last: bool = Field(True, description="channels-last memory layout of the network")
+    compile: bool = Field(False, description="torch.compile for the backbone; needs a C++ compiler on a CPU")
 
     @model_validator(mode="after")
     def _one_budget(self) -> "Training":

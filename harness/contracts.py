@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.distributed
 import torch.distributed.nn
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.settings import Settings
@@ -209,6 +210,7 @@ class Method(nn.Module):
         trains: backbone parts that it updates and hands over; the rest is frozen. Empty: there is nothing to
             pre-train and the harness goes straight to fine-tuning, from whatever `weights` gives.
         needs: optional abilities that the backbone must offer.
+        variants: settings under a name, for `harness profile --compare NAME NAME`.
         generator: the run's own source of randomness on the training device; the harness sets it.
     """
 
@@ -218,6 +220,7 @@ class Method(nn.Module):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     trains: tuple[str, ...] = ("encoder", "decoder")
     needs: ClassVar[frozenset[str]] = frozenset()
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     generator: torch.Generator | None = None
 
     class Config(Settings):
@@ -288,10 +291,14 @@ def crop(pyramid: Pyramid, strides: Sequence[Stride], origin: Stride, size: Stri
             raise ValueError(f"region {origin} + {size} is not a multiple of the deepest stride {tuple(deepest)}")
         if start < 0 or length <= 0 or start + length > limit:
             raise ValueError(f"region {origin} + {size} leaves the image of {extent}")
+    if tuple(size) == extent:
+        return list(pyramid)
+    margins = [(-start, start + length - limit) for start, length, limit in zip(origin, size, extent, strict=True)]
     cropped = []
     for features, stride in zip(pyramid, strides, strict=True):
-        spans = [slice(o // s, (o + n) // s) for o, n, s in zip(origin, size, stride, strict=True)]
-        cropped.append(features[(slice(None), slice(None), *spans)])
+        # A negative padding: slices would make their gradient axis by axis, and channels-first.
+        padding = [margin // s for both, s in reversed(list(zip(margins, stride, strict=True))) for margin in both]
+        cropped.append(F.pad(features, padding))
     return cropped
 
 

@@ -1,9 +1,12 @@
 """What the machine is and what it is good at."""
 
+import ctypes
+import os
 import platform
 import resource
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,9 @@ def computes_in_bf16(device: torch.device) -> bool:
     """Whether bf16 is native and right there.
 
     Emulated (AVX2), it is tens of times slower than fp32. With AVX-512 bf16 but without AMX, the weight gradient of a
-    convolution over 2 x 2 x 4 voxels, the deepest features of small crops, reads memory that was never written: wrong by
-    any amount and different each time (torch 2.14.1, seen on an EPYC).
+    convolution over two voxels along an axis, the deepest features of small crops, reads memory that was never written:
+    wrong by any amount and different each time (torch 2.14.1, seen on an EPYC). `harness.layers.Conv3d` computes those in
+    fp32, so that bf16 can be asked for; by itself it is chosen with AMX only.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -31,6 +35,26 @@ def precision(wanted: str, device: torch.device) -> str:
     if wanted != "auto":
         return wanted
     return "bf16" if computes_in_bf16(device) else "fp32"
+
+
+KEEP_MEMORY = "HARNESS_KEEP_MEMORY"
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
+
+
+@cache
+def keep_memory() -> bool:
+    """Have freed memory kept by the process for the next step, instead of being given back and cleared again.
+
+    glibc hands every tensor above 32 MiB back to the system when it is freed, and a step spends about half of its time
+    on page faults of the next one (docs/speed.md). HARNESS_KEEP_MEMORY=0 leaves the allocator as it is; elsewhere than on
+    glibc nothing is done. Returns whether memory is kept.
+    """
+    if os.environ.get(KEEP_MEMORY) == "0" or platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**26))
+    done = [mallopt(*each) for each in settings]
+    return all(done)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

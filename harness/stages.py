@@ -7,7 +7,9 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.inferers import sliding_window_inference
-from monai.losses import DiceLoss
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from harness.crops import Augment, CropDataset
 from harness.files import check_name, write_atomic
 from harness.formats import write_label
 from harness.images import load_label
+from harness.layers import place
 from harness.preparation import Workshop
 from harness.progress import progress
 from harness.task import Task
@@ -141,14 +143,13 @@ class Segmenter(nn.Module):
     """A network under the Dice and cross-entropy losses.
 
     MONAI's DiceCELoss is not used because it takes a softmax cross-entropy over any number of channels, which is
-    wrong for targets that overlap; those get the binary one.
+    wrong for targets that overlap; those get the binary one. Its DiceLoss has the same values and reads the target on the
+    host, which stops a GPU in every step.
     """
 
     def __init__(self, network: nn.Module, overlapping: bool, fixed: tuple[nn.Module, ...] = ()) -> None:
         super().__init__()
         self.network, self.overlapping, self.fixed = network, overlapping, fixed
-        # Over the batch, so that a crop without a target does not count as a failure.
-        self.dice = DiceLoss(sigmoid=overlapping, softmax=not overlapping, to_onehot_y=not overlapping, batch=True)
 
     def train(self, mode: bool = True) -> "Segmenter":
         """Training mode for all but what is fixed."""
@@ -162,9 +163,25 @@ class Segmenter(nn.Module):
         logits, target = self.network(batch["image"]).float(), batch["target"]
         if self.overlapping:
             entropy = F.binary_cross_entropy_with_logits(logits, target)
-        else:
-            entropy = F.cross_entropy(logits, target[:, 0])
-        return {"dice": self.dice(logits, target), "cross_entropy": entropy}
+            return {"dice": dice_loss(logits.sigmoid(), target), "cross_entropy": entropy}
+        classes = torch.arange(logits.shape[1], device=logits.device).view(1, -1, 1, 1, 1)
+        entropy = F.cross_entropy(logits, target[:, 0])
+        return {"dice": dice_loss(logits.softmax(dim=1), target == classes), "cross_entropy": entropy}
+
+
+def dice_loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """Soft Dice loss (Milletari et al. 2016, without the squares), averaged over targets; MONAI's `DiceLoss(batch=True)`.
+
+    Summed over the batch, so that a crop without a target does not count as a failure.
+
+    Args:
+        predicted: probabilities, (N, targets, x, y, z).
+        target: 0 or 1, the same shape.
+    """
+    axes, smooth = (0, 2, 3, 4), 1e-5
+    both = (predicted * target).sum(dim=axes)
+    each = predicted.sum(dim=axes) + target.sum(dim=axes, dtype=predicted.dtype)
+    return 1 - ((2 * both + smooth) / (each + smooth)).mean()
 
 
 def finetune(
@@ -225,21 +242,25 @@ def evaluate(
     With `save_predictions`, also `predictions/CASE.nii.gz`: label maps on the native grid, in the numbering of the data.
     """
     rows: list[dict[str, Any]] = []
-    panels = []
-    scoring = new_scoring(config.evaluate)
+    panels: list[Any] = []
     unfinished = folder / f".predictions-{os.getpid()}"
-    for volume in progress(volumes, "evaluate"):
-        probabilities = predict(task, network, volume.image, config.finetune, config.evaluate)
-        predicted = volume.geometry.decide(task, probabilities)
-        label, affine, _ = load_label(task, volume.case)
-        spacing = np.linalg.norm(affine[:3, :3], axis=0)
-        scores = metrics.score(predicted, task.masks(label), spacing, scoring)
-        rows += [{"case": volume.case.id, "target": t, **asdict(s)} for t, s in zip(task.targets, scores, strict=True)]
-        panels.append(picture.panel(task, volume, probabilities, [scored.dice for scored in scores]))
-        if save_predictions:
-            composed = task.compose(predicted, volume.case.numbering)
-            place = unfinished / f"{check_name(volume.case.id)}.nii.gz"
-            write_label(place, composed, np.asarray(volume.geometry.affine))
+    scoring = partial(_score, config, task, unfinished if save_predictions else None)
+    # While one case is predicted, the one after it is read and the one before it is scored, never more: memory is that of
+    # three cases, however many there are.
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as scorer:
+        upcoming = reader.submit(lambda: volumes[0].image)
+        scored: list[Any] = []
+        for number, volume in enumerate(progress(volumes, "evaluate"), start=1):
+            image = upcoming.result()
+            if number < len(volumes):
+                upcoming = reader.submit(lambda following: following.image, volumes[number])
+            probabilities = predict(task, network, image, config.finetune, config.evaluate)
+            if scored:
+                scored[-1].result()
+            scored.append(scorer.submit(scoring, volume, probabilities))
+        for found, panel in (each.result() for each in scored):
+            rows += found
+            panels.append(panel)
     with (folder / "cases.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -250,6 +271,22 @@ def evaluate(
         shutil.rmtree(folder / "predictions", ignore_errors=True)
         unfinished.replace(folder / "predictions")
     return summarise(task, rows)
+
+
+def _score(
+    config: RunConfig, task: Task, predictions: Path | None, volume: Volume, probabilities: NDArray[np.float32]
+) -> tuple[list[dict[str, Any]], Any]:
+    """Rows of `cases.csv` and the panel of one case; its label map goes to `predictions` if that is given."""
+    predicted = volume.geometry.decide(task, probabilities)
+    label, affine, _ = load_label(task, volume.case)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    scores = metrics.score(predicted, task.masks(label), spacing, new_scoring(config.evaluate))
+    rows = [{"case": volume.case.id, "target": t, **asdict(s)} for t, s in zip(task.targets, scores, strict=True)]
+    if predictions is not None:
+        composed = task.compose(predicted, volume.case.numbering)
+        place = predictions / f"{check_name(volume.case.id)}.nii.gz"
+        write_label(place, composed, np.asarray(volume.geometry.affine))
+    return rows, picture.panel(task, volume, probabilities, [scored.dice for scored in scores])
 
 
 def new_scoring(settings: Evaluate) -> metrics.Scoring:
@@ -268,7 +305,8 @@ def predict(
     device = next(network.parameters()).device
     bf16 = hardware.precision(trained.precision, device) == "bf16"
     layout = torch.channels_last_3d if trained.channels_last else torch.contiguous_format
-    network.eval().to(memory_format=layout)
+    hardware.keep_memory()
+    place(network.eval(), device, trained.channels_last)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         logits = sliding_window_inference(
             torch.from_numpy(image)[None].to(device),

@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,20 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from harness.config import Training
+from harness.contracts import Backbone
 from harness.errors import UserError
-from harness.hardware import precision
+from harness.hardware import keep_memory, precision
+from harness.layers import place
 from harness.progress import progress
 
-PHASES = ("data", "forward", "backward", "optimizer")
+PHASES = ("data", "transfer", "forward", "backward", "optimizer")
+UPDATE = PHASES[2:]
+"""What a step is in the papers: forward, backward and update; no reading, preprocessing or copying."""
+
 READ_EVERY = 10  # steps between reads of the loss: each one waits for the device
 WARMUP_STEPS = 5  # left out of the step times: allocators, caches and autotuning
 
@@ -52,10 +57,10 @@ class StepClock:
                 self.seconds[phase].append(a.elapsed_time(b) / 1000 if self.cuda else b - a)
         self.marks.clear()
 
-    def summary(self) -> dict[str, Any]:
-        """p50 and p95 in ms per phase and of the step without the wait for data, warm-up steps left out."""
-        kept = {phase: np.asarray(values[WARMUP_STEPS:] or values) * 1000 for phase, values in self.seconds.items()}
-        step = kept["forward"] + kept["backward"] + kept["optimizer"]
+    def summary(self, skip: int = WARMUP_STEPS) -> dict[str, Any]:
+        """p50 and p95 in ms per phase and of the step (`UPDATE`), the first `skip` steps left out if there are more."""
+        kept = {phase: np.asarray(values[skip:] or values) * 1000 for phase, values in self.seconds.items()}
+        step = sum(kept[phase] for phase in UPDATE)
         return {
             name: {"p50_ms": round(float(np.percentile(v, 50)), 3), "p95_ms": round(float(np.percentile(v, 95)), 3)}
             for name, v in {"step": step, **kept}.items()
@@ -79,6 +84,80 @@ class Trained:
     used: dict[str, Any] = field(default_factory=dict)
 
 
+class Trainer:
+    """A module under AdamW and a cosine schedule, prepared by Accelerate; `step` is what every stage and profile runs."""
+
+    def __init__(
+        self, module: nn.Module, settings: Training, steps: int, warmup: int, accelerator: Accelerator
+    ) -> None:
+        self.settings, self.accelerator, self.device = settings, accelerator, accelerator.device
+        self.precision, self.memory_kept = precision(settings.precision, self.device), keep_memory()
+        module = place(module, self.device, settings.channels_last)
+        groups = param_groups_weight_decay(module, settings.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=self.device.type in ("cuda", "cpu"))
+        # One more than there are steps: the cosine reaches 0 after the last one, not in it.
+        self.schedule = CosineLRScheduler(
+            optimizer, t_initial=steps + 1, warmup_t=warmup, warmup_lr_init=0.0, warmup_prefix=False, t_in_epochs=False
+        )
+        self.module, self.optimizer = accelerator.prepare(module, optimizer)
+        self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.clock = StepClock(self.device)
+        self.module.train()
+
+    def loader(self, data: Dataset[Any]) -> Any:
+        """Batches of `data` on the host, every process its own."""
+        loader = DataLoader(
+            data,
+            self.settings.batch_size,
+            num_workers=self.settings.workers,
+            pin_memory=self.device.type == "cuda",
+            drop_last=True,
+            # The loader draws a seed for its workers: from its own generator, not from the one that dropout uses.
+            generator=torch.Generator(),
+        )
+        return self.accelerator.prepare_data_loader(loader, device_placement=False)
+
+    def step(
+        self, number: int, batch: Mapping[str, Tensor], after_step: Callable[[int], None] | None = None
+    ) -> dict[str, Tensor]:
+        """Step `number`, from 1, on a host batch -> its loss terms, on the device. Nothing here waits for the device."""
+        moved = {name: self._move(value) for name, value in batch.items()}
+        self.schedule.step_update(number)
+        self.clock.lap()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            terms = self.module(moved)
+        loss = sum(term.float() for term in terms.values())
+        self.clock.lap()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accelerator.backward(loss)
+        self.clock.lap()
+        if self.settings.clip_norm:
+            self.accelerator.clip_grad_norm_(self.trained, self.settings.clip_norm)
+        self.optimizer.step()
+        if after_step is not None:
+            after_step(number)
+        self.clock.lap()
+        return {name: term.detach() for name, term in terms.items()}
+
+    def used(self) -> dict[str, Any]:
+        """What the stage was computed with, for the record."""
+        return {
+            "precision": self.precision,
+            "channels_last": self.settings.channels_last,
+            "compile": self.settings.compile,
+            "optimizer": "fused AdamW" if self.optimizer.param_groups[0].get("fused") else "AdamW",
+            "device": str(self.device),
+            "memory_kept": self.memory_kept,
+            "processes": self.accelerator.num_processes,
+            "batch_size_global": self.settings.batch_size * self.accelerator.num_processes,
+        }
+
+    def _move(self, value: Tensor) -> Tensor:
+        moved = value.to(self.device, non_blocking=True)
+        last = self.settings.channels_last and value.ndim == 5
+        return moved.to(memory_format=torch.channels_last_3d) if last else moved
+
+
 def train(
     module: nn.Module,
     data: Dataset[Any],
@@ -95,78 +174,38 @@ def train(
     Raises:
         UserError: the loss is not finite.
     """
-    device, dtype = accelerator.device, precision(settings.precision, accelerator.device)
-    layout = torch.channels_last_3d if settings.channels_last else torch.contiguous_format
-    module, optimizer, schedule, loader = _set_up(
-        module.to(device).to(memory_format=layout), data, settings, steps, warmup, accelerator
-    )
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    module.train()
-    autocast = torch.autocast(device.type, torch.bfloat16) if dtype == "bf16" else nullcontext()
-    clock, unread, started = StepClock(device), [], time.perf_counter()
+    trainer = Trainer(module, settings, steps, warmup, accelerator)
+    loader, clock = trainer.loader(data), trainer.clock
+    unread: list[Any] = []
+    started = time.perf_counter()
     bar = progress(None, stage, total=steps, shown=accelerator.is_main_process)
-    with bar, history.open("a") as lines:
+    with compiled(module, settings.compile), bar, history.open("a") as lines:
         clock.start()
         for step, batch in enumerate(loader, start=1):
-            batch = {
-                name: value.to(memory_format=layout) if value.ndim == 5 else value for name, value in batch.items()
-            }
-            schedule.step_update(step)
             clock.lap()
-            with autocast:
-                terms = module(batch)
-            loss = sum(term.float() for term in terms.values())
-            clock.lap()
-            optimizer.zero_grad(set_to_none=True)
-            accelerator.backward(loss)
-            clock.lap()
-            if settings.clip_norm:
-                accelerator.clip_grad_norm_(trained, settings.clip_norm)
-            optimizer.step()
-            if after_step is not None:
-                after_step(step)
-            clock.lap()
-            unread.append(
-                (step, optimizer.param_groups[0]["lr"], {name: term.detach() for name, term in terms.items()})
-            )
+            terms = trainer.step(step, batch, after_step)
+            unread.append((step, trainer.optimizer.param_groups[0]["lr"], terms))
             if step % READ_EVERY == 0 or step == steps:
                 last = _read(unread, stage, lines)
                 clock.read()
                 bar.set_postfix_str(f"loss {last:.4f}", refresh=False)
             bar.update()
             clock.start()
-    used = {
-        "precision": dtype,
-        "channels_last": settings.channels_last,
-        "device": str(device),
-        "processes": accelerator.num_processes,
-        "batch_size_global": settings.batch_size * accelerator.num_processes,
-    }
-    return Trained(time.perf_counter() - started, steps, clock.summary(), used)
+    return Trained(time.perf_counter() - started, steps, clock.summary(), trainer.used())
 
 
-def _set_up(
-    module: nn.Module, data: Dataset[Any], settings: Training, steps: int, warmup: int, accelerator: Accelerator
-) -> tuple[nn.Module, Any, CosineLRScheduler, Any]:
-    """AdamW with a cosine schedule, and the loader; prepared by Accelerate."""
-    on_gpu = accelerator.device.type == "cuda"
-    groups = param_groups_weight_decay(module, settings.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=on_gpu)
-    # One more than there are steps: the cosine reaches 0 after the last one, not in it.
-    schedule = CosineLRScheduler(
-        optimizer, t_initial=steps + 1, warmup_t=warmup, warmup_lr_init=0.0, warmup_prefix=False, t_in_epochs=False
-    )
-    loader = DataLoader(
-        data,
-        settings.batch_size,
-        num_workers=settings.workers,
-        pin_memory=on_gpu,
-        drop_last=True,
-        # The loader draws a seed for its workers: from its own generator, not from the one that dropout uses.
-        generator=torch.Generator(),
-    )
-    module, optimizer, loader = accelerator.prepare(module, optimizer, loader)
-    return module, optimizer, schedule, loader
+@contextmanager
+def compiled(module: nn.Module, wanted: bool) -> Iterator[None]:
+    """Within it, trunks and decoders of the backbones in `module` are compiled (`torch.compile`), if that is wanted."""
+    backbones = [each for each in module.modules() if isinstance(each, Backbone)] if wanted else []
+    for backbone in backbones:
+        for name in ("trunk", "decode"):
+            setattr(backbone, name, torch.compile(getattr(backbone, name)))
+    try:
+        yield
+    finally:
+        for backbone in backbones:
+            del backbone.trunk, backbone.decode
 
 
 def new_accelerator() -> Accelerator:

@@ -105,6 +105,20 @@ class Volume:
         return mapped
 
 
+def prepared(images: ImageSet, cases: Sequence[Case], digests: Mapping[str, str], cache: Path) -> list[Volume]:
+    """Volumes of `cases`, in their order, where `prepare` puts them; they need not be there."""
+    settings = {
+        "format": PREPARED,
+        "set": images.name,
+        "version": images.version,
+        "spacing": images.spacing,
+        "normalisation": [type(images.normalisation).__name__, asdict(images.normalisation)],
+        "targets": list(images.targets.items()),
+    }
+    folder = cache / "prepared" / f"{images.name}-{digest(settings)[:8]}"
+    return [Volume(case, folder / digests[case.id][:20]) for case in cases]
+
+
 def prepare(
     images: ImageSet, cases: Sequence[Case], digests: Mapping[str, str], cache: Path, verify: bool = False
 ) -> list[Volume]:
@@ -117,17 +131,11 @@ def prepare(
         UserError: as `harness.images.load_case`, an image without contrast, or a disk that cannot hold the volumes. All
             cases that can be prepared are, and kept.
     """
-    settings = {
-        "format": PREPARED,
-        "set": images.name,
-        "version": images.version,
-        "spacing": images.spacing,
-        "normalisation": [type(images.normalisation).__name__, asdict(images.normalisation)],
-        "targets": list(images.targets.items()),
-    }
-    folder = cache / "prepared" / f"{images.name}-{digest(settings)[:8]}"
+    if not cases:
+        return []
+    volumes = prepared(images, cases, digests, cache)
+    folder = volumes[0].stem.parent
     folder.mkdir(parents=True, exist_ok=True)
-    volumes = [Volume(case, folder / digests[case.id][:20]) for case in cases]
     known = progress(volumes, "verify", shown=verify)
     missing = {volume.stem: volume for volume in known if not volume.whole(verify)}
     broken = sum(volume.description.exists() for volume in missing.values())
@@ -140,11 +148,11 @@ def prepare(
 def _prepare_missing(images: ImageSet, missing: Sequence[Volume], folder: Path) -> None:
     if not missing:
         return
-    needed, largest = _needed(images, missing)
+    size, largest = needed(images, missing)
     free = shutil.disk_usage(folder).free
-    if needed > free:
+    if size > free:
         raise UserError(
-            f"preparing {len(missing)} cases of {images.name!r} takes up to {needed / 2**30:.2f} GiB in {folder}, "
+            f"preparing {len(missing)} cases of {images.name!r} takes up to {size / 2**30:.2f} GiB in {folder}, "
             f"{free / 2**30:.2f} GiB are free: make room, or give another folder with --runs or HARNESS_RUNS"
         )
     problems = []
@@ -165,7 +173,7 @@ def _prepare_missing(images: ImageSet, missing: Sequence[Volume], folder: Path) 
         raise UserError(problems[0] + others)
 
 
-def _needed(images: ImageSet, volumes: Sequence[Volume]) -> tuple[int, int]:
+def needed(images: ImageSet, volumes: Sequence[Volume]) -> tuple[int, int]:
     """Bytes on disk at most (the foreground's box is not known yet), and bytes in memory for the largest case."""
     disk, largest = 0, 1
     for volume in volumes:

@@ -51,7 +51,7 @@ def table_figures(table: Table, folder: Path) -> dict[str, str]:
 def dice_bars(table: Table, groups: list[Group], path: Path) -> str:
     """Dice per target with its 95 % interval."""
     names = table.names if len(table.targets) > 1 else table.targets
-    colours, width = _colours(len(groups)), 0.8 / len(groups)
+    palette, width = colours(len(groups)), 0.8 / len(groups)
 
     def draw(axes: Axes) -> None:
         for number, group in enumerate(groups):
@@ -61,20 +61,20 @@ def dice_bars(table: Table, groups: list[Group], path: Path) -> str:
                 mean,
                 width,
                 yerr=np.nan_to_num(np.stack([mean - low, high - mean])).clip(0),
-                color=colours[number],
+                color=palette[number],
                 hatch=HATCHES[number % len(HATCHES)],
                 edgecolor="black",
                 linewidth=0.5,
                 error_kw={"linewidth": 0.8, "capsize": 1.5},
-                label=_plain(group.name),
+                label=plain(group.name),
             )
-        axes.set_xticks(range(len(names)), [_plain(name) for name in names], rotation=30 if len(names) > 4 else 0)
+        axes.set_xticks(range(len(names)), [plain(name) for name in names], rotation=30 if len(names) > 4 else 0)
         axes.set_ylabel("Dice")
         axes.set_ylim(0, 1)
-        _legend(axes, outside=True)
+        legend(axes, outside=True)
 
     size = (max(6.5, min(16, 0.18 * len(groups) * len(names) + 3)), 3.8)
-    _save(path, size, table.title, draw)
+    save(path, size, table.title, draw)
     return f"Dice per target with 95 % intervals: {_best_in_words(groups)}"
 
 
@@ -97,13 +97,13 @@ def rank_stability(table: Table, groups: list[Group], path: Path) -> str:
             fmt="",
             linewidths=0.5,
             xticklabels=[str(rank + 1) for rank in range(len(groups))],
-            yticklabels=[_plain(group.name) for group in groups],
+            yticklabels=[plain(group.name) for group in groups],
             cbar_kws={"label": "share of resamples"},
         )
         axes.set_xlabel(f"rank by mean Dice (Kendall's tau {stability.tau:.2f})")
         axes.tick_params(axis="y", rotation=0)
 
-    _save(path, (4.5 + 0.42 * len(groups), 1.8 + 0.34 * len(groups)), table.title, draw)
+    save(path, (4.5 + 0.42 * len(groups), 1.8 + 0.34 * len(groups)), table.title, draw)
     best = list(zip(groups, shares, strict=True))[:6]
     firmest = ", ".join(f"{group.name} {share.max():.0%} at rank {share.argmax() + 1}" for group, share in best)
     return f"How often each method holds each rank among the resamples: {firmest}"
@@ -119,7 +119,7 @@ def pareto(table: Table, groups: list[Group], path: Path) -> str:
             front.append(place)
 
     def draw(axes: Axes) -> None:
-        colours = _colours(len(groups))
+        palette = colours(len(groups))
         axes.plot(
             [hours[p] for p in front], [dice[p] for p in front], color="0.5", linestyle="--", zorder=1, label="front"
         )
@@ -130,17 +130,17 @@ def pareto(table: Table, groups: list[Group], path: Path) -> str:
                 dice[number],
                 yerr=np.nan_to_num([[dice[number] - low], [high - dice[number]]]).clip(0),
                 marker=MARKERS[number % len(MARKERS)],
-                color=colours[number],
+                color=palette[number],
                 markeredgecolor="black",
                 linestyle="",
                 capsize=2,
-                label=_plain(group.name),
+                label=plain(group.name),
             )
         axes.set_xlabel("hours of pre-training (with the method's own preparation)")
         axes.set_ylabel("Dice, average over targets")
-        _legend(axes)
+        legend(axes)
 
-    _save(path, (6.5, 4), table.title, draw)
+    save(path, (6.5, 4), table.title, draw)
     return f"Dice over hours of pre-training; on the front: {', '.join(groups[place].name for place in front)}"
 
 
@@ -161,19 +161,19 @@ def step_times(table: Table, groups: list[Group], path: Path) -> str:
                 range(len(timed)),
                 values,
                 left=left,
-                color=_colours(3)[number],
+                color=colours(3)[number],
                 hatch=HATCHES[number],
                 edgecolor="black",
                 linewidth=0.5,
                 label=phase,
             )
             left += values
-        axes.set_yticks(range(len(timed)), [_plain(group.name) for group in timed])
+        axes.set_yticks(range(len(timed)), [plain(group.name) for group in timed])
         axes.invert_yaxis()
         axes.set_xlabel("median pre-training step, ms (without the wait for data)")
-        _legend(axes)
+        legend(axes)
 
-    _save(path, (6.5, 1.6 + 0.35 * len(timed)), table.title, draw)
+    save(path, (6.5, 1.6 + 0.35 * len(timed)), table.title, draw)
     return "Median pre-training step: " + ", ".join(f"{group.name} {group.step_ms:.0f} ms" for group in timed)
 
 
@@ -186,15 +186,15 @@ def settings_and_time(table: Table, groups: list[Group], path: Path) -> str:
             range(len(shown)), [group.step_ms or 0 for group in shown], color="0.8", edgecolor="black", linewidth=0.5
         )
         axes.set_ylabel("median step, ms (bars)")
-        axes.set_xticks(range(len(shown)), [_plain(group.name) for group in shown], rotation=30, ha="right")
+        axes.set_xticks(range(len(shown)), [plain(group.name) for group in shown], rotation=30, ha="right")
         other = axes.twinx()
         mean = np.array([group.dice.mean[-1] for group in shown])
         ends = np.stack([mean - [g.dice.low[-1] for g in shown], [g.dice.high[-1] for g in shown] - mean])
         ends = np.nan_to_num(ends).clip(0)
-        other.errorbar(range(len(shown)), mean, yerr=ends, marker="o", color=_colours(1)[0], linestyle="", capsize=2)
+        other.errorbar(range(len(shown)), mean, yerr=ends, marker="o", color=colours(1)[0], linestyle="", capsize=2)
         other.set_ylabel("Dice (points)")
 
-    _save(path, (3 + 0.8 * len(shown), 4.2), table.title, draw)
+    save(path, (3 + 0.8 * len(shown), 4.2), table.title, draw)
     return "Dice and time of a step by setting: " + ", ".join(
         f"{group.name} {group.dice.mean[-1]:.4f} at {group.step_ms or float('nan'):.0f} ms" for group in shown
     )
@@ -205,15 +205,15 @@ def training(table: Table, groups: list[Group], path: Path) -> str:
     curves = {group.name: curve for group in groups if (curve := _losses(group)) is not None}
 
     def draw(axes: Axes) -> None:
-        colours = _colours(len(curves))
+        palette = colours(len(curves))
         for number, (name, (steps, losses)) in enumerate(curves.items()):
             style = ("-", "--", ":", "-.")[number % 4]
-            axes.plot(steps, losses, color=colours[number], linestyle=style, linewidth=1.2, label=_plain(name))
+            axes.plot(steps, losses, color=palette[number], linestyle=style, linewidth=1.2, label=plain(name))
         axes.set_xlabel("step of fine-tuning")
         axes.set_ylabel("loss, mean over seeds")
-        _legend(axes)
+        legend(axes)
 
-    _save(path, (6.5, 3.8), table.title, draw)
+    save(path, (6.5, 3.8), table.title, draw)
     ends = ", ".join(f"{name} {losses[-1]:.3f}" for name, (_, losses) in list(curves.items())[:8])
     return f"Loss of fine-tuning; at its end: {ends}"
 
@@ -223,7 +223,7 @@ def label_efficiency(curves: Curves, path: Path) -> str:
     shown = sorted(curves.curves, key=lambda curve: -curve.area[0])[:MOST]
 
     def draw(axes: Axes) -> None:
-        colours = _colours(len(shown))
+        palette = colours(len(shown))
         for number, curve in enumerate(shown):
             share = [100 * fraction for fraction in curve.fractions]
             mean, low, high = (
@@ -231,14 +231,14 @@ def label_efficiency(curves: Curves, path: Path) -> str:
             )
             marker = MARKERS[number % len(MARKERS)]
             axes.plot(
-                share, mean, marker=marker, color=colours[number], label=f"{_plain(curve.name)}: {curve.area[0]:.3f}"
+                share, mean, marker=marker, color=palette[number], label=f"{plain(curve.name)}: {curve.area[0]:.3f}"
             )
-            axes.fill_between(share, low, high, color=colours[number], alpha=0.15, linewidth=0)
+            axes.fill_between(share, low, high, color=palette[number], alpha=0.15, linewidth=0)
         axes.set_xlabel("labels used, %")
         axes.set_ylabel("Dice, average over targets")
         axes.legend(title="area under the curve", frameon=False, fontsize="small", loc="lower right")
 
-    _save(path, (6, 4), curves.title, draw)
+    save(path, (6, 4), curves.title, draw)
     return "Dice over the share of labels; area: " + ", ".join(
         f"{curve.name} {curve.area[0]:.3f} [{curve.area[1]:.3f}, {curve.area[2]:.3f}]" for curve in shown
     )
@@ -290,7 +290,7 @@ def read_losses(path: Path) -> dict[str, list[float]]:
     return found
 
 
-def _save(path: Path, size: tuple[float, float], title: str, draw: Draw) -> None:
+def save(path: Path, size: tuple[float, float], title: str, draw: Draw) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with seaborn.axes_style("ticks", rc=STYLE), seaborn.plotting_context("paper"):
         figure = Figure(figsize=size, layout="constrained")
@@ -303,7 +303,7 @@ def _save(path: Path, size: tuple[float, float], title: str, draw: Draw) -> None
             figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
-def _legend(axes: Axes, outside: bool = False) -> None:
+def legend(axes: Axes, outside: bool = False) -> None:
     handles, _ = axes.get_legend_handles_labels()
     if outside or len(handles) > 6:
         axes.legend(frameon=False, fontsize="x-small", loc="upper left", bbox_to_anchor=(1.01, 1))
@@ -311,12 +311,12 @@ def _legend(axes: Axes, outside: bool = False) -> None:
         axes.legend(frameon=False, fontsize="small")
 
 
-def _colours(number: int) -> list[Any]:
+def colours(number: int) -> list[Any]:
     """Seaborn's colour-blind palette; beyond its ten colours hatches and markers tell them apart."""
     return list(seaborn.color_palette("colorblind", min(number, 10))) * (1 + number // 10)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that is no formula: a dollar sign would begin one."""
     short = printable(text)
     return (short if len(short) <= 44 else f"{short[:43]}…").replace("$", r"\$")

@@ -49,15 +49,22 @@ class HybridMIM(Method):
     name = "hybridmim"
     reference = "Xing et al. 2023, HybridMIM; github.com/ge-xing/HybridMIM"
     trains: tuple[str, ...] = ("encoder", "decoder")
+    variants = {
+        "partial": {},
+        "whole": {"method.region": "whole"},
+        "with-contrast": {},
+        "without-contrast": {"method.contrastive": 0},
+    }
 
     class Config(Settings):
         mask_ratio: float = Field(0.4, gt=0, lt=1, description="share of patches masked; section IV-C")
         sub_volume: Size3 = Field((32, 32, 32), description="first-level edge in voxels; section IV-C")
         patch: Size3 = Field((16, 16, 16), description="second-level edge in voxels; section IV-C")
-        region: Size3 | None = Field(
+        region: Size3 | Literal["whole"] | None = Field(
             None,
-            description="extent reconstructed, in voxels; none: the largest multiple of the backbone's stride within "
-            "3/4 of the crop, which is section IV-C's 96 of 128 and 64 of 96; an axis of two strides or fewer stays whole",
+            description="extent reconstructed, in voxels, or `whole`; none: the largest multiple of the backbone's stride "
+            "within 3/4 of the crop, which is section IV-C's 96 of 128 and 64 of 96; an axis of two strides or fewer stays "
+            "whole",
         )
         reconstruction: float = Field(1.0, ge=0, description="weight of L_PR, 0 switches it off; equation 7")
         number: float = Field(0.1, ge=0, description="weight of L_Num, 0 switches it off; equation 7")
@@ -209,7 +216,9 @@ class HybridMIM(Method):
     def _region(self, extent: Sequence[int]) -> tuple[Triple, Triple]:
         """Origin and size of the target region: on the deepest stride's grid, as near the centre as that allows."""
         stride, wanted = self.backbone.stride, self.config.region
-        if wanted is None:
+        if wanted == "whole":
+            size = list(extent)
+        elif wanted is None:
             # Of two strides or fewer, what remains would lie in a corner and be a fraction of the axis.
             size = [
                 length if length <= 2 * t else length * 3 // 4 // t * t

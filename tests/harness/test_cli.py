@@ -123,7 +123,7 @@ def test_the_record_says_what_happened(runs):
     assert record["transfer"]["encoder_fraction"] == 1
     assert record["transfer"]["skipped"] == []
     assert set(record["metrics"]) == {"anterior", "posterior", "average"}
-    assert set(record["timing"]["pretrain_step"]) == {"step", "data", "forward", "backward", "optimizer"}
+    assert set(record["timing"]["pretrain_step"]) == {"step", "data", "transfer", "forward", "backward", "optimizer"}
     assert {"prepare", "pretrain", "method_prepare", "finetune", "evaluate"} == set(record["timing"]["seconds"])
     assert record["computed_with"]["finetune"]["precision"] in ("fp32", "bf16")
     assert record_of(runs, "scratch")["transfer"]["encoder_fraction"] == 0

@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from monai.losses import DiceLoss
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from backbones.unet import UNet
 from harness.bench import Bench
 from harness.registry import Registry
+from harness.stages import Segmenter, dice_loss
 
 REGISTRY = Registry()
 METHODS = [name for name in REGISTRY.names("method") if REGISTRY.load("method", name).trains]
@@ -18,12 +21,43 @@ def test_a_step_never_waits_for_the_device(name, backbone, tmp_path):
     """Fake tensors have no values: whatever reads one on the host (item, a branch, a mask's size) raises."""
     built = Bench(REGISTRY.load("method", name), REGISTRY.load("backbone", backbone), tmp_path).new()
     (batch,) = built.batches(1)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # What networks keep from step to step is made in the first one.
+    built.method(batch)
     built.method.generator = None
+    check_without_values(built.method, batch)
+    built.method.after_step(1)
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_a_fine_tuning_step_never_waits_for_the_device(overlapping):
+    network = UNet(UNet.Config(features=(4, 4, 8, 8, 8)), in_channels=1)
+    network.set_head(3)
+    target = torch.ones(2, 3, 32, 32, 32) if overlapping else torch.ones(2, 1, 32, 32, 32, dtype=torch.long)
+    check_without_values(Segmenter(network, overlapping), {"image": torch.rand(2, 1, 32, 32, 32), "target": target})
+
+
+def check_without_values(module, batch):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         fake = {key: mode.from_tensor(value) for key, value in batch.items()}
-        terms = built.method(fake)
+        terms = module(fake)
+        sum(terms.values()).backward()
     assert all(term.ndim == 0 for term in terms.values())
+
+
+@pytest.mark.parametrize("overlapping", [False, True])
+def test_dice_loss_equals_monais(overlapping):
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 8, 6, 5)
+    if overlapping:
+        target = torch.randint(0, 2, logits.shape).float()
+        found = dice_loss(logits.sigmoid(), target)
+        wanted = DiceLoss(sigmoid=True, batch=True)(logits, target)
+    else:
+        labels = torch.randint(0, 2, (2, 1, 8, 6, 5))  # the last class is nowhere
+        found = dice_loss(logits.softmax(dim=1), labels == torch.arange(3).view(1, 3, 1, 1, 1))
+        wanted = DiceLoss(softmax=True, to_onehot_y=True, batch=True)(logits, labels)
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -1,0 +1,231 @@
+"""Hours, memory and disk of runs before they start, from a few measured steps: `harness estimate`."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from harness import hardware, metrics
+from harness.files import digest
+from harness.formats import read_header
+from harness.images import load_label
+from harness.planning import Request, Setting, locate, plan
+from harness.profiling import Cell, Measured, Subject, made_up_volumes, measure_apart
+from harness.progress import num_workers
+from harness.protocols import with_head
+from harness.stages import new_scoring, predict
+from harness.task import Case
+from harness.training import UPDATE, compiled, new_accelerator
+from harness.volumes import Volume, needed, prepare, prepared
+
+STEPS_SECONDS = 4.0  # that a stage is watched for
+PER_STEP_BYTES = 300  # of history.jsonl
+RECORD_BYTES = 2**18  # record, cases and figures
+
+
+@dataclass
+class Estimate:
+    """What one run will take; seconds and bytes. `shared`: its pre-training is another cell's, or there already."""
+
+    name: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    host_gib: float = 0.0
+    device_gib: float | None = None
+    disk: int = 0
+    shared: bool = False
+    finished: bool = False
+
+    @property
+    def total(self) -> float:
+        """Seconds of all stages."""
+        return sum(self.seconds.values())
+
+
+class Estimator:
+    """Estimates of runs; what two of them have in common is measured once, and counted once."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, Any] = {}
+        self.counted: set[Any] = set()
+
+    def estimate(self, request: Request) -> Estimate:
+        """One run, as it would go now: what is there already costs nothing.
+
+        Raises:
+            UserError: as `harness.planning.plan`.
+        """
+        setting = plan(request, *locate(request))
+        found = Estimate(setting.run_id)
+        if (request.runs / setting.run_id / "record.json").exists():
+            found.finished = True
+            return found
+        self._preparation(setting, request.runs / "cache", found)
+        if setting.plugins.method.trains:
+            folder = request.runs / "cache" / "pretrain" / f"{setting.config.method}-{setting.pretrain_key[:16]}"
+            found.shared = (folder / "stage.json").exists() or setting.pretrain_key in self.counted
+            if not found.shared:
+                self._stage(setting, request, "pretrain", found)
+        self.counted.add(setting.pretrain_key)
+        self._stage(setting, request, "finetune", found)
+        self._evaluation(setting, request.runs / "cache", found)
+        found.disk += RECORD_BYTES
+        return found
+
+    def _once(self, what: list[Any], measure: Callable[[], Any]) -> Any:
+        key = digest(what)
+        if key not in self.known:
+            self.known[key] = measure()
+        return self.known[key]
+
+    def _preparation(self, setting: Setting, cache: Path, found: Estimate) -> None:
+        """One case is prepared, and kept; the others take as much per byte."""
+        sets: list[tuple[Any, Sequence[Case], Any]] = [
+            (setting.task, (*setting.train, *setting.test), setting.data.inventory.digests),
+            *((each.corpus, each.cases, each.inventory.digests) for each in setting.corpora),
+        ]
+        seconds = 0.0
+        for images, cases, digests in sets:
+            missing = [volume for volume in prepared(images, cases, digests, cache) if not volume.whole(False)]
+            missing = [volume for volume in missing if volume.description not in self.counted]
+            if not missing:
+                continue
+            began = time.perf_counter()
+            prepare(images, [missing[0].case], digests, cache)
+            one = time.perf_counter() - began
+            disk, largest = needed(images, missing[1:])
+            seconds += one + one * len(missing[1:]) / num_workers(largest, len(missing))
+            found.disk += disk
+            self.counted |= {volume.description for volume in missing}
+        found.seconds["prepare"] = seconds
+
+    def _stage(self, setting: Setting, request: Request, stage: str, found: Estimate) -> None:
+        config, task = setting.config, setting.task
+        cell = Cell(request, config, task, setting.plugins, stage)
+        settings = cell.settings
+        number = setting.num_pretrain if stage == "pretrain" else len(setting.label_cases)
+        steps, _ = settings.schedule(number, num_processes=1)
+        what: list[Any] = [
+            stage,
+            config.method if stage == "pretrain" else "",
+            config.backbone,
+            task.name,
+            config.protocol,
+        ]
+        described = [
+            settings,
+            config.backbone_settings,
+            config.method_settings if stage == "pretrain" else config.finetune,
+        ]
+        what += [each.model_dump(mode="json", exclude={"steps", "epochs", "lr"}) for each in described]
+        each, seconds, preparing = self._once(what, partial(_watch, cell))
+        found.seconds[stage] = steps * seconds
+        if stage == "pretrain":
+            found.seconds["method_prepare"] = preparing
+        if each.problem:
+            found.host_gib = float("inf")
+        found.host_gib = max(found.host_gib, each.memory.get("host_peak_gib") or 0.0)
+        on_device = each.memory.get("device_peak_gib")
+        found.device_gib = on_device if found.device_gib is None else max(found.device_gib, on_device or 0.0)
+        found.disk += 4 * each.parameters + PER_STEP_BYTES * steps
+
+    def _evaluation(self, setting: Setting, cache: Path, found: Estimate) -> None:
+        """One test case, as it is evaluated, by a network that has learnt nothing; the others by their voxels."""
+        task, config = setting.task, setting.config
+        case = setting.test[0]
+        (volume,) = prepare(task, [case], setting.data.inventory.digests, cache)
+        settings = [config.backbone_settings, config.finetune, config.evaluate]
+        what = [
+            "evaluate",
+            config.backbone,
+            config.protocol,
+            task.name,
+            case.id,
+            *(s.model_dump(mode="json") for s in settings),
+        ]
+        one = self._once(what, partial(_evaluate_one, setting, volume))
+        voxels = [prod(read_header(each.images[0]).shape[:3]) for each in setting.test]
+        found.seconds["evaluate"] = one * sum(voxels) / voxels[0]
+        arrays = 4 * prod(volume.shape) * (2 * len(task.channels) + 4 * task.num_outputs)
+        found.host_gib = max(found.host_gib, arrays / 2**30)
+
+
+def _watch(cell: Cell) -> tuple[Measured, float, float]:
+    """Memory and parameters, seconds per step of the loop with its loader, and seconds of the method's preparation."""
+    each = Measured(cell)
+    measure_apart(each)
+    if each.problem:
+        return each, float("inf"), float("inf")
+    with TemporaryDirectory(prefix="harness-estimate-") as place:
+        folder = Path(place)
+        subject = Subject(cell, made_up_volumes(cell, folder), folder)
+        with compiled(subject.trainer.module, cell.settings.compile):
+            warm = subject.timed(2)
+            step = sum(warm[phase][-1] for phase in UPDATE)
+            waits = subject.loop(int(np.clip(STEPS_SECONDS / step, 3, 100)))
+        return each, float(np.median(np.sum(list(waits.values()), axis=0))), subject.prepare_seconds
+
+
+def _evaluate_one(setting: Setting, volume: Volume) -> float:
+    task, config = setting.task, setting.config
+    backbone = setting.plugins.new_backbone(config, len(task.channels))
+    network = with_head(backbone, task.num_outputs, config.protocol).to(new_accelerator().device)
+    elapsed = []
+    for _ in range(2):
+        began = time.perf_counter()
+        probabilities = predict(task, network, volume.image, config.finetune, config.evaluate)
+        predicted = volume.geometry.decide(task, probabilities)
+        label, affine, _ = load_label(task, volume.case)
+        # Scored against itself turned round: an empty prediction would cost nothing.
+        spacing = np.linalg.norm(affine[:3, :3], axis=0)
+        reference = task.masks(label)
+        metrics.score(reference[:, ::-1] | predicted[:, :1], reference, spacing, new_scoring(config.evaluate))
+        elapsed.append(time.perf_counter() - began)
+    return min(elapsed)
+
+
+def render(found: Sequence[Estimate], jobs: int = 1) -> str:
+    """A table for the terminal, with the sum of all."""
+    stages = ("prepare", "method_prepare", "pretrain", "finetune", "evaluate")
+    lines = [["run", *(stage.replace("_", " ") for stage in stages), "total", "host GiB", "device GiB", "disk"]]
+    for each in found:
+        if each.finished:
+            lines.append([each.name, *["-"] * len(stages), "finished", "-", "-", "-"])
+            continue
+        spans = [duration(each.seconds[stage]) if stage in each.seconds else "-" for stage in stages]
+        if each.shared:
+            spans[2] = "shared"
+        on_device = f"{each.device_gib:.2f}" if each.device_gib is not None else "-"
+        lines.append([each.name, *spans, duration(each.total), f"{each.host_gib:.2f}", on_device, size(each.disk)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    total, disk = sum(each.total for each in found), sum(each.disk for each in found)
+    if len(found) > 1:
+        beside = f", {duration(total / jobs)} with {jobs} jobs if they do not slow each other" if jobs > 1 else ""
+        table += ["", f"{len(found)} runs: {duration(total)}{beside}; {size(disk)} on disk"]
+    return "\n".join(table)
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever is easily read."""
+    if seconds == float("inf"):
+        return "-"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: int) -> str:
+    """Bytes in MiB or GiB."""
+    return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+
+
+def machine() -> str:
+    """The machine that the estimate is for."""
+    described = hardware.environment(new_accelerator().device)
+    return f"{described['gpu'] or described['cpu']}, {described['threads']} threads, torch {described['torch']}"

@@ -1,0 +1,156 @@
+"""Profiles of training steps: the CSV, the table in the terminal, the figure. Written by `harness profile`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from leaderboards import figures
+from leaderboards.table import escape, printable
+
+COLUMNS = (
+    *("machine", "device", "threads", "torch", "harness", "revision"),
+    *("stage", "method", "variant", "backbone", "task", "channels", "crop", "batch_size", "precision"),
+    *("channels_last", "compile", "settings"),
+    *("step_ms_p50", "step_ms_p95", "forward_ms_p50", "forward_ms_p95", "backward_ms_p50", "backward_ms_p95"),
+    *("optimizer_ms_p50", "optimizer_ms_p95", "transfer_ms_p50", "transfer_ms_p95"),
+    *("data_wait_ms_p50", "data_wait_ms_p95", "data_wait_share", "sample_ms", "workers", "workers_needed"),
+    *("samples_per_s", "first_over_this", "first_over_this_low", "first_over_this_high"),
+    *("gflop", "tflop_per_s", "of_gemm", "of_convolution", "of_copy"),
+    *("gemm_tflop_per_s", "convolution_tflop_per_s", "copy_gb_per_s"),
+    *(
+        "host_peak_gib",
+        "device_peak_gib",
+        "parameters",
+        "rounds",
+        "steps",
+        "spread",
+        "ceiling_spread",
+        "noisy",
+        "problem",
+    ),
+)
+"""Times in ms; `step` is forward, backward and update. `first_over_this`: of the first row's step, paired by round."""
+
+LOST = 0.02  # share of a loop that waits for data above which something is to be changed
+
+
+def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """The CSV; numbers to six digits, empty where nothing was measured."""
+    frame = pd.DataFrame([{name: escape(row.get(name)) for name in COLUMNS} for row in rows], columns=list(COLUMNS))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(path, index=False, float_format="%.6g")
+
+
+def label(row: dict[str, Any]) -> str:
+    """A row in a few words."""
+    own = [pair for pair in str(row["settings"]).split(", ") if pair.startswith(("method.", "backbone."))]
+    named = row["variant"] or ", ".join(pair.partition(".")[2] for pair in own)
+    what = f"{row['method']} {named}".strip()
+    stage = "" if row["stage"] == "pretrain" else f" {row['stage']}"
+    return printable(f"{what}{stage}, {row['backbone']}, {row['crop']} x {row['batch_size']}, {row['precision']}")
+
+
+def render(rows: Sequence[dict[str, Any]]) -> str:
+    """A table for the terminal, and what to know before believing it."""
+    heads = ["", "step ms (p95)", "forward", "backward", "update", "data wait", "samples/s", "first/this", "GFLOP"]
+    heads += ["of GEMM", "of conv", "GiB"]
+    lines = [heads]
+    for row in rows:
+        if row["problem"]:
+            lines.append([label(row), row["problem"], *[""] * (len(heads) - 2)])
+            continue
+        memory = row["device_peak_gib"] if row["device_peak_gib"] is not None else row["host_peak_gib"]
+        low, high = row["first_over_this_low"], row["first_over_this_high"]
+        lines.append(
+            [
+                label(row),
+                f"{row['step_ms_p50']:.1f} ({row['step_ms_p95']:.1f})",
+                *(f"{row[f'{phase}_ms_p50']:.1f}" for phase in ("forward", "backward", "optimizer")),
+                f"{row['data_wait_ms_p50']:.1f} ({row['data_wait_share']:.1%})",
+                f"{row['samples_per_s']:.2f}",
+                f"{row['first_over_this']:.2f} ({low:.2f} to {high:.2f})",
+                f"{row['gflop']:.1f}",
+                f"{row['of_gemm']:.0%}",
+                f"{row['of_convolution']:.0%}",
+                f"{memory:.2f}",
+            ]
+        )
+    widths = [max(len(line[place]) for line in lines) for place in range(len(heads))]
+    table = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*table, "", *remarks(rows)])
+
+
+def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The machine, its ceilings, and what makes the numbers doubtful or the loop slow, in words."""
+    timed = [row for row in rows if not row["problem"]]
+    if not timed:
+        return []
+    found = [
+        f"{printable(timed[0]['machine'])}, {timed[0]['threads']} threads, torch {timed[0]['torch']}; a step is forward, "
+        "backward and update, without reading, preprocessing and copying"
+    ]
+    for precision in dict.fromkeys(row["precision"] for row in timed):
+        row = next(row for row in timed if row["precision"] == precision)
+        found.append(
+            f"{precision}: a matrix product reaches {row['gemm_tflop_per_s']:.2f} TFLOP/s, a convolution of 64 channels "
+            f"{row['convolution_tflop_per_s']:.2f}; a copy {row['copy_gb_per_s']:.1f} GB/s"
+        )
+    noisy = [row for row in timed if row["noisy"]]
+    if noisy:
+        worst = max(max(row["spread"], row["ceiling_spread"]) for row in noisy)
+        found.append(
+            f"NOISY: from round to round medians differ by up to {worst:.0%} in {len(noisy)} of {len(timed)} rows: "
+            "something else used the machine, do not believe them; stop it and profile again"
+        )
+    for row in timed:
+        if row["data_wait_share"] > LOST:
+            needed = row["workers_needed"] + 1
+            found.append(
+                f"{label(row)}: {row['data_wait_share']:.0%} of the loop waits for data, a sample takes "
+                f"{row['sample_ms']:.0f} ms: set {row['stage']}.workers={needed} (it is {row['workers']}), if there are so "
+                "many cores to spare"
+            )
+    return found
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """The paper's Figure 5: median step, split in its phases, with the 95th percentile; PNG and SVG beside each other."""
+    timed = [row for row in rows if not row["problem"]]
+
+    def bars(axes: Axes) -> None:
+        left = np.zeros(len(timed))
+        for number, phase in enumerate(("forward", "backward", "optimizer")):
+            values = np.array([row[f"{phase}_ms_p50"] for row in timed])
+            axes.barh(
+                range(len(timed)),
+                values,
+                left=left,
+                color=figures.colours(3)[number],
+                hatch=figures.HATCHES[number],
+                edgecolor="black",
+                linewidth=0.5,
+                label="update" if phase == "optimizer" else phase,
+            )
+            left += values
+        median = np.array([row["step_ms_p50"] for row in timed])
+        late = np.array([row["step_ms_p95"] for row in timed])
+        axes.errorbar(
+            median, range(len(timed)), xerr=[np.zeros(len(timed)), late - median], color="0.2", linestyle="", capsize=3
+        )
+        for place, row in enumerate(timed):
+            text = f"  {row['step_ms_p50']:.0f} ms, {row['first_over_this']:.2f}x"
+            axes.text(max(late[place], left[place]), place, text, va="center", fontsize=8)
+        axes.set_xlim(0, 1.3 * max(late.max(), left.max()))
+        axes.set_yticks(range(len(timed)), [figures.plain(label(row)) for row in timed])
+        axes.invert_yaxis()
+        axes.set_xlabel("median step, ms; whisker: 95th percentile; x: first row's step over this one's")
+        figures.legend(axes)
+
+    title = f"{timed[0]['machine']}, {timed[0]['threads']} threads" if timed else ""
+    if timed:
+        noise = " - NOISY" if any(row["noisy"] for row in timed) else ""
+        figures.save(path.with_suffix(""), (9, 1.8 + 0.38 * len(timed)), f"{title}{noise}", bars)
