@@ -16,7 +16,7 @@ from harness.planning import Request, writable
 def profile(arguments: argparse.Namespace) -> int:
     """Time steps side by side; a table, a CSV and a figure."""
     requests = list(_requests(arguments))
-    from harness import profiling
+    from harness import profiling, subject
     from leaderboards import profiles
 
     variants = arguments.compare or [""]
@@ -24,7 +24,7 @@ def profile(arguments: argparse.Namespace) -> int:
     cells, left_out = [], []
     for request in requests:
         try:
-            cells += [profiling.resolve_cell(request, arguments.stage, variant) for variant in variants]
+            cells += [subject.resolve_cell(request, arguments.stage, variant) for variant in variants]
         except UserError as error:
             if arguments.sweep is None:
                 raise

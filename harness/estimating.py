@@ -16,12 +16,12 @@ from harness.files import digest
 from harness.formats import read_header
 from harness.images import load_label
 from harness.planning import Request, Setting, locate, plan
-from harness.profiling import Cell, Measured, Subject, made_up_volumes, measure_apart
 from harness.progress import num_workers
 from harness.protocols import with_head
 from harness.stages import new_scoring, predict
+from harness.subject import Cell, Measured, Subject, made_up_volumes, measure_apart
 from harness.task import Case
-from harness.training import UPDATE, compiled, new_accelerator
+from harness.training import compiled, new_accelerator
 from harness.volumes import Volume, needed, prepare, prepared
 
 STEPS_SECONDS = 4.0  # that a stage is watched for
@@ -165,9 +165,9 @@ def _watch(cell: Cell) -> tuple[Measured, float, float]:
         folder = Path(place)
         subject = Subject(cell, made_up_volumes(cell, folder), folder)
         with compiled(subject.trainer.module, cell.settings.compile):
-            warm = subject.timed(2)
-            step = sum(warm[phase][-1] for phase in UPDATE)
-            waits = subject.loop(int(np.clip(STEPS_SECONDS / step, 3, 100)))
+            subject.timed(1)
+            step = sum(values[-1] for values in subject.timed(1).values())
+            waits = subject.loop(int(np.clip(STEPS_SECONDS / step, 2, 100)))
         return each, float(np.median(np.sum(list(waits.values()), axis=0))), subject.prepare_seconds
 
 

@@ -23,7 +23,7 @@ from harness.task import ImageSet, Task
 
 PLURAL = {"method": "methods", "backbone": "backbones", "task": "tasks", "corpus": "corpora"}
 KINDS = tuple(PLURAL)
-STATED = ("version", "reference", "trains", "needs", "abilities", "presets")
+STATED = ("version", "reference", "trains", "needs", "abilities", "variants", "presets")
 
 
 @dataclass(frozen=True)

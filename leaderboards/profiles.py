@@ -63,7 +63,7 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
         if row["problem"]:
             lines.append([label(row), row["problem"], *[""] * (len(heads) - 2)])
             continue
-        memory = row["device_peak_gib"] if row["device_peak_gib"] is not None else row["host_peak_gib"]
+        memory = row["device_peak_gib"] if row.get("device_peak_gib") is not None else row["host_peak_gib"]
         low, high = row["first_over_this_low"], row["first_over_this_high"]
         lines.append(
             [
@@ -76,7 +76,7 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
                 f"{row['gflop']:.1f}",
                 f"{row['of_gemm']:.0%}",
                 f"{row['of_convolution']:.0%}",
-                f"{memory:.2f}",
+                f"{memory:.2f}" if memory is not None else "-",
             ]
         )
     widths = [max(len(line[place]) for line in lines) for place in range(len(heads))]
