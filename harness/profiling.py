@@ -61,8 +61,9 @@ def _build(found: Sequence[Measured], folder: Path) -> dict[int, Subject]:
             continue
         with out_of_memory(each):
             subject = Subject(each.cell, made_up_volumes(each.cell, folder), folder / str(number))
-            subject.timed(1)
-            subject.step_seconds = _seconds(subject.timed(1))
+            with compiled(subject.trainer.module, each.cell.settings.compile):
+                subject.timed(1)
+                subject.step_seconds = _seconds(subject.timed(1))
             each.prepare_seconds, each.used = subject.prepare_seconds, subject.trainer.used()
             each.batch_bytes = sum(value.nbytes for value in subject.batch.values())
             subjects[number] = subject
