@@ -76,9 +76,19 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def memory(device: torch.device) -> dict[str, float | None]:
     """Peak memory so far in GiB: of this process, and of the device where it has memory of its own."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    peak = _host_peak_gib()
     on_device = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     return {"host_peak_gib": round(peak, 3), "device_peak_gib": on_device}
+
+
+def _host_peak_gib() -> float:
+    """Of this process alone: what getrusage says begins, on Linux, with the memory of the process that started this one."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def git_state() -> dict[str, Any]:

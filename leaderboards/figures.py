@@ -316,10 +316,10 @@ def colours(number: int) -> list[Any]:
     return list(seaborn.color_palette("colorblind", min(number, 10))) * (1 + number // 10)
 
 
-def plain(text: str) -> str:
+def plain(text: str, most: int = 44) -> str:
     """Text that is no formula: a dollar sign would begin one."""
     short = printable(text)
-    return (short if len(short) <= 44 else f"{short[:43]}…").replace("$", r"\$")
+    return (short if len(short) <= most else f"{short[: most - 1]}…").replace("$", r"\$")
 
 
 def _wrapped(title: str, width: int) -> str:

@@ -47,11 +47,16 @@ def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def label(row: dict[str, Any]) -> str:
     """A row in a few words."""
-    own = [pair for pair in str(row["settings"]).split(", ") if pair.startswith(("method.", "backbone."))]
-    named = row["variant"] or ", ".join(pair.partition(".")[2] for pair in own)
-    what = f"{row['method']} {named}".strip()
-    stage = "" if row["stage"] == "pretrain" else f" {row['stage']}"
-    return printable(f"{what}{stage}, {row['backbone']}, {row['crop']} x {row['batch_size']}, {row['precision']}")
+    return printable(", ".join(_words(row)))
+
+
+def _words(row: dict[str, Any]) -> list[str]:
+    own = [
+        pair.partition(".")[2] for pair in str(row["settings"]).split(", ") if pair.startswith(("method.", "backbone."))
+    ]
+    stage = [] if row["stage"] == "pretrain" else [row["stage"]]
+    named = [row["variant"]] if row["variant"] else own
+    return [row["method"], *named, *stage, row["backbone"], f"{row['crop']} x {row['batch_size']}", row["precision"]]
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
@@ -120,6 +125,10 @@ def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """The paper's Figure 5: median step, split in its phases, with the 95th percentile; PNG and SVG beside each other."""
     timed = [row for row in rows if not row["problem"]]
+    words = [_words(row) for row in timed]
+    # What holds for all bars stands above them, once.
+    common = [word for word in words[0] if len(words) > 1 and all(word in others for others in words)] if words else []
+    own = [", ".join(word for word in each if word not in common) or each[0] for each in words]
 
     def bars(axes: Axes) -> None:
         left = np.zeros(len(timed))
@@ -145,12 +154,12 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             text = f"  {row['step_ms_p50']:.0f} ms, {row['first_over_this']:.2f}x"
             axes.text(max(late[place], left[place]), place, text, va="center", fontsize=8)
         axes.set_xlim(0, 1.3 * max(late.max(), left.max()))
-        axes.set_yticks(range(len(timed)), [figures.plain(label(row)) for row in timed])
+        axes.set_yticks(range(len(timed)), [figures.plain(text, most=80) for text in own])
         axes.invert_yaxis()
         axes.set_xlabel("median step, ms; whisker: 95th percentile; x: first row's step over this one's")
         figures.legend(axes)
 
-    title = f"{timed[0]['machine']}, {timed[0]['threads']} threads" if timed else ""
     if timed:
+        title = "; ".join([", ".join(common), f"{timed[0]['machine']}, {timed[0]['threads']} threads"]).strip("; ")
         noise = " - NOISY" if any(row["noisy"] for row in timed) else ""
-        figures.save(path.with_suffix(""), (9, 1.8 + 0.38 * len(timed)), f"{title}{noise}", bars)
+        figures.save(path.with_suffix(""), (10.5, 1.8 + 0.38 * len(timed)), f"{title}{noise}", bars)

@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.hardware import keep_memory
-
 BASELINE = Path(__file__).with_name("baseline.json")
 SLOWER = 0.10  # share by which a ratio must be worse than the baseline's to be named
 FOUND = pytest.StashKey[dict]()
@@ -21,12 +19,6 @@ def pytest_addoption(parser):
     parser.addoption(
         "--save-baseline", action="store_true", help="store the ratios of this run as tests/benchmarks/baseline.json"
     )
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _memory_kept():
-    """As in a run of the harness; the peers that are timed beside it have it too."""
-    keep_memory()
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from monai.data import PersistentDataset
 from monai.transforms import Compose, RandSpatialCropd, ToTensord
 from scipy import ndimage
 
+from harness.hardware import memory
 from harness.phantom import make_phantom
 from harness.registry import Registry
 from harness.task import Case
@@ -225,4 +226,4 @@ def _prepare_many(folder, pipe):
     seconds = time.perf_counter() - began
     after = resource.getrusage(resource.RUSAGE_SELF)
     busy = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    pipe.send((seconds, busy / seconds, after.ru_maxrss / 2**20))
+    pipe.send((seconds, busy / seconds, memory(torch.device("cpu"))["host_peak_gib"]))

@@ -12,6 +12,7 @@ from torch import nn
 from backbones.swinunetr import SwinUNETR
 from backbones.unet import UNet
 from harness.config import Evaluate, Training
+from harness.hardware import keep_memory
 from harness.layers import InstanceNorm3d, place
 from harness.registry import Registry
 from harness.stages import predict
@@ -19,6 +20,13 @@ from harness.training import new_accelerator, train
 from methods.hybridmim import HybridMIM
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(1200)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _memory_kept():
+    """As in a run of the harness; what is timed beside it in this process has it too. The other modules come before."""
+    keep_memory()
+
 
 CPU, LAST = torch.device("cpu"), torch.channels_last_3d
 

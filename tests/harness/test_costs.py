@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -47,7 +49,7 @@ def test_profile_writes_table_csv_and_figure(tmp_path, capsys):
     out = tmp_path / "new" / "steps.csv"
     assert main(words("--set", "method.region=32,16,32", "--compare", "partial", "whole", "--out", str(out))) == 0
     printed = capsys.readouterr().out
-    assert "hybridmim partial, unet, 32x32x32 x 2, fp32" in printed
+    assert "hybridmim, partial, unet, 32x32x32 x 2, fp32" in printed
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == profiles.COLUMNS
@@ -238,3 +240,21 @@ def test_variants_are_settings_of_the_method(registry):
     for name in registry.names("method"):
         for variant in registry.load("method", name).variants:
             assert isinstance(resolve_cell(request(name, "pretrain.batch_size=2"), variant=variant), Cell)
+
+
+MEASURE = """
+from harness.hardware import memory
+import torch
+print(memory(torch.device("cpu"))["host_peak_gib"])
+"""
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="elsewhere a process does not inherit its parent's peak"
+)
+def test_peak_memory_is_the_process_own():
+    """What was large is whoever started it, as after an earlier cell of a profile."""
+    big = torch.ones(2**28)  # 1 GiB
+    assert big.sum() > 0
+    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.9
