@@ -341,7 +341,7 @@ class _Attention(torch.autograd.Function):
             added = bias if mask is None else bias + mask.to(bias.dtype)
             for first in range(start, start + number, at_once):
                 some = slice(first, min(first + at_once, start + number))
-                # Channels before tokens: with heads of few channels, products of that form are up to four times faster.
+                # Channels before tokens: with heads of few channels, products of that form are much faster.
                 q, k, v = triple[some].permute(2, 0, 3, 4, 1).contiguous()
                 seen = slope[some].permute(0, 2, 3, 1).contiguous()
                 q = q * scale

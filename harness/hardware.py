@@ -45,8 +45,8 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 def keep_memory() -> bool:
     """Have freed memory kept by the process for the next step, instead of being given back and cleared again.
 
-    glibc hands every tensor above 32 MiB back to the system when it is freed, and a step spends about half of its time
-    on page faults of the next one (docs/speed.md). HARNESS_KEEP_MEMORY=0 leaves the allocator as it is; elsewhere than on
+    glibc hands every tensor above 32 MiB back to the system when it is freed, and a step spends up to half of its time
+    on having the next ones cleared (docs/speed.md). HARNESS_KEEP_MEMORY=0 leaves the allocator as it is; elsewhere than on
     glibc nothing is done. Returns whether memory is kept.
     """
     if os.environ.get(KEEP_MEMORY) == "0" or platform.libc_ver()[0] != "glibc":

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ROWS = 8192  # voxels summed in one go: float32 sums of a whole crop would lose four digits
+ROWS = 8192  # voxels summed in one go: float32 sums of a whole crop would lose digits
 
 
 class InstanceNorm3d(nn.InstanceNorm3d):

@@ -89,6 +89,7 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"SLOWER by more than {SLOWER:.0%}: {line}", red=True)
     if baseline and not slower:
         terminalreporter.write_line("nothing got slower than the baseline")
-    if config.getoption("--save-baseline"):
+    # The option is known only where this folder is named on the command line.
+    if config.getoption("--save-baseline", default=False):
         BASELINE.write_text(json.dumps(baseline | found, indent=1) + "\n")
         terminalreporter.write_line(f"stored in {BASELINE}")

@@ -41,7 +41,7 @@ def test_instance_norm_equals_the_definition(shape, affine):
 
 
 def test_instance_norm_sums_many_voxels_without_losing_digits():
-    """A float32 sum of a million voxels far from 0 would be off in the fourth digit."""
+    """Batch norm's own float32 sums of a million voxels far from 0 are not so exact."""
     features = (torch.randn(1, 2, 100, 100, 100, generator=torch.Generator().manual_seed(0)) + 20).to(
         memory_format=LAST
     )
