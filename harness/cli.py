@@ -5,6 +5,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -88,7 +89,7 @@ def _add_estimate(commands: Any) -> None:
     estimate.add_argument("--jobs", type=_positive, default=1, metavar="N", help="of the sweep (default: 1)")
     _add_request_options(estimate, required=False)
     estimate.add_argument("--json", action="store_true", help="print the estimates as one JSON document")
-    estimate.set_defaults(command=_costs("estimate"), save_predictions=False)
+    estimate.set_defaults(command=_later("cost_actions", "estimate"), save_predictions=False)
 
 
 def _add_request_options(run: argparse.ArgumentParser, required: bool) -> None:
@@ -203,19 +204,7 @@ def _add_profile(commands: Any) -> None:
     _add_runs_option(profile)
     _add_plugin_option(profile)
     profile.add_argument("--json", action="store_true", help="print the rows as one JSON document")
-    profile.set_defaults(command=_costs("profile"))
-
-
-def _costs(name: str) -> Callable[[argparse.Namespace], int]:
-    """The command of that name in `cost_actions`."""
-
-    def command(arguments: argparse.Namespace) -> int:
-        from harness import cost_actions
-
-        status: int = getattr(cost_actions, name)(arguments)
-        return status
-
-    return command
+    profile.set_defaults(command=_later("cost_actions", "profile"))
 
 
 def _add_list(commands: Any) -> None:
@@ -260,7 +249,7 @@ def _add_leaderboard(commands: Any) -> None:
         "files", nargs="+", type=Path, metavar="FILE", help="CSVs, records, run folders, folders of runs, sites"
     )
     _add_runs_option(check)
-    check.set_defaults(command=_board("check"))
+    check.set_defaults(command=_later("board_actions", "check"))
     for parser, command in ((build, "build"), (compare, "compare_two"), (ranks, "ranks"), (efficiency, "efficiency")):
         _add_records(parser, command)
     _add_publish(verbs)
@@ -303,16 +292,14 @@ def _add_records(parser: argparse.ArgumentParser, command: str) -> None:
         dest="folders",
         help="a folder of runs to merge, also several, of other labs too (default: the runs folder)",
     )
-    parser.set_defaults(command=_board(command))
+    parser.set_defaults(command=_later("board_actions", command))
 
 
-def _board(name: str) -> Callable[[argparse.Namespace], int]:
-    """The command of that name; pandas is imported when it is called."""
+def _later(module: str, name: str) -> Callable[[argparse.Namespace], int]:
+    """The command of that name; what its module imports is imported when it is called."""
 
     def command(arguments: argparse.Namespace) -> int:
-        from harness import board_actions
-
-        status: int = getattr(board_actions, name)(arguments)
+        status: int = getattr(import_module(f"harness.{module}"), name)(arguments)
         return status
 
     return command

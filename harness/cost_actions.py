@@ -78,7 +78,7 @@ def estimate(arguments: argparse.Namespace) -> int:
         print(
             f"\n{estimating.render(found, arguments.jobs)}\n\non {estimating.machine()}, by a few steps of each stage"
         )
-    return 2 if problems else 0
+    return 2 if problems or any(each.problem for each in found) else 0
 
 
 def _requests(arguments: argparse.Namespace) -> Iterator[Request]:

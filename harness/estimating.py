@@ -23,6 +23,7 @@ from harness.subject import Cell, Measured, Subject, made_up_volumes, measure_ap
 from harness.task import Case
 from harness.training import compiled, new_accelerator
 from harness.volumes import Volume, needed, prepare, prepared
+from leaderboards.table import align
 
 STEPS_SECONDS = 4.0  # that a stage is watched for
 PER_STEP_BYTES = 300  # of history.jsonl
@@ -40,6 +41,7 @@ class Estimate:
     disk: int = 0
     shared: bool = False
     finished: bool = False
+    problem: str = ""
 
     @property
     def total(self) -> float:
@@ -67,8 +69,8 @@ class Estimator:
             return found
         self._preparation(setting, request.runs / "cache", found)
         if setting.plugins.method.trains:
-            folder = request.runs / "cache" / "pretrain" / f"{setting.config.method}-{setting.pretrain_key[:16]}"
-            found.shared = (folder / "stage.json").exists() or setting.pretrain_key in self.counted
+            kept = setting.pretrain_folder(request.runs) / "stage.json"
+            found.shared = kept.exists() or setting.pretrain_key in self.counted
             if not found.shared:
                 self._stage(setting, request, "pretrain", found)
         self.counted.add(setting.pretrain_key)
@@ -124,11 +126,12 @@ class Estimator:
         ]
         what += [each.model_dump(mode="json", exclude={"steps", "epochs", "lr"}) for each in described]
         each, seconds, preparing = self._once(what, partial(_watch, cell))
+        if each.problem:
+            found.problem = f"{stage}: {each.problem}"
+            return
         found.seconds[stage] = steps * seconds
         if stage == "pretrain":
             found.seconds["method_prepare"] = preparing
-        if each.problem:
-            found.host_gib = float("inf")
         found.host_gib = max(found.host_gib, each.memory.get("host_peak_gib") or 0.0)
         on_device = each.memory.get("device_peak_gib")
         found.device_gib = on_device if found.device_gib is None else max(found.device_gib, on_device or 0.0)
@@ -160,7 +163,7 @@ def _watch(cell: Cell) -> tuple[Measured, float, float]:
     each = Measured(cell)
     measure_apart(each)
     if each.problem:
-        return each, float("inf"), float("inf")
+        return each, 0.0, 0.0
     with TemporaryDirectory(prefix="harness-estimate-") as place:
         folder = Path(place)
         subject = Subject(cell, made_up_volumes(cell, folder), folder)
@@ -197,13 +200,15 @@ def render(found: Sequence[Estimate], jobs: int = 1) -> str:
         if each.finished:
             lines.append([each.name, *["-"] * len(stages), "finished", "-", "-", "-"])
             continue
+        if each.problem:
+            lines.append([each.name, *["-"] * len(stages), each.problem, "-", "-", "-"])
+            continue
         spans = [duration(each.seconds[stage]) if stage in each.seconds else "-" for stage in stages]
         if each.shared:
             spans[2] = "shared"
         on_device = f"{each.device_gib:.2f}" if each.device_gib is not None else "-"
         lines.append([each.name, *spans, duration(each.total), f"{each.host_gib:.2f}", on_device, size(each.disk)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    table = align(lines)
     total, disk = sum(each.total for each in found), sum(each.disk for each in found)
     if len(found) > 1:
         beside = f", {duration(total / jobs)} with {jobs} jobs if they do not slow each other" if jobs > 1 else ""
@@ -213,8 +218,6 @@ def render(found: Sequence[Estimate], jobs: int = 1) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds, minutes or hours, whichever is easily read."""
-    if seconds == float("inf"):
-        return "-"
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -109,6 +109,10 @@ class Setting:
         versions = [self.plugins.method.version, self.plugins.backbone.version, version("ssl-seg-harness")]
         return digest([parts, settings, versions, self._pretrain_data, self.sources, self.files])
 
+    def pretrain_folder(self, runs: Path) -> Path:
+        """Where its pre-training is kept, for every run that shares it."""
+        return runs / "cache" / "pretrain" / f"{self.config.method}-{self.pretrain_key[:16]}"
+
     @property
     def discovery(self) -> list[Any]:
         """All that whatever a method discovers depends on; the settings it depends on it states itself."""

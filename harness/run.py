@@ -149,7 +149,7 @@ def _pretrained(
     config, plugins, channels = setting.config, setting.plugins, setting.pretrain_channels
     if not plugins.method.trains:
         return plugins.method(config.method_settings, plugins.new_backbone(config, channels)).weights(), {}
-    folder = runs / "cache" / "pretrain" / f"{config.method}-{setting.pretrain_key[:16]}"
+    folder = setting.pretrain_folder(runs)
     if (kept := _kept_pretraining(folder)) is not None:
         say(f"pre-training found in {folder}")
         return kept

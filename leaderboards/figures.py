@@ -21,6 +21,7 @@ MOST = 24
 """Rows that a figure shows; of more, the best."""
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
 MARKERS = "osD^vP*X<>"
+PHASES = ("forward", "backward", "optimizer")
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "harness",
@@ -147,34 +148,39 @@ def pareto(table: Table, groups: list[Group], path: Path) -> str:
 def step_times(table: Table, groups: list[Group], path: Path) -> str:
     """Median pre-training step, split in its phases (the paper's Figure 5)."""
     timed = [group for group in groups if group.step_ms]
-    phases = ("forward", "backward", "optimizer")
     splits = []
     for group in timed:
         steps = [run.record["timing"]["pretrain_step"] for run in group.runs if run.record["timing"]["pretrain_step"]]
-        splits.append([float(np.median([step[phase]["p50_ms"] for step in steps])) for phase in phases])
+        splits.append([float(np.median([step[phase]["p50_ms"] for step in steps])) for phase in PHASES])
 
     def draw(axes: Axes) -> None:
-        left = np.zeros(len(timed))
-        for number, phase in enumerate(phases):
-            values = np.nan_to_num([split[number] for split in splits])
-            axes.barh(
-                range(len(timed)),
-                values,
-                left=left,
-                color=colours(3)[number],
-                hatch=HATCHES[number],
-                edgecolor="black",
-                linewidth=0.5,
-                label=phase,
-            )
-            left += values
-        axes.set_yticks(range(len(timed)), [plain(group.name) for group in timed])
-        axes.invert_yaxis()
+        stacked(axes, np.nan_to_num(splits), [plain(group.name) for group in timed])
         axes.set_xlabel("median pre-training step, ms (without the wait for data)")
         legend(axes)
 
     save(path, (6.5, 1.6 + 0.35 * len(timed)), table.title, draw)
     return "Median pre-training step: " + ", ".join(f"{group.name} {group.step_ms:.0f} ms" for group in timed)
+
+
+def stacked(axes: Axes, splits: Any, names: Sequence[str]) -> Any:
+    """A bar per name, of the phases of a step: (names, phases) in ms -> where the bars end."""
+    left = np.zeros(len(names))
+    for number, phase in enumerate(PHASES):
+        values = np.asarray(splits)[:, number]
+        axes.barh(
+            range(len(names)),
+            values,
+            left=left,
+            color=colours(3)[number],
+            hatch=HATCHES[number],
+            edgecolor="black",
+            linewidth=0.5,
+            label="update" if phase == "optimizer" else phase,
+        )
+        left += values
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    return left
 
 
 def settings_and_time(table: Table, groups: list[Group], path: Path) -> str:

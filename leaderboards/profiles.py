@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from leaderboards import figures
-from leaderboards.table import escape, printable
+from leaderboards.table import align, escape, printable
 
 COLUMNS = (
     *("machine", "device", "threads", "torch", "harness", "revision"),
@@ -21,17 +21,8 @@ COLUMNS = (
     *("samples_per_s", "first_over_this", "first_over_this_low", "first_over_this_high"),
     *("gflop", "tflop_per_s", "of_gemm", "of_convolution", "of_copy"),
     *("gemm_tflop_per_s", "convolution_tflop_per_s", "copy_gb_per_s"),
-    *(
-        "host_peak_gib",
-        "device_peak_gib",
-        "parameters",
-        "rounds",
-        "steps",
-        "spread",
-        "ceiling_spread",
-        "noisy",
-        "problem",
-    ),
+    *("host_peak_gib", "device_peak_gib", "parameters"),
+    *("rounds", "steps", "spread", "ceiling_spread", "noisy", "problem"),
 )
 """Times in ms; `step` is forward, backward and update. `first_over_this`: of the first row's step, paired by round."""
 
@@ -84,9 +75,7 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
                 f"{memory:.2f}" if memory is not None else "-",
             ]
         )
-    widths = [max(len(line[place]) for line in lines) for place in range(len(heads))]
-    table = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*table, "", *remarks(rows)])
+    return "\n".join([*align(lines), "", *remarks(rows)])
 
 
 def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -131,20 +120,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     own = [", ".join(word for word in each if word not in common) or each[0] for each in words]
 
     def bars(axes: Axes) -> None:
-        left = np.zeros(len(timed))
-        for number, phase in enumerate(("forward", "backward", "optimizer")):
-            values = np.array([row[f"{phase}_ms_p50"] for row in timed])
-            axes.barh(
-                range(len(timed)),
-                values,
-                left=left,
-                color=figures.colours(3)[number],
-                hatch=figures.HATCHES[number],
-                edgecolor="black",
-                linewidth=0.5,
-                label="update" if phase == "optimizer" else phase,
-            )
-            left += values
+        splits = [[row[f"{phase}_ms_p50"] for phase in figures.PHASES] for row in timed]
+        left = figures.stacked(axes, splits, [figures.plain(text, most=80) for text in own])
         median = np.array([row["step_ms_p50"] for row in timed])
         late = np.array([row["step_ms_p95"] for row in timed])
         axes.errorbar(
@@ -154,8 +131,6 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             text = f"  {row['step_ms_p50']:.0f} ms, {row['first_over_this']:.2f}x"
             axes.text(max(late[place], left[place]), place, text, va="center", fontsize=8)
         axes.set_xlim(0, 1.3 * max(late.max(), left.max()))
-        axes.set_yticks(range(len(timed)), [figures.plain(text, most=80) for text in own])
-        axes.invert_yaxis()
         axes.set_xlabel("median step, ms; whisker: 95th percentile; x: first row's step over this one's")
         figures.legend(axes)
 

@@ -65,8 +65,7 @@ def render(tables: Sequence[Table], reported: pd.DataFrame | None = None) -> str
     parts = []
     for table in tables:
         grid = _grid(table)
-        widths = [max(len(line[column]) for line in grid) for column in range(len(grid[0]))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in grid]
+        lines = align(grid)
         notes = dict.fromkeys(f"  {group.name}: {group.note}" for group in table.groups if _worth_saying(group))
         parts.append("\n".join([printable(table.title), *map(printable, [*lines, *list(notes)[:20]])]))
     if reported is not None and not reported.empty:
@@ -78,6 +77,12 @@ def render(tables: Sequence[Table], reported: pd.DataFrame | None = None) -> str
             f"reported elsewhere (other data, presets and code: never ranked or tested with the above)\n{text}"
         )
     return "\n\n".join(parts) or "no finished runs"
+
+
+def align(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of equally many texts -> lines with their columns below each other."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
 def markdown(frame: pd.DataFrame) -> str:

@@ -258,3 +258,24 @@ def test_peak_memory_is_the_process_own():
     assert big.sum() > 0
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 0.9
+
+
+def test_estimate_of_what_does_not_fit_says_so_in_json_too(tmp_path, capsys, monkeypatch, hippocampus_phantom):
+    monkeypatch.setattr("harness.estimating.measure_apart", lambda each: setattr(each, "problem", OUT_OF_MEMORY))
+    settings = [word for pair in (*TINY["unet"], *TINY_BUDGET) for word in ("--set", pair)]
+    words = [
+        "estimate",
+        "--method",
+        "simmim",
+        "--task",
+        "msd_hippocampus",
+        "--data",
+        str(hippocampus_phantom),
+        *settings,
+    ]
+    words += ["--runs", str(tmp_path)]
+    assert main([*words, "--json"]) == 2
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["problem"] == "finetune: out of memory"
+    assert main(words) == 2
+    assert "out of memory" in capsys.readouterr().out
