@@ -16,7 +16,7 @@ from harness.files import digest
 from harness.formats import read_header
 from harness.images import load_label
 from harness.planning import Request, Setting, locate, plan
-from harness.progress import num_workers
+from harness.progress import num_workers, say
 from harness.protocols import with_head
 from harness.stages import new_scoring, predict
 from harness.subject import Cell, Measured, Subject, made_up_volumes, measure_apart
@@ -159,19 +159,24 @@ class Estimator:
 
 
 def _watch(cell: Cell) -> tuple[Measured, float, float]:
-    """Memory and parameters, seconds per step of the loop with its loader, and seconds of the method's preparation."""
-    each = Measured(cell)
+    """Memory and parameters, seconds per step with its data, and seconds of the method's preparation."""
+    each, settings = Measured(cell), cell.settings
+    say(f"measuring a few steps: {cell}, {cell.stage}")
     measure_apart(each)
     if each.problem:
         return each, 0.0, 0.0
     with TemporaryDirectory(prefix="harness-estimate-") as place:
         folder = Path(place)
         subject = Subject(cell, made_up_volumes(cell, folder), folder)
-        with compiled(subject.trainer.module, cell.settings.compile):
+        with compiled(subject.trainer.module, settings.compile):
             subject.timed(1)
-            step = sum(values[-1] for values in subject.timed(1).values())
-            waits = subject.loop(int(np.clip(STEPS_SECONDS / step, 2, 100)))
-        return each, float(np.median(np.sum(list(waits.values()), axis=0))), subject.prepare_seconds
+            first = sum(values[-1] for values in subject.timed(1).values())
+            timed = subject.timed(int(np.clip(STEPS_SECONDS / first, 1, 100)))
+        step = float(np.median(np.sum(list(timed.values()), axis=0)))
+        data = settings.batch_size * subject.sample_seconds()
+        # Workers make the next batches while a step runs; without them it waits for each.
+        whole = max(step, data / settings.workers) if settings.workers else step + data
+        return each, whole, subject.prepare_seconds
 
 
 def _evaluate_one(setting: Setting, volume: Volume) -> float:

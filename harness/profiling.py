@@ -87,9 +87,7 @@ def _watch_loader(each: Measured, subject: Subject) -> None:
     """The training loop with its loader: what the step waits for, once the batches made in advance are used up."""
     if each.problem:
         return
-    began = time.perf_counter()
-    samples = [subject.data[10**5 + number] for number in range(each.cell.settings.batch_size)]
-    each.sample_seconds = (time.perf_counter() - began) / len(samples)
+    each.sample_seconds = subject.sample_seconds()
     each.waits = subject.loop(int(np.clip(LOOP_SECONDS / subject.step_seconds, 1, 100)))
 
 

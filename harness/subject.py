@@ -152,6 +152,14 @@ class Subject:
         clock.read()
         return {phase: list(values) for phase, values in clock.seconds.items()}
 
+    def sample_seconds(self) -> float:
+        """To make one sample in one process."""
+        number = self.cell.settings.batch_size
+        began = time.perf_counter()
+        for place in range(10**5, 10**5 + number):
+            self.data[place]
+        return (time.perf_counter() - began) / number
+
     def loop(self, number: int) -> dict[str, list[float]]:
         """As `timed`, with batches of the loader, after those that its workers make in advance."""
         clock, ahead = self.trainer.clock, 2 * self.cell.settings.workers + 1
