@@ -82,13 +82,8 @@ def pretrain(
     method.generator = torch.Generator(accelerator.device).manual_seed(seed_for(config.seed, f"pretrain method {rank}"))
     settings = config.pretrain
     steps, warmup = settings.schedule(len(volumes), accelerator.num_processes)
-    data = CropDataset(
-        sources,
-        settings.crop,
-        steps * settings.batch_size * accelerator.num_processes,
-        seed_for(config.seed, "pretrain crops"),
-        transform=plugins.method.transform(config.method_settings),
-    )
+    length = steps * settings.batch_size * accelerator.num_processes
+    data = pretrain_data(config, plugins, sources, length, seed_for(config.seed, "pretrain crops"))
     history = folder / "history.jsonl"
     trained = train(method, data, settings, steps, warmup, accelerator, history, "pretrain", method.after_step)
     save_file(method.weights(), folder / "weights.safetensors")
@@ -96,6 +91,20 @@ def pretrain(
     write_atomic(folder / "stage.json", json.dumps(stage))
     _show(method, data, config, accelerator.device, folder / PICTURE, title)
     return stage
+
+
+def pretrain_data(
+    config: RunConfig, plugins: Plugins, sources: Sequence[Source], length: int, seed: int
+) -> CropDataset:
+    """Crops as the method sees them."""
+    transform = plugins.method.transform(config.method_settings)
+    return CropDataset(sources, config.pretrain.crop, length, seed, transform)
+
+
+def finetune_data(config: RunConfig, task: Task, volumes: Sequence[Volume], length: int, seed: int) -> CropDataset:
+    """Labelled crops, augmented."""
+    settings = config.finetune
+    return CropDataset(volumes, settings.crop, length, seed, Augment(settings), task, settings.foreground)
 
 
 @torch.inference_mode()
@@ -208,15 +217,8 @@ def finetune(
     torch.manual_seed(seed_for(config.seed, f"finetune dropout {accelerator.process_index}"))
     settings = config.finetune
     steps, warmup = settings.schedule(len(volumes), accelerator.num_processes)
-    data = CropDataset(
-        volumes,
-        settings.crop,
-        steps * settings.batch_size * accelerator.num_processes,
-        seed_for(config.seed, "finetune crops"),
-        transform=Augment(settings),
-        task=task,
-        foreground=settings.foreground,
-    )
+    length = steps * settings.batch_size * accelerator.num_processes
+    data = finetune_data(config, task, volumes, length, seed_for(config.seed, "finetune crops"))
     segmenter = Segmenter(network, task.overlapping, fixed)
     trained = train(segmenter, data, settings, steps, warmup, accelerator, folder / "history.jsonl", "finetune")
     if protocols.digest_modules(fixed) != before:

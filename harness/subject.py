@@ -20,13 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from harness import hardware
 from harness.config import RunConfig, Training, change_task, parse_overrides
 from harness.contracts import Batch, Source
-from harness.crops import Augment, CropDataset
 from harness.errors import UserError, unknown
 from harness.planning import Request, check_fit, resolve_request
 from harness.preparation import Workshop
 from harness.protocols import fixed, with_head
 from harness.registry import Registry
-from harness.stages import Plugins, Segmenter, freeze
+from harness.stages import Plugins, Segmenter, finetune_data, freeze, pretrain_data
 from harness.task import Case, Task
 from harness.training import UPDATE, Trainer, new_accelerator
 from harness.volumes import STEPS, Volume
@@ -122,12 +121,9 @@ class Subject:
         self.trainer = Trainer(module, settings, 10**6, 0, new_accelerator())
         if cell.stage == "pretrain":
             module.generator = torch.Generator(self.trainer.device).manual_seed(0)
-            transform = cell.plugins.method.transform(cell.config.method_settings)
-            self.data = CropDataset(sources, settings.crop, 10**6, 0, transform)
+            self.data = pretrain_data(cell.config, cell.plugins, sources, 10**6, 0)
         else:
-            finetune = cell.config.finetune
-            augment = Augment(finetune)
-            self.data = CropDataset(sources, settings.crop, 10**6, 0, augment, cell.task, finetune.foreground)
+            self.data = finetune_data(cell.config, cell.task, volumes, 10**6, 0)
         samples = [self.data[number] for number in range(settings.batch_size)]
         self.batch: Batch = torch.utils.data.default_collate(samples)
         if self.trainer.device.type == "cuda":
