@@ -19,12 +19,12 @@ if TYPE_CHECKING:
         Transform,
         VolumeSource,
         crop,
-        gather,
     )
     from harness.corpus import Corpus
     from harness.errors import UserError
     from harness.files import slug
     from harness.masking import any_box, inside_boxes, num_masked, random_integers, random_patches, to_voxels
+    from harness.parts import gather, previous, rand, randn, total
     from harness.settings import Settings, Size3
     from harness.task import Archive, Case, ImageSet, Percentiles, PhantomShape, Task, Window
     from harness.transfer import inflate
@@ -39,7 +39,11 @@ _HOME = {
     "Transform": "harness.contracts",
     "VolumeSource": "harness.contracts",
     "crop": "harness.contracts",
-    "gather": "harness.contracts",
+    "gather": "harness.parts",
+    "previous": "harness.parts",
+    "rand": "harness.parts",
+    "randn": "harness.parts",
+    "total": "harness.parts",
     "Corpus": "harness.corpus",
     "UserError": "harness.errors",
     "slug": "harness.files",
@@ -89,10 +93,14 @@ __all__ = [
     "inflate",
     "inside_boxes",
     "num_masked",
+    "previous",
+    "rand",
+    "randn",
     "random_integers",
     "random_patches",
     "slug",
     "to_voxels",
+    "total",
 ]
 
 

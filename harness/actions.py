@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,12 +17,19 @@ if TYPE_CHECKING:
 def run(arguments: argparse.Namespace) -> None:
     """One run, then its table and its files."""
     from harness import run as engine
+    from harness.tracking import check_trackers
 
     request = request_of(arguments)
     if arguments.dry_run:
         _dry_run(request, arguments.json)
         return
+    check_trackers(request.how.trackers)
+    if request.how.until:
+        print(f"pre-trained:\n  {engine.pretrain_only(request)}")
+        return
     finished = engine.run(request)
+    if int(os.environ.get("RANK") or 0) > 0:
+        return  # one of several processes speaks for all
     if arguments.json:
         print(json.dumps(finished.record, indent=1))
         return
@@ -43,8 +51,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 def request_of(arguments: argparse.Namespace) -> "Request":
     """What the options of a run ask for."""
+    from harness.execution import Execution
     from harness.planning import Request
 
+    how = Execution(
+        checkpoint_minutes=getattr(arguments, "checkpoint_minutes", 10.0),
+        micro_batches=getattr(arguments, "micro_batches", 0),
+        on_nonfinite=getattr(arguments, "on_nonfinite", "stop"),
+        trackers=tuple(getattr(arguments, "trackers", ())),
+        until=getattr(arguments, "until", ""),
+    )
     if not 0 < arguments.label_fraction <= 1:
         raise UserError(f"--label-fraction {arguments.label_fraction:g} is not in 0..1: give for instance 0.1")
     return Request(
@@ -65,6 +81,7 @@ def request_of(arguments: argparse.Namespace) -> "Request":
         skip_bad=arguments.skip_bad,
         allow_overlap=arguments.allow_overlap,
         save_predictions=arguments.save_predictions,
+        how=how,
     )
 
 

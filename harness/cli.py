@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 
 from harness import actions, data_actions
 from harness.errors import UserError
+from harness.execution import STOPPED, Interrupted, catching
+from harness.tracking import TRACKERS
 
 # Errors of the file system that are the user's to mend: no permission, read-only, full, a file where a folder is due, a
 # name that is too long or a link to itself.
@@ -26,17 +28,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 the user can mend it, 130 interrupted; a fault of ours raises (status 1)."""
+    """Exit status: 0 done, 2 the user can mend it, 75 stopped by a signal; a fault of ours raises (status 1)."""
     try:
         arguments = _parser().parse_args(words)
-        status: int | None = arguments.command(arguments)
+        with catching():
+            status: int | None = arguments.command(arguments)
         return status or 0
     except UserError as error:
         print("harness: error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("harness: interrupted; the same command goes on after the last finished stage", file=sys.stderr)
-        return 130
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"harness: stopped by {error or 'Ctrl-C'}; the same command goes on from there", file=sys.stderr)
+        return STOPPED
     except BrokenPipeError:
         # The reader (`head`, a pager) has left; nothing is wrong with the run.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -76,9 +79,45 @@ def _add_run(commands: Any) -> None:
     run = commands.add_parser("run", help="pre-train, fine-tune, evaluate, record", allow_abbrev=False)
     _add_request_options(run, required=True)
     run.add_argument("--save-predictions", action="store_true", help="write the test cases' label maps as NIfTI")
+    _add_execution_options(run)
+    run.add_argument(
+        "--until", default="", choices=["pretrain"], help="leave after that stage; runs that share it find it there"
+    )
     run.add_argument("--dry-run", action="store_true", help="resolve and check everything, compute nothing")
     run.add_argument("--json", action="store_true", help="print the record as one JSON document")
     run.set_defaults(command=actions.run)
+
+
+def _add_execution_options(run: argparse.ArgumentParser) -> None:
+    """How a run is carried out; the same run goes on under other ones."""
+    run.add_argument(
+        "--checkpoint-minutes",
+        type=_minutes,
+        default=10.0,
+        metavar="M",
+        help="between checkpoints of a training stage (default: 10)",
+    )
+    run.add_argument(
+        "--micro-batches",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="compute each batch in N parts one after the other, for the same result in less memory",
+    )
+    run.add_argument(
+        "--on-nonfinite",
+        default="stop",
+        choices=["stop", "skip"],
+        help="a loss or gradient that is not finite ends the run (default), or its step is left out and counted",
+    )
+    run.add_argument(
+        "--tracker",
+        action="append",
+        default=[],
+        choices=list(TRACKERS),
+        dest="trackers",
+        help="where the values of every step go as well, also several; a tracker's failure never stops a run",
+    )
 
 
 def _add_estimate(commands: Any) -> None:
@@ -429,6 +468,16 @@ def _seed(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = -1.0
+    if not 0 <= minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes, 0 or more")
+    return minutes
 
 
 def _positive(text: str) -> int:

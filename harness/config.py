@@ -26,7 +26,7 @@ class Training(Settings):
     steps: PositiveInt | None = Field(None, description="optimizer steps; give steps or epochs")
     epochs: PositiveInt | None = Field(None, description="passes over the training cases; give steps or epochs")
     crop: Size3 = Field(description="extent of a training crop in voxels")
-    batch_size: PositiveInt = Field(description="crops per step and process")
+    batch_size: PositiveInt = Field(description="crops per step, over all processes and micro-batches")
     lr: float = Field(gt=0, description="peak learning rate of AdamW")
     weight_decay: float = Field(ge=0, description="of AdamW; biases and norms are left out")
     warmup_steps: NonNegativeInt = Field(0, description="linear warm-up in steps")
@@ -45,13 +45,13 @@ class Training(Settings):
             raise ValueError("give either steps or epochs, and set the other to none")
         return self
 
-    def schedule(self, num_cases: int, num_processes: int) -> tuple[int, int]:
+    def schedule(self, num_cases: int) -> tuple[int, int]:
         """Total steps and warm-up steps for a number of training cases.
 
         Raises:
             UserError: the warm-up is longer than the training.
         """
-        per_epoch = -(-num_cases // (self.batch_size * num_processes))
+        per_epoch = -(-num_cases // self.batch_size)
         steps = self.steps if self.steps is not None else (self.epochs or 0) * per_epoch
         warmup = self.warmup_steps + self.warmup_epochs * per_epoch
         if warmup >= steps:

@@ -7,16 +7,13 @@ def test_my_method():
 """
 
 import io
-import multiprocessing
 import pickle
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from queue import Empty
 from typing import Any
 
 import numpy as np
@@ -24,10 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from harness.bench import STEPS, Bench, CheckError, total
 from harness.contracts import Backbone, Batch, Method
+from harness.equality import check_micro_batches, check_processes
 from harness.errors import UserError
 from harness.registry import Registry
 
@@ -272,6 +269,7 @@ CHECKS: dict[str, Callable[[Bench], str]] = {
     "transform": check_transform,
     "loader worker": check_worker,
     "batch sizes": check_batches,
+    "micro-batches": check_micro_batches,
     "channels": check_channels,
     "crops": check_crops,
     "weights": check_weights,
@@ -334,7 +332,7 @@ def check_method(
                 else:
                     add(Result(check, backbone, "n/a", "trains nothing"))
             if trains and (checks is None or TWO in checks):
-                add(_result(TWO, backbone, partial(check_two_processes, name, plugins, backbone, settings or {})))
+                add(_result(TWO, backbone, partial(check_processes, 2, name, plugins, backbone, settings or {})))
     return results
 
 
@@ -346,61 +344,6 @@ def _result(check: str, backbone: str, function: Callable[[], str]) -> Result:
     # A plugin is foreign code: whatever it raises is its author's to see, and the other checks go on.
     except Exception as error:
         return Result(check, backbone, "FAIL", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-
-
-def check_two_processes(name: str, plugins: Sequence[str], backbone: str, settings: Mapping[str, str]) -> str:
-    """Two steps under DistributedDataParallel with gloo on this machine, in fresh processes."""
-    context = multiprocessing.get_context("forkserver")
-    # The server imports torch and MONAI once, its forks then start at once; it runs nothing before they do.
-    context.set_forkserver_preload(["harness.conformance", "monai.networks.nets.swin_unetr"])
-    queue = context.Queue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = (port, name, tuple(plugins), backbone, dict(settings), queue)
-    ranks = [context.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    problem = "a process died before it answered"
-    while any(process.is_alive() for process in ranks) or not queue.empty():
-        try:
-            problem = queue.get(timeout=1)
-            break
-        except Empty:
-            continue
-    for process in ranks:
-        # After a failure the other one may wait for it forever.
-        process.join(timeout=1 if problem else 30)
-        process.kill()
-    if problem:
-        raise CheckError(problem)
-    return "equal weights on both"
-
-
-def _rank(
-    rank: int, port: int, name: str, plugins: tuple[str, ...], backbone: str, settings: dict[str, str], queue: Any
-) -> None:
-    torch.set_num_threads(1)
-    problem = ""
-    try:
-        torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-        registry = Registry(plugins)
-        with tempfile.TemporaryDirectory() as folder:
-            bench = Bench(registry.load("method", name), registry.load("backbone", backbone), Path(folder), settings)
-            built = bench.new()
-            assert built.method.generator is not None, "Bench.new sets it"
-            built.method.generator.manual_seed(rank)
-            built.train(built.batches(2, rank=rank), DistributedDataParallel(built.method))
-            sums = torch.tensor([p.double().sum() for p in built.method.parameters() if p.requires_grad])
-            both = [torch.zeros_like(sums) for _ in range(2)]
-            torch.distributed.all_gather(both, sums)
-            if not torch.equal(*both):
-                problem = "the two processes end with other weights: do not change parameters outside forward"
-    # Reported to the process that asked; a hung peer is killed there.
-    except Exception as error:
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    if rank == 0 or problem:
-        queue.put(problem)
 
 
 def assert_conforms(

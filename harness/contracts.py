@@ -6,11 +6,10 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-import torch.distributed
-import torch.distributed.nn
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.parts import Dropout
 from harness.settings import Settings
 
 Batch = dict[str, Tensor]
@@ -121,7 +120,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.in_channels = in_channels
-        self.dropout = nn.Dropout(dropout)
+        self.dropout: nn.Module = Dropout(dropout)
 
     def trunk(self, image: Tensor) -> Pyramid:
         """(N, in_channels, x, y, z) -> pyramid, before the dropout on the deepest level."""
@@ -171,9 +170,9 @@ class Backbone(nn.Module):
         if not self.dropout_inside:
             shared = self.trunk(image)
             return self._drop(shared), self._drop(shared)
-        both = self.encode(torch.cat([image, image]))
+        both = self.trunk(torch.cat([image, image]))
         half = len(image)
-        return [level[:half] for level in both], [level[half:] for level in both]
+        return self._drop([level[:half] for level in both]), self._drop([level[half:] for level in both])
 
     def forward(self, image: Tensor) -> Tensor:
         """(N, in_channels, x, y, z) -> logits (N, num_outputs, x, y, z)."""
@@ -211,7 +210,9 @@ class Method(nn.Module):
             pre-train and the harness goes straight to fine-tuning, from whatever `weights` gives.
         needs: optional abilities that the backbone must offer.
         variants: settings under a name, for `harness profile --compare NAME NAME`.
-        generator: the run's own source of randomness on the training device; the harness sets it.
+        generator: the run's own source of randomness on the training device; the harness seeds it for every step. What
+            is drawn with `harness.rand` (and `random_integers`, `random_patches`) does not depend on how the batch is
+            dealt out over processes; what is drawn from it directly is each process's own.
     """
 
     name: ClassVar[str]
@@ -255,7 +256,11 @@ class Method(nn.Module):
         return volumes
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Named, weighted loss terms; the harness minimises their sum."""
+        """Named, weighted loss terms; the harness minimises their sum.
+
+        The batch is this process's part. A term that is a mean over crops is averaged over the parts; one that compares
+        crops, or divides by what it counts in them, sees all of them through `harness.gather` and `harness.total`.
+        """
         raise NotImplementedError(f"{type(self).__name__} must implement forward(batch)")
 
     def show(self, batch: Batch) -> dict[str, Tensor]:
@@ -300,11 +305,3 @@ def crop(pyramid: Pyramid, strides: Sequence[Stride], origin: Stride, size: Stri
         padding = [margin // s for both, s in reversed(list(zip(margins, stride, strict=True))) for margin in both]
         cropped.append(F.pad(features, padding))
     return cropped
-
-
-def gather(codes: Tensor) -> Tensor:
-    """Codes (N, D) of all processes, (N * world, D) in the order of their ranks; gradients flow to every process."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return codes
-    parts: tuple[Tensor, ...] = torch.distributed.nn.all_gather(codes)  # type: ignore[no-untyped-call]
-    return torch.cat(parts)

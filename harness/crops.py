@@ -42,10 +42,19 @@ class CropDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.length
 
+    def name(self, index: int) -> str:
+        """The case that sample `index` comes from, where its source says so."""
+        source = self._source(index)
+        case = getattr(getattr(source, "volume", source), "case", None)
+        return str(getattr(case, "id", "?"))
+
+    def _source(self, index: int) -> Any:
+        turn, place = divmod(index, len(self.sources))
+        return self.sources[_order(self.seed, turn, len(self.sources))[place]]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng((self.seed, index))
-        turn, place = divmod(index, len(self.sources))
-        source = self.sources[_order(self.seed, turn, len(self.sources))[place]]
+        source = self._source(index)
         sample = (
             _labelled(source, self.task, self.size, self.foreground, rng)
             if self.task is not None

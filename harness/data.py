@@ -8,6 +8,7 @@ from harness.corpus import Corpus, folder_corpus, parse_spec, with_normalisation
 from harness.errors import UserError, unknown
 from harness.files import check_name, digest, expand
 from harness.identity import ALIKE, Inventory, fingerprint, same_scans, take_inventory, twins
+from harness.locks import held
 from harness.phantom import CORPUS_CASES, PHANTOM, is_phantom, write_phantom
 from harness.progress import say, say_once
 from harness.registry import Registry
@@ -180,6 +181,10 @@ def _phantom(images: Task | Corpus, runs: Path, number: int) -> Path:
         f"No data given (--data or HARNESS_DATA): using a PHANTOM of {images.name} in {root}. "
         "Its numbers say that the software works, nothing about any method."
     )
-    if not is_phantom(root):
+    if is_phantom(root):
+        return root
+    with held(root, f"the phantom {root.name}"):
+        if is_phantom(root):
+            return root
         write_phantom(images, root, number, seed=0)
     return root

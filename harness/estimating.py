@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from harness import hardware, metrics
+from harness.evaluation import new_scoring, predict
 from harness.files import digest
 from harness.formats import read_header
 from harness.images import load_label
 from harness.planning import Request, Setting, locate, plan
 from harness.progress import num_workers, say
 from harness.protocols import with_head
-from harness.stages import new_scoring, predict
 from harness.subject import Cell, Measured, Subject, made_up_volumes, measure_apart
 from harness.task import Case
 from harness.training import compiled, new_accelerator
@@ -111,7 +111,7 @@ class Estimator:
         cell = Cell(request, config, task, setting.plugins, stage)
         settings = cell.settings
         number = setting.num_pretrain if stage == "pretrain" else len(setting.label_cases)
-        steps, _ = settings.schedule(number, num_processes=1)
+        steps, _ = settings.schedule(number)
         what: list[Any] = [
             stage,
             config.method if stage == "pretrain" else "",

@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import re
+import socket
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,12 +52,24 @@ def walk(root: Path) -> Iterator[str]:
             yield os.path.join(folder, name)  # noqa: PTH118 - a tree may hold 100,000 files
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write by rename, so that a reader sees all of it or nothing."""
+def write_atomic(path: Path, *content: str | bytes | memoryview) -> None:
+    """Write by rename, and onto the disk before it, so that a reader sees all of it or nothing, after a power cut too.
+
+    Raises:
+        OSError: nothing was written, and nothing is left of the attempt.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
-    partial.replace(path)
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}.partial")
+    try:
+        with partial.open("wb") as file:
+            for part in content:
+                file.write(part.encode() if isinstance(part, str) else part)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> Any:

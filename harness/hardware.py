@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from harness.errors import UserError
+
 
 def computes_in_bf16(device: torch.device) -> bool:
     """Whether bf16 is native and right there.
@@ -31,9 +33,15 @@ def computes_in_bf16(device: torch.device) -> bool:
 
 
 def precision(wanted: str, device: torch.device) -> str:
-    """`auto`, `fp32` or `bf16` -> what is used on this device."""
+    """`auto`, `fp32` or `bf16` -> what is used on this device. Raises UserError for a launcher's other precision."""
     if wanted != "auto":
         return wanted
+    # `accelerate launch --mixed_precision`; "no" is what it says where nobody asked.
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", "bf16"):
+        raise UserError(f"--mixed_precision {launched}: launch with bf16 or no, or --set pretrain.precision=fp32")
+    if launched == "bf16":
+        return "bf16"
     return "bf16" if computes_in_bf16(device) else "fp32"
 
 

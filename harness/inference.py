@@ -87,7 +87,7 @@ def predict_images(run: Path, inputs: Sequence[Path], output: Path, plugins: Seq
 
 
 def _predict(restored: "Restored", case: Case, place: Path) -> None:
-    from harness.stages import predict
+    from harness.evaluation import predict
     from harness.volumes import STEPS, prepare_arrays, quantise
 
     loaded = load_case(restored.task, case)

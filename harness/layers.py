@@ -1,9 +1,13 @@
 """Layers that stand in for torch's where those are slow or wrong on a CPU; same parameters, keys and outputs."""
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from harness.parts import all_reduce, processes
 
 ROWS = 8192  # voxels summed in one go: float32 sums of a whole crop would lose digits
 
@@ -45,6 +49,50 @@ class Conv3d(nn.Conv3d):
         return super().forward(features)
 
 
+class BatchNorm(_BatchNorm):
+    """Batch norm whose moments are those of the whole batch, however many processes share it, on a CPU too.
+
+    Torch's SyncBatchNorm is for GPUs only. With one process, and in evaluation, this is the layer that it stands in for.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, C, ...) -> the same shape."""
+        if not self.training or processes() == 1:
+            found: Tensor = super().forward(features)
+            return found
+        axes = [0, *range(2, features.ndim)]
+        shape = (1, -1, *(1,) * (features.ndim - 2))
+        wide = features if features.dtype == torch.float64 else features.float()
+        mean = all_reduce(wide.mean(axes)) / processes()
+        centred = wide - mean.view(shape)
+        variance = all_reduce(centred.square().mean(axes)) / processes()
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            number = processes() * features.numel() / features.shape[1]
+            self._follow(mean.detach(), variance.detach() * number / (number - 1))
+        out = centred * (variance + self.eps).rsqrt().view(shape)
+        if self.weight is not None:
+            out = out * self.weight.view(shape) + self.bias.view(shape)
+        return out.to(features.dtype)
+
+    @torch.no_grad()
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.num_batches_tracked += 1
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+        self.running_var.lerp_(variance.to(self.running_var), momentum)
+
+
+@cache
+def _stand_in(kind: Any) -> Any:
+    """The class that takes the place of `kind`, which may be a plugin's own kind of batch norm."""
+    if issubclass(kind, _BatchNorm) and not issubclass(kind, BatchNorm | nn.InstanceNorm3d | nn.SyncBatchNorm):
+        return type(kind.__name__, (BatchNorm, kind), {})
+    return STAND_INS.get(kind, kind)
+
+
 STAND_INS: dict[type[nn.Module], type[nn.Module]] = {nn.InstanceNorm3d: InstanceNorm3d, nn.Conv3d: Conv3d}
 
 
@@ -52,7 +100,8 @@ def place(module: nn.Module, device: torch.device, channels_last: bool) -> nn.Mo
     """Move `module` to where it is computed, in the memory layout asked for, its layers replaced by those above."""
     for layer in module.modules():
         # The same parameters, buffers and hooks under another forward pass: nothing to build or to copy.
-        layer.__class__ = STAND_INS.get(type(layer), type(layer))
+        kind: Any = type(layer)
+        layer.__class__ = _stand_in(kind)
     layout = torch.channels_last_3d if channels_last else torch.contiguous_format
     return module.to(device).to(memory_format=layout)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from harness.errors import UserError
+from harness.parts import rand
 
 Triple = tuple[int, int, int]
 
@@ -35,7 +36,7 @@ def random_patches(image: Tensor, patch: Sequence[int], ratio: float, generator:
     """Masked patches of every sample, (N, patches x, y, z) bool: the same number, drawn independently."""
     masked, total = num_masked(image.shape[2:], patch, ratio)
     grid = [length // side for length, side in zip(image.shape[2:], patch, strict=True)]
-    scores = torch.rand(len(image), total, device=image.device, generator=generator)
+    scores = rand((len(image), total), image.device, generator)
     return (scores.argsort(dim=1).argsort(dim=1) >= total - masked).view(len(image), *grid)
 
 
@@ -68,7 +69,7 @@ def random_integers(
     low: int | Tensor, high: int | Tensor, shape: Sequence[int], device: torch.device, generator: torch.Generator | None
 ) -> Tensor:
     """Uniform whole numbers low..high, both included; the bounds may be tensors of that shape on the device."""
-    drawn = torch.rand(*shape, device=device, generator=generator)
+    drawn = rand(shape, device, generator)
     # The product may round up to the bound that it must stay below.
     found: Tensor = (low + (drawn * (high - low + 1)).floor()).clamp(max=high)
     return found.long()

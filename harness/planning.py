@@ -21,6 +21,7 @@ from harness.data import (
     read_spec,
 )
 from harness.errors import UserError
+from harness.execution import AS_USUAL, Execution
 from harness.files import digest, digest_file
 from harness.presets import read_preset
 from harness.registry import Registry
@@ -52,6 +53,7 @@ class Request:
     skip_bad: bool = False
     allow_overlap: bool = False
     save_predictions: bool = False
+    how: Execution = AS_USUAL
 
 
 @dataclass(frozen=True)
@@ -210,8 +212,8 @@ def plan(
     setting = Setting(config.model_copy(update={"corpora": labels}), plugins, data, corpora, pairs, sources, files)
     # A warm-up that does not fit fine-tuning is to be known before pre-training.
     if plugins.method.trains:
-        config.pretrain.schedule(setting.num_pretrain, num_processes=1)
-    config.finetune.schedule(len(setting.label_cases), num_processes=1)
+        config.pretrain.schedule(setting.num_pretrain)
+    config.finetune.schedule(len(setting.label_cases))
     return setting
 
 

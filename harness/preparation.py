@@ -1,6 +1,7 @@
 """What a method's `prepare` is offered: the engine's loop, a cache for what it finds, and a place in the record."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +14,12 @@ from torch import nn
 from harness.config import Training
 from harness.contracts import Source, Stride
 from harness.crops import CropDataset
-from harness.files import digest, write_atomic
+from harness.execution import AS_USUAL, Execution
+from harness.files import digest, read_json, write_atomic
+from harness.locks import held
+from harness.loop import train
 from harness.progress import say
-from harness.training import new_accelerator, train
+from harness.team import Alone, Carried
 
 
 @dataclass
@@ -27,6 +31,7 @@ class Workshop:
         folder: where discoveries are kept.
         values: for the record.
         remembered: seconds that kept discoveries took when they were made, less those of reading them.
+        how: how the stage is carried out, for the checkpoints of what is trained here.
     """
 
     seed: int
@@ -37,11 +42,13 @@ class Workshop:
     folder: Path
     values: dict[str, Any] = field(default_factory=dict)
     remembered: float = 0.0
+    how: Execution = AS_USUAL
+    place: Path | None = None
 
     def train(
         self, module: nn.Module, sources: Sequence[Source], *, size: Stride, steps: int, batch_size: int, lr: float
     ) -> None:
-        """Minimise the named terms of `module(batch)`, by the loop that pre-training uses."""
+        """Minimise the named terms of `module(batch)`, by the loop that pre-training uses, on this process alone."""
         settings = self.template.model_copy(
             update={
                 "steps": steps,
@@ -54,26 +61,34 @@ class Workshop:
             }
         )
         data = CropDataset(sources, size, steps * batch_size, self.seed)
-        history = self.folder / "history.jsonl"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        history.unlink(missing_ok=True)
-        train(module, data, settings, steps, steps // 20, new_accelerator(), history, "prepare")
+        place = self.place or self.folder
+        place.mkdir(parents=True, exist_ok=True)
+        alone: Any = Alone(self.device)
+        train(
+            *(module, data, settings, steps, steps // 20, alone, place / "history.jsonl", "prepare"),
+            seed=self.seed,
+            carried=Carried(how=self.how),
+        )
 
     def remember(self, name: str, depends_on: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
         """`compute()`, or what it gave before for the same identity and `depends_on`."""
         path = self.folder / f"{name}-{digest([self.identity, self._computing, dict(depends_on)])[:16]}.json"
-        began = time.perf_counter()
-        if path.exists():
-            kept = json.loads(path.read_text())
-            say(f"{name} found in {path}; it took {kept['seconds']:.1f} s")
-            self.remembered += kept["seconds"] - (time.perf_counter() - began)
-            return kept["value"]
-        # What is drawn afterwards must not depend on whether this was computed or found.
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            value = compute()
-        write_atomic(path, json.dumps({"seconds": time.perf_counter() - began, "value": value}))
-        return json.loads(path.read_text())["value"]
+        with held(path, f"{name} of {path.name}"):
+            began = time.perf_counter()
+            kept = read_json(path)
+            if isinstance(kept, dict) and {"seconds", "value"} <= set(kept):
+                say(f"{name} found in {path}; it took {kept['seconds']:.1f} s")
+                self.remembered += kept["seconds"] - (time.perf_counter() - began)
+                return kept["value"]
+            self.place = path.with_suffix("")
+            # What is drawn afterwards must not depend on whether this was computed or found.
+            with torch.random.fork_rng():
+                torch.manual_seed(self.seed)
+                value = compute()
+            write_atomic(path, json.dumps({"seconds": time.perf_counter() - began, "value": value}))
+            shutil.rmtree(self.place, ignore_errors=True)
+            self.place = None
+            return json.loads(path.read_text())["value"]
 
     @property
     def _computing(self) -> list[Any]:

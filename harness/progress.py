@@ -9,13 +9,16 @@ from typing import Any
 from tqdm import tqdm
 
 
-def progress(items: Iterable[Any] | None, what: str, total: int | None = None, shown: bool = True) -> Any:
+def progress(
+    items: Iterable[Any] | None, what: str, total: int | None = None, shown: bool = True, initial: int = 0
+) -> Any:
     """A bar for what takes longer than a second; where stderr is a file or a pipe, a line at most every 15 seconds."""
     return tqdm(
         items,
         desc=what,
         total=total,
-        disable=not shown,
+        initial=initial,
+        disable=not (shown and _first()),
         file=sys.stderr,
         mininterval=0.5 if sys.stderr.isatty() else 15,
         leave=True,
@@ -26,8 +29,13 @@ def progress(items: Iterable[Any] | None, what: str, total: int | None = None, s
 
 
 def say(text: str) -> None:
-    """One line of what is going on."""
-    print(text, file=sys.stderr, flush=True)
+    """One line of what is going on; of several processes of a run the first one says it."""
+    if _first():
+        print(text, file=sys.stderr, flush=True)
+
+
+def _first() -> bool:
+    return int(os.environ.get("RANK") or 0) == 0
 
 
 @cache

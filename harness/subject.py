@@ -120,7 +120,7 @@ class Subject:
         self.after_step = getattr(module, "after_step", None)
         self.trainer = Trainer(module, settings, 10**6, 0, new_accelerator())
         if cell.stage == "pretrain":
-            module.generator = torch.Generator(self.trainer.device).manual_seed(0)
+            module.generator = torch.Generator(self.trainer.device)
             self.data = pretrain_data(cell.config, cell.plugins, sources, 10**6, 0)
         else:
             self.data = finetune_data(cell.config, cell.task, volumes, 10**6, 0)
@@ -134,8 +134,8 @@ class Subject:
         """One step on the same batch, its phases on the clock; the wait for data is not part of it."""
         self.number += 1
         self.trainer.clock.start()
-        self.trainer.clock.lap()
-        self.trainer.step(self.number, self.batch, self.after_step)
+        self.trainer.clock.lap("data")
+        self.trainer.step(self.number, [self.batch], self.after_step)
 
     def timed(self, number: int) -> dict[str, list[float]]:
         """Seconds per phase of so many steps; on a GPU the device is waited for after the last one only."""
@@ -163,9 +163,9 @@ class Subject:
             values.clear()
         clock.start()
         for batch in islice(self.trainer.loader(self.data), number + ahead):
-            clock.lap()
+            clock.lap("data")
             self.number += 1
-            self.trainer.step(self.number, batch, self.after_step)
+            self.trainer.step(self.number, [batch], self.after_step)
             clock.start()
         clock.marks.pop()
         clock.read()

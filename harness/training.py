@@ -1,35 +1,46 @@
-"""The training loop, for pre-training and fine-tuning alike: any module that returns named loss terms."""
+"""One training step, for every stage and profile: any module that returns named loss terms, dealt out or whole."""
 
-import json
+import hashlib
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
+from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from harness.config import Training
 from harness.contracts import Backbone
 from harness.errors import UserError
+from harness.execution import leave_to_parent
 from harness.hardware import keep_memory, precision
-from harness.layers import place
-from harness.progress import progress
+from harness.layers import BatchNorm, place
+from harness.parts import Parts, dealt
 
 PHASES = ("data", "transfer", "forward", "backward", "optimizer")
 UPDATE = PHASES[2:]
 """What a step is in the papers: forward, backward and update; no reading, preprocessing or copying."""
 
-READ_EVERY = 10  # steps between reads of the loss: each one waits for the device
 WARMUP_STEPS = 5  # left out of the step times: allocators, caches and autotuning
+FINITE = "finite"  # beside the loss terms of a step
 
 
 class StepClock:
@@ -42,19 +53,22 @@ class StepClock:
 
     def start(self) -> None:
         """Begin a step."""
-        self.marks.append([self._mark()])
+        self.marks.append([("", self._mark())])
 
-    def lap(self) -> None:
-        """End a phase; they come in the order of `PHASES`."""
-        self.marks[-1].append(self._mark())
+    def lap(self, phase: str) -> None:
+        """End a phase; a phase may come several times in a step."""
+        self.marks[-1].append((phase, self._mark()))
 
     def read(self) -> None:
         """Turn marks into seconds; on a GPU this waits for the device."""
         if self.cuda:
             torch.cuda.synchronize()
         for marks in self.marks:
-            for phase, a, b in zip(PHASES, marks, marks[1:], strict=False):
-                self.seconds[phase].append(a.elapsed_time(b) / 1000 if self.cuda else b - a)
+            spans = dict.fromkeys(PHASES, 0.0)
+            for (_, a), (phase, b) in pairwise(marks):
+                spans[phase] += a.elapsed_time(b) / 1000 if self.cuda else b - a
+            for phase, span in spans.items():
+                self.seconds[phase].append(span)
         self.marks.clear()
 
     def summary(self, skip: int = WARMUP_STEPS) -> dict[str, Any]:
@@ -76,68 +90,183 @@ class StepClock:
 
 @dataclass
 class Trained:
-    """What a finished training stage reports."""
+    """What a finished training stage reports.
+
+    Attributes:
+        skipped: steps that were left out because something was not finite.
+        resumed: how often it went on from a checkpoint.
+    """
 
     seconds: float
     steps: int
     clock: dict[str, Any]
     used: dict[str, Any] = field(default_factory=dict)
+    skipped: list[int] = field(default_factory=list)
+    resumed: int = 0
 
 
 class Trainer:
-    """A module under AdamW and a cosine schedule, prepared by Accelerate; `step` is what every stage and profile runs."""
+    """A module under AdamW and a cosine schedule, prepared by Accelerate; `step` is what every stage and profile runs.
+
+    Raises:
+        UserError: a batch that cannot be dealt out evenly, or batch norm over micro-batches.
+    """
 
     def __init__(
-        self, module: nn.Module, settings: Training, steps: int, warmup: int, accelerator: Accelerator
+        self,
+        module: nn.Module,
+        settings: Training,
+        steps: int,
+        warmup: int,
+        accelerator: Accelerator,
+        seed: int = 0,
+        skip_nonfinite: bool = False,
     ) -> None:
-        self.settings, self.accelerator, self.device = settings, accelerator, accelerator.device
+        self.settings, self.accelerator, self.device, self.seed = settings, accelerator, accelerator.device, seed
         self.precision, self.memory_kept = precision(settings.precision, self.device), keep_memory()
-        module = place(module, self.device, settings.channels_last)
+        self.inner = place(module, self.device, settings.channels_last)
+        self.parts = deal(self.inner, settings.batch_size, accelerator)
         groups = param_groups_weight_decay(module, settings.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=self.device.type in ("cuda", "cpu"))
+        self.fused = self.device.type in ("cuda", "cpu")
+        optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=self.fused)
         # One more than there are steps: the cosine reaches 0 after the last one, not in it.
         self.schedule = CosineLRScheduler(
             optimizer, t_initial=steps + 1, warmup_t=warmup, warmup_lr_init=0.0, warmup_prefix=False, t_in_epochs=False
         )
+        # Of sides of length 1, whose strides say nothing.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.clock = StepClock(self.device)
+        # Under "skip" what a forward pass writes (running moments, queues) is put back after a bad step.
+        self.restored = list(module.buffers()) if skip_nonfinite else []
+        self.skip_nonfinite, self.bad = skip_nonfinite, torch.zeros((), device=self.device)
+        self.passes: int | None = None
         self.module.train()
 
-    def loader(self, data: Dataset[Any]) -> Any:
-        """Batches of `data` on the host, every process its own."""
+    def loader(self, data: Dataset[Any], start: int = 0) -> Any:
+        """Micro-batches of `data` from sample `start` on, on the host; every process its own."""
+        left: Any = data
+        if start:
+            left = Subset(data, range(start, len(left)))
         loader = DataLoader(
-            data,
-            self.settings.batch_size,
+            left,
+            self.settings.batch_size // self.parts.number,
             num_workers=self.settings.workers,
             pin_memory=self.device.type == "cuda",
             drop_last=True,
+            worker_init_fn=leave_to_parent,
             # The loader draws a seed for its workers: from its own generator, not from the one that dropout uses.
             generator=torch.Generator(),
         )
         return self.accelerator.prepare_data_loader(loader, device_placement=False)
 
     def step(
-        self, number: int, batch: Mapping[str, Tensor], after_step: Callable[[int], None] | None = None
+        self, number: int, batches: Sequence[Mapping[str, Tensor]], after_step: Callable[[int], None] | None = None
     ) -> dict[str, Tensor]:
-        """Step `number`, from 1, on a host batch -> its loss terms, on the device. Nothing here waits for the device."""
-        moved = {name: self._move(value) for name, value in batch.items()}
+        """Step `number`, from 1, on its micro-batches on the host -> loss terms of the whole batch, on the device.
+
+        Beside the terms: `FINITE`, whether they and the gradient are; if not, the parameters stay as they are. Nothing
+        here waits for the device.
+        """
+        moved = [{name: self._move(value) for name, value in batch.items()} for batch in batches]
         self.schedule.step_update(number)
-        self.clock.lap()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            terms = self.module(moved)
-        loss = sum(term.float() for term in terms.values())
-        self.clock.lap()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(loss)
-        self.clock.lap()
+        kept = [buffer.clone() for buffer in self.restored]
+        self.clock.lap("transfer")
+        with dealt(self.parts):
+            self._look_ahead(number, moved)
+            found = [self._backward(number, micro_batch, batch) for micro_batch, batch in enumerate(moved)]
+        terms = self._of_all_parts(found)
+        norm = get_total_norm([p.grad for p in self.trained if p.grad is not None], foreach=True)
+        finite = torch.isfinite(torch.stack([norm, *terms.values()])).all()
         if self.settings.clip_norm:
-            self.accelerator.clip_grad_norm_(self.trained, self.settings.clip_norm)
-        self.optimizer.step()
+            clip_grads_with_norm_(self.trained, self.settings.clip_norm, norm, foreach=True)
+        self._update(finite)
+        for buffer, before in zip(self.restored, kept, strict=True):
+            buffer.copy_(torch.where(finite, buffer, before))
         if after_step is not None:
             after_step(number)
-        self.clock.lap()
-        return {name: term.detach() for name, term in terms.items()}
+        self.clock.lap("optimizer")
+        return {**terms, FINITE: finite}
+
+    def _seed(self, number: int) -> None:
+        """All randomness of a step is a function of the seed, the step and the part: nothing of it need be kept."""
+        parts = self.parts
+        dropout, drawn = (_number(self.seed, number, purpose) for purpose in (0, 1))
+        torch.manual_seed(dropout + parts.mine)
+        method = getattr(self.inner, "generator", None)
+        if method is not None:
+            method.manual_seed(drawn + parts.mine)
+        if parts.number > 1:
+            for name, seed in (("dropout", dropout), ("method", drawn)):
+                stream = parts.streams.setdefault(name, torch.Generator(self.device))
+                stream.manual_seed(seed)
+
+    def _look_ahead(self, number: int, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """What `gather` is to give to each micro-batch of the others, where the loss asks for it.
+
+        Where one call of it depends on what another gives, one pass over the micro-batches is not enough; the first step
+        finds out how many are.
+        """
+        parts = self.parts
+        parts.known = []
+        passes = 0
+        while parts.micro_batches > 1 and passes != self.passes:
+            parts.recorded = []
+            for micro_batch, batch in enumerate(batches):
+                parts.begin(micro_batch, recording=True)
+                self._seed(number)
+                with torch.no_grad(), self._autocast():
+                    self.inner(batch)
+            if self.passes is None and _same(parts.known, parts.recorded):
+                self.passes = passes
+            else:
+                passes, parts.known = passes + 1, parts.recorded
+
+    def _backward(self, number: int, micro_batch: int, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Forward and backward pass of one micro-batch -> its terms."""
+        last = micro_batch == self.parts.micro_batches - 1
+        self.parts.begin(micro_batch)
+        self._seed(number)
+        # Processes exchange gradients once, with the last micro-batch.
+        with nullcontext() if last else self.accelerator.no_sync(self.module):
+            with self._autocast():
+                terms: dict[str, Tensor] = self.module(batch)
+            loss = sum(term.float() for term in terms.values())
+            self.clock.lap("forward")
+            if micro_batch == 0:
+                self.optimizer.zero_grad(set_to_none=True)
+            self.accelerator.backward(loss)
+        self.clock.lap("backward")
+        return {name: term.detach().float() for name, term in terms.items()}
+
+    def _of_all_parts(self, found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The mean over the parts, for every process."""
+        if self.parts.number == 1:
+            return dict(found[0])
+        stacked = torch.stack([torch.stack(list(terms.values())) for terms in found]).mean(dim=0)
+        together = self.accelerator.reduce(stacked, reduction="mean")
+        return dict(zip(found[0], together, strict=True))
+
+    def _update(self, finite: Tensor) -> None:
+        """The optimizer's step, which changes nothing where something is not finite: decided on the device."""
+        now = (~finite).float()
+        # To stop: no later step either, until the host has read of it. To skip: this one only.
+        self.bad = now if self.skip_nonfinite else torch.maximum(self.bad, now)
+        if self.fused:
+            getattr(self.optimizer, "optimizer", self.optimizer).found_inf = self.bad
+        elif self.bad.item():
+            return
+        self.optimizer.step()
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on, beside its number."""
+        return {"module": self.inner.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`. Raises RuntimeError, ValueError or KeyError where it is another module's."""
+        self.inner.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
     def used(self) -> dict[str, Any]:
         """What the stage was computed with, for the record."""
@@ -148,9 +277,13 @@ class Trainer:
             "optimizer": "fused AdamW" if self.optimizer.param_groups[0].get("fused") else "AdamW",
             "device": str(self.device),
             "memory_kept": self.memory_kept,
-            "processes": self.accelerator.num_processes,
-            "batch_size_global": self.settings.batch_size * self.accelerator.num_processes,
+            "processes": self.parts.processes,
+            "micro_batches": self.parts.micro_batches,
+            "batch_size_global": self.settings.batch_size,
         }
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def _move(self, value: Tensor) -> Tensor:
         moved = value.to(self.device, non_blocking=True)
@@ -158,40 +291,38 @@ class Trainer:
         return moved.to(memory_format=torch.channels_last_3d) if last else moved
 
 
-def train(
-    module: nn.Module,
-    data: Dataset[Any],
-    settings: Training,
-    steps: int,
-    warmup: int,
-    accelerator: Accelerator,
-    history: Path,
-    stage: str,
-    after_step: Callable[[int], None] | None = None,
-) -> Trained:
-    """Minimise the sum of the terms that `module(batch)` returns; one line per step goes to `history` (JSON lines).
+def deal(module: nn.Module, batch_size: int, accelerator: Accelerator) -> Parts:
+    """How batches of `batch_size` crops are dealt out over the processes and micro-batches that were asked for.
 
     Raises:
-        UserError: the loss is not finite.
+        UserError: it cannot be done evenly, or not without changing the result.
     """
-    trainer = Trainer(module, settings, steps, warmup, accelerator)
-    loader, clock = trainer.loader(data), trainer.clock
-    unread: list[Any] = []
-    started = time.perf_counter()
-    bar = progress(None, stage, total=steps, shown=accelerator.is_main_process)
-    with compiled(module, settings.compile), bar, history.open("a") as lines:
-        clock.start()
-        for step, batch in enumerate(loader, start=1):
-            clock.lap()
-            terms = trainer.step(step, batch, after_step)
-            unread.append((step, trainer.optimizer.param_groups[0]["lr"], terms))
-            if step % READ_EVERY == 0 or step == steps:
-                last = _read(unread, stage, lines)
-                clock.read()
-                bar.set_postfix_str(f"loss {last:.4f}", refresh=False)
-            bar.update()
-            clock.start()
-    return Trained(time.perf_counter() - started, steps, clock.summary(), trainer.used())
+    processes, micro_batches = accelerator.num_processes, accelerator.gradient_accumulation_steps
+    number = processes * micro_batches
+    if batch_size % number:
+        raise UserError(
+            f"a batch of {batch_size} crops cannot be dealt out evenly over {processes} processes with {micro_batches} "
+            f"micro-batches each: set pretrain.batch_size and finetune.batch_size to multiples of {number}, or take fewer"
+        )
+    if micro_batches > 1 and any(isinstance(layer, BatchNorm) for layer in module.modules()):
+        raise UserError(
+            "batch norm needs the whole batch at once, micro-batches would change the result: leave --micro-batches out, "
+            "or take more processes, which share its moments"
+        )
+    return Parts(processes=processes, rank=accelerator.process_index, micro_batches=micro_batches)
+
+
+def _same(known: list[list[Tensor]], recorded: list[list[Tensor]]) -> bool:
+    """Whether another pass found what was known before; nothing at all is known before the first."""
+    if not known:
+        return not any(recorded)
+    pairs = [pair for each in zip(known, recorded, strict=True) for pair in zip(*each, strict=True)]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def _number(*parts: int) -> int:
+    """A seed for each tuple of numbers."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=6).digest(), "big")
 
 
 @contextmanager
@@ -208,25 +339,30 @@ def compiled(module: nn.Module, wanted: bool) -> Iterator[None]:
             del backbone.trunk, backbone.decode
 
 
-def new_accelerator() -> Accelerator:
-    """One per stage. Every process takes its own batches, so that the global batch is batch_size * processes."""
-    return Accelerator(
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False), step_scheduler_with_optimizer=False
+def new_accelerator(micro_batches: int = 0) -> Accelerator:
+    """One per stage, for the processes that the launcher started; precision is ours (`Training.precision`).
+
+    Args:
+        micro_batches: parts of a batch that each process computes one after the other; 0: as the launcher says, else 1.
+
+    Raises:
+        UserError: a way of sharing the work that is not supported.
+    """
+    # A process that prepares data or scores cases is waited for, however long it takes.
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    replicas = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    asked = micro_batches or int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or 1)
+    accelerator = Accelerator(
+        mixed_precision="no",
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=asked, sync_with_dataloader=False),
+        step_scheduler_with_optimizer=False,
+        kwargs_handlers=[patient, replicas],
     )
-
-
-def _read(unread: list[Any], stage: str, lines: Any) -> float:
-    """Write the waiting steps to the history; this is where the host waits for the device."""
-    total = 0.0
-    for step, lr, terms in unread:
-        values = {name: float(term) for name, term in terms.items()}
-        total = sum(values.values())
-        if not np.isfinite(total):
-            raise UserError(
-                f"{stage}: the loss is not finite at step {step} ({', '.join(f'{k} {v:g}' for k, v in values.items())}): "
-                f"lower {stage}.lr, or set {stage}.precision=fp32"
-            )
-        lines.write(json.dumps({"stage": stage, "step": step, "loss": total, "lr": lr, "terms": values}) + "\n")
-    lines.flush()
-    unread.clear()
-    return total
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise UserError(
+            f"`accelerate launch` asks for {accelerator.distributed_type.value}, this version shares work by data parallelism "
+            "only: launch it with --multi_gpu; where memory is short, give --micro-batches, or --set "
+            "backbone.checkpoint=true with swinunetr"
+        )
+    return accelerator

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
@@ -25,6 +25,7 @@ from harness.files import digest, digest_file, write_atomic
 from harness.formats import read_header
 from harness.geometry import Geometry, resample, resample_label
 from harness.images import Loaded, case_bytes, load_case
+from harness.locks import held
 from harness.progress import num_workers, progress, say
 from harness.task import Case, ImageSet, Percentiles, Window
 
@@ -62,13 +63,13 @@ class Volume:
     @property
     def label(self) -> NDArray[np.uint8]:
         """(x, y, z), the task's own label values."""
-        mapped: NDArray[np.uint8] = np.load(f"{self.stem}.label.npy", mmap_mode="r")
+        mapped: NDArray[np.uint8] = self._load("label", mmap_mode="r")
         return mapped
 
     @property
     def points(self) -> NDArray[np.int32]:
         """Up to 2000 voxels of every target, rows of (target number, x, y, z)."""
-        rows: NDArray[np.int32] = np.load(f"{self.stem}.points.npy")
+        rows: NDArray[np.int32] = self._load("points")
         return rows
 
     @property
@@ -97,12 +98,18 @@ class Volume:
 
     @property
     def _stored(self) -> NDArray[np.int16]:
-        path = Path(f"{self.stem}.image.npy")
-        try:
-            mapped: NDArray[np.int16] = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError):
-            raise UserError(f"{path} is damaged: `harness data prepare` finds and mends what is") from None
+        mapped: NDArray[np.int16] = self._load("image", mmap_mode="r")
         return mapped
+
+    def _load(self, kind: str, mmap_mode: Literal["r"] | None = None) -> NDArray[Any]:
+        path = Path(f"{self.stem}.{kind}.npy")
+        try:
+            loaded: NDArray[Any] = np.load(path, mmap_mode=mmap_mode)
+        except FileNotFoundError:
+            raise UserError(f"{path} is gone: was the cache removed? Ask again, and it is prepared again") from None
+        except (ValueError, EOFError):
+            raise UserError(f"{path} is damaged: ask again, and it is prepared again") from None
+        return loaded
 
 
 def prepared(images: ImageSet, cases: Sequence[Case], digests: Mapping[str, str], cache: Path) -> list[Volume]:
@@ -136,13 +143,26 @@ def prepare(
     volumes = prepared(images, cases, digests, cache)
     folder = volumes[0].stem.parent
     folder.mkdir(parents=True, exist_ok=True)
-    known = progress(volumes, "verify", shown=verify)
-    missing = {volume.stem: volume for volume in known if not volume.whole(verify)}
-    broken = sum(volume.description.exists() for volume in missing.values())
-    if broken:
-        say(f"{broken} volumes in {folder} are not as they were written: they are prepared again")
-    _prepare_missing(images, list(missing.values()), folder)
+    if _missing(volumes, verify):
+        # Processes that start at once prepare them once: who waited here finds them.
+        with held(folder / "prepare", f"the prepared volumes of {images.name!r}"):
+            missing = _missing(volumes, verify)
+            broken = sum(volume.description.exists() for volume in missing)
+            if broken:
+                say(f"{broken} volumes in {folder} are not as they were written: they are prepared again")
+            _prepare_missing(images, missing, folder)
     return volumes
+
+
+def _missing(volumes: Sequence[Volume], verify: bool) -> list[Volume]:
+    wholes = verified(volumes) if verify else [volume.whole(verify=False) for volume in volumes]
+    return list({each.stem: each for each, whole in zip(volumes, wholes, strict=True) if not whole}.values())
+
+
+def verified(volumes: Sequence[Volume]) -> list[bool]:
+    """Whether each of them still has the bytes that were written."""
+    with ThreadPoolExecutor() as pool:
+        return list(progress(pool.map(lambda volume: volume.whole(verify=True), volumes), "verify", total=len(volumes)))
 
 
 def _prepare_missing(images: ImageSet, missing: Sequence[Volume], folder: Path) -> None:

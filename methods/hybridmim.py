@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from harness import Backbone, Batch, Method, Settings, Size3, UserError, crop, gather, random_patches, to_voxels
+from harness import Backbone, Batch, Method, Settings, Size3, UserError, crop, gather, random_patches, to_voxels, total
 
 Triple = tuple[int, int, int]
 
@@ -187,7 +187,7 @@ class HybridMIM(Method):
         restored = torch.sigmoid(self.reconstruct(features).float())
         squared = (restored - target).square() * hidden
         if self.config.distance == "mse":
-            return squared.sum() / (hidden.sum() * squared.shape[1]).clamp_min(1)
+            return total(squared.sum()) / (total(hidden.sum()) * squared.shape[1]).clamp_min(1)
         cells = self._sum_over_sub_volumes(squared.sum(dim=1), origin)
         # A sub-volume without a masked voxel is at distance 0, where the root has no gradient.
         return torch.where(cells > 0, cells.clamp_min(1e-12).sqrt(), 0).mean()
@@ -270,7 +270,7 @@ def contrastive_loss(first: Tensor, second: Tensor, temperature: float) -> Tenso
     """Equation 6 over the global batch: two codes of a sample attract, the other 2N - 2 repel.
 
     Args:
-        first, second: codes of the two encodings, (N, D) each, on every process.
+        first, second: codes of the two encodings, (N, D) each, of this part of the batch.
 
     Raises:
         ValueError: one sample in the global batch, for which there are no negatives.

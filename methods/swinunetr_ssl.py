@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from harness import Backbone, Batch, Method, Settings, UserError, any_box, random_integers
+from harness import Backbone, Batch, Method, Settings, UserError, any_box, rand, random_integers
 from methods.hybridmim import contrastive_loss
 from methods.simmim import VoxelHead
 
@@ -78,7 +78,8 @@ class SwinUNETRSSL(Method):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`image` (N, C, x, y, z) -> the weighted terms of equation 8 that are switched on."""
         config, image = self.config, batch["image"]
-        twice = torch.cat([image, image])
+        # The two views of a crop are neighbours: a part of a batch has the rows that the whole batch would have.
+        twice = image.repeat_interleave(2, dim=0)
         turns = random_integers(0, 3, (len(twice),), image.device, self.generator)
         views = rotate(twice, turns)
         deepest = self.backbone.encode(self.hide(views))[-1]
@@ -89,7 +90,8 @@ class SwinUNETRSSL(Method):
         if config.rotation:
             terms["rotation"] = config.rotation * F.cross_entropy(self.turn(codes).float(), turns)
         if config.contrastive:
-            first, second = self.project(codes).chunk(2)
+            projected = self.project(codes)
+            first, second = projected[0::2], projected[1::2]
             terms["contrastive"] = config.contrastive * contrastive_loss(first, second, config.temperature)
         return terms
 
@@ -117,7 +119,7 @@ class SwinUNETRSSL(Method):
         covered = 1 - (1 - volume / views[0, 0].numel()).cumprod(dim=1)
         needed = torch.cat([torch.ones_like(covered[:, :1]), covered[:, :-1] < config.cut_out], dim=1)
         mask = any_box(start, start + size * needed.long()[..., None], extent)
-        noise = torch.rand(views.shape, device=device, generator=self.generator, dtype=views.dtype)
+        noise = rand(views.shape, device, self.generator).to(views.dtype)
         return torch.where(mask, noise, views)
 
     def _edges(self, length: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from harness import Backbone, Batch, Method, Settings, Size3, UserError, random_integers
+from harness import Backbone, Batch, Method, Settings, Size3, UserError, random_integers, total
 
 Triple = tuple[int, int, int]
 
@@ -67,7 +67,7 @@ class VoCo(Method):
             nn.Linear(hidden, hidden),
         )
         self.teacher_backbone = copy.deepcopy(backbone)
-        self.teacher_backbone.dropout = nn.Dropout(0.0)
+        self.teacher_backbone.dropout = nn.Identity()
         for child in (*backbone.parts["decoder"], *backbone.parts["head"]):
             # The teacher only encodes.
             if hasattr(self.teacher_backbone, child):
@@ -197,7 +197,8 @@ def overlap_losses(overlap: Tensor, likeness: Tensor) -> tuple[Tensor, Tensor]:
     """Pairs that overlap: as alike as they overlap; the others: not alike. Both (N, crops, bases) in [0, 1]."""
     near = -overlap * torch.log(1 - (overlap - likeness).abs() + 1e-6)
     none = overlap == 0
-    return near.sum() / overlap.sum(), (likeness.square() * none).sum() / none.sum().clamp_min(1)
+    apart = total((likeness.square() * none).sum()) / total(none.sum()).clamp_min(1)
+    return total(near.sum()) / total(overlap.sum()), apart
 
 
 def orthogonality(bases: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness import Backbone, Batch, Method, Settings, UserError, inside_boxes, random_integers
+from harness import Backbone, Batch, Method, Settings, UserError, inside_boxes, previous, random_integers, total
 
 Triple = tuple[int, int, int]
 
@@ -97,7 +97,7 @@ class VolumeFusion(Method):
     def fuse(self, image: Tensor, label: Tensor) -> Tensor:
         """Background crop and foreground crop (the previous of the batch), blended by `label` / K."""
         weight = label[:, None].to(image.dtype) / self.config.coefficients
-        return weight * image.roll(1, dims=0) + (1 - weight) * image
+        return weight * previous(image) + (1 - weight) * image
 
 
 def dice_loss(logits: Tensor, label: Tensor) -> Tensor:
@@ -109,5 +109,5 @@ def dice_loss(logits: Tensor, label: Tensor) -> Tensor:
     target = (label[:, None] == classes).to(logits.dtype)
     shares = logits.softmax(dim=1)
     axes = (0, 2, 3, 4)
-    overlap, total = (shares * target).sum(axes), shares.sum(axes) + target.sum(axes)
-    return (1 - (2 * overlap + 1e-5) / (total + 1e-5)).mean()
+    both = total(torch.stack([(shares * target).sum(axes), shares.sum(axes) + target.sum(axes)]))
+    return (1 - (2 * both[0] + 1e-5) / (both[1] + 1e-5)).mean()

@@ -3,7 +3,7 @@
 import torch
 from pydantic import Field
 
-from harness import Backbone, Batch, Method, Settings
+from harness import Backbone, Batch, Method, Settings, randn
 
 
 class Denoise(Method):
@@ -29,6 +29,6 @@ class Denoise(Method):
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         """`image` (N, C, x, y, z) -> `restoration`, mean squared error over all voxels."""
         image = batch["image"]
-        noise = torch.randn(image.shape, generator=self.generator, device=image.device)
+        noise = randn(image.shape, image.device, self.generator)
         features = self.backbone.decode(self.backbone.encode(image + self.config.noise * noise))
         return {"restoration": (self.restore(features).float() - image).square().mean()}

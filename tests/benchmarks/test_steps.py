@@ -12,11 +12,12 @@ from torch import nn
 from backbones.swinunetr import SwinUNETR
 from backbones.unet import UNet
 from harness.config import Evaluate, Training
+from harness.evaluation import predict
 from harness.hardware import keep_memory
 from harness.layers import InstanceNorm3d, place
+from harness.loop import train
 from harness.registry import Registry
-from harness.stages import predict
-from harness.training import new_accelerator, train
+from harness.training import new_accelerator
 from methods.hybridmim import HybridMIM
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(1200)]

@@ -24,7 +24,7 @@ PLUGIN = '''
 """Denoising, a method in one file outside the tree."""
 
 import torch
-from harness import Method, Settings
+from harness import Method, Settings, randn
 from pydantic import Field
 
 
@@ -43,7 +43,7 @@ class Denoise(Method):
 
     def forward(self, batch):
         image = batch["image"]
-        noise = torch.randn(image.shape, generator=self.generator, device=image.device)
+        noise = randn(image.shape, image.device, self.generator)
         backbone = self.backbone
         clean = self.restore(backbone.decode(backbone.encode(image + self.config.noise * noise)))
         return {"denoise": (clean - image).square().mean()}

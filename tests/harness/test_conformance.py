@@ -44,7 +44,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from harness import Method, Settings
+from harness import Method, randn, Settings
 
 class Noise(Settings):
     noise: float = 0.1
@@ -81,7 +81,7 @@ class Toy(Method):
 
     def forward(self, batch):
         image = batch["image"]
-        noise = torch.randn(image.shape, generator=self.generator)
+        noise = randn(image.shape, image.device, self.generator)
         features = self.backbone.decode(self.backbone.encode(image + noise))
         return {"denoise": (self.restore(features) - image).square().mean()}
 '''
@@ -129,7 +129,7 @@ FAULTS = {
         "does not fall",
     ),
     "global randomness": (
-        "torch.randn(image.shape, generator=self.generator)",
+        "randn(image.shape, image.device, self.generator)",
         "unseeded(image)",
         "same seed",
         "self.generator",

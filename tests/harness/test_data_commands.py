@@ -245,7 +245,7 @@ def test_absent_organs_are_counted_not_averaged(data, tmp_path, capsys, monkeypa
         found[0] = 1
         return found
 
-    monkeypatch.setattr("harness.stages.predict", nothing)
+    monkeypatch.setattr("harness.evaluation.predict", nothing)
     harness("run", "--method", "scratch", "--task", "btcv", "--data", root, *BUDGET, "--runs", tmp_path / "runs")
     metrics = record_of(tmp_path / "runs", "scratch")["metrics"]
     assert metrics["esophagus"] == {

@@ -9,7 +9,8 @@ from torch import nn
 from backbones.unet import UNet
 from harness import UserError
 from harness.config import Training, resolve
-from harness.training import new_accelerator, train
+from harness.loop import train
+from harness.training import new_accelerator
 from harness.transfer import transfer
 
 
@@ -73,9 +74,9 @@ def test_transfer_of_a_part_and_of_other_shapes_says_so():
 
 
 def test_epochs_become_steps_and_a_long_warm_up_is_refused():
-    assert settings(steps=None, epochs=3, warmup_epochs=1).schedule(num_cases=9, num_processes=2) == (9, 3)
+    assert settings(steps=None, epochs=3, warmup_epochs=1).schedule(num_cases=9) == (15, 5)
     with pytest.raises(UserError, match="does not fit"):
-        settings(warmup_epochs=50).schedule(num_cases=9, num_processes=1)
+        settings(warmup_epochs=50).schedule(num_cases=9)
 
 
 def resolved(registry, preset="demo", task="brats", **overrides):

@@ -1,0 +1,74 @@
+"""What would fit the memory, once a step did not: tried, not guessed."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, default_collate
+
+from harness.config import Training
+from harness.parts import Parts, dealt
+from harness.training import Trainer
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch found too little memory; its CPU allocator has no class of its own for that."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def explain_out_of_memory(stage: str, trainer: Trainer, data: Dataset[Any]) -> str:
+    """What did not fit, and the first settings that do: in smaller parts, in bf16, or with smaller crops."""
+    settings, parts = trainer.settings, trainer.parts
+    has = f"crops of {'x'.join(map(str, settings.crop))}, {settings.batch_size} a step, in {trainer.precision}"
+    told = f"{stage} does not fit the memory of {trainer.device} with {has}"
+    if parts.processes > 1:
+        return f"{told} on {parts.processes} processes: give --micro-batches 2, or more processes"
+    for advice, options in _candidates(settings, trainer.precision):
+        if _fits(trainer, data, *options):
+            return f"{told}; tried and found to fit: {advice.format(stage=stage)}"
+    return f"{told}, nor with a single crop of half the edges: choose a smaller network"
+
+
+def _candidates(settings: Training, precision: str) -> Iterator[tuple[str, tuple[int, str, tuple[int, ...]]]]:
+    """Advice, and what it means: crops at a time, precision, crop. What leaves the result as it is comes first."""
+    whole = settings.crop
+    for micro in (n for n in (2, 4, 8, 16) if settings.batch_size % n == 0):
+        yield f"--micro-batches {micro} (the same result)", (settings.batch_size // micro, precision, whole)
+    if precision == "fp32":
+        yield "--set {stage}.precision=bf16", (settings.batch_size, "bf16", whole)
+    for batch in sorted({settings.batch_size // 2, 1} - {0, settings.batch_size}, reverse=True):
+        yield f"--set {{stage}}.batch_size={batch}", (batch, precision, whole)
+    half = tuple(edge // 2 for edge in whole)
+    for batch in (settings.batch_size, 1):
+        crop = ",".join(map(str, half))
+        yield f"--set {{stage}}.crop={crop} --set {{stage}}.batch_size={batch}", (batch, precision, half)
+
+
+def _fits(trainer: Trainer, data: Any, number: int, precision: str, crop: tuple[int, ...]) -> bool:
+    """One forward and backward pass, of which nothing is kept."""
+    trainer.optimizer.zero_grad(set_to_none=True)
+    if trainer.device.type == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        batch = default_collate([data[place] for place in range(number)])
+        moved = {name: _cut(value, crop).to(trainer.device) for name, value in batch.items()}
+        with dealt(Parts()), torch.autocast(trainer.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            terms = trainer.inner(moved)
+            sum(term.float() for term in terms.values()).backward()
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            return False
+        # Half a crop may be no multiple of what the method or the network needs, one crop too few to compare.
+        return False
+    except ValueError:
+        return False
+    finally:
+        trainer.optimizer.zero_grad(set_to_none=True)
+    return True
+
+
+def _cut(value: torch.Tensor, crop: tuple[int, ...]) -> torch.Tensor:
+    if value.ndim != 5:
+        return value
+    x, y, z = crop
+    return value[..., :x, :y, :z]

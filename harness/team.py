@@ -1,0 +1,142 @@
+"""The processes of one run: one of them decides and writes, all of them compute."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from harness.errors import UserError
+from harness.execution import AS_USUAL, Execution, Interrupted
+from harness.locks import Lock, held
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Elsewhere(SystemExit):
+    """The main process has said what is wrong, or that it stops; the others leave with its exit status."""
+
+
+class Team:
+    """Processes that a launcher (`torchrun`, `accelerate launch`, `srun`) started for one run; mostly there is but one."""
+
+    def __init__(self) -> None:
+        self.size = int(os.environ.get("WORLD_SIZE") or 1)
+        self.rank = 0
+        if self.size > 1:
+            from harness.training import new_accelerator
+
+            self.rank = new_accelerator().process_index
+
+    @property
+    def main(self) -> bool:
+        """Whether this process decides and writes."""
+        return self.rank == 0
+
+    def decide(self, compute: Callable[[], T]) -> T:
+        """What the main process computes, told to all of them; so is what goes wrong there."""
+        if self.size == 1:
+            return compute()
+        import torch.distributed
+
+        told: list[Any] = [None]
+        error: BaseException | None = None
+        if self.main:
+            try:
+                told = [("done", compute())]
+            # All of it, an interruption too: the others wait for an answer.
+            except BaseException as problem:
+                error, status = problem, {UserError: 2, Interrupted: 75}.get(type(problem), 1)
+                told = [("failed", 2 if isinstance(problem, UserError) else status)]
+        torch.distributed.broadcast_object_list(told, src=0)
+        if error is not None:
+            raise error
+        kind, value = told[0]
+        if kind == "failed":
+            raise Elsewhere(value)
+        found: T = value
+        return found
+
+    def first(self, compute: Callable[[], T]) -> T:
+        """Every process computes, the main one before the others, which find what it left on disk."""
+        if self.size == 1:
+            return compute()
+        kept: list[T] = []
+
+        def mine() -> None:
+            kept.append(compute())
+
+        self.decide(mine)
+        return kept[0] if kept else compute()
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.decide(lambda: None)
+
+    @contextmanager
+    def held(self, path: Path, what: str) -> Iterator[Lock | None]:
+        """`harness.locks.held`, by the main process for all of them."""
+        with held(path, what) if self.main else nullcontext() as lock:
+            self.wait()
+            yield lock
+
+
+@dataclass(frozen=True)
+class Carried:
+    """How a stage is carried out: by whom, and who is told of its steps.
+
+    Attributes:
+        log: takes named values of a step; see `harness.tracking`.
+        locks: what this process holds meanwhile.
+    """
+
+    team: Team = field(default_factory=Team)
+    how: Execution = AS_USUAL
+    log: Callable[[Mapping[str, float], int], None] | None = None
+    locks: tuple[Lock, ...] = ()
+
+    def check(self) -> None:
+        """Raises LostLockError where another process has taken over what is computed here."""
+        for lock in self.locks:
+            lock.check()
+
+    def under(self, lock: Lock | None) -> "Carried":
+        """The same, while one more lock is held."""
+        return self if lock is None else replace(self, locks=(*self.locks, lock))
+
+
+class Alone:
+    """The part of `accelerate.Accelerator` that a training stage uses, for one process of a team by itself."""
+
+    num_processes, process_index, gradient_accumulation_steps, is_main_process = 1, 0, 1, True
+
+    def __init__(self, device: "torch.device") -> None:
+        self.device = device
+
+    def prepare(self, *values: Any) -> Any:
+        """As they are."""
+        return values
+
+    def prepare_data_loader(self, loader: Any, device_placement: bool) -> Any:
+        """As it is."""
+        return loader
+
+    def backward(self, loss: "Tensor") -> None:
+        """Backward pass; micro-batches are averaged."""
+        (loss / self.gradient_accumulation_steps).backward()
+
+    def no_sync(self, module: Any) -> AbstractContextManager[None]:
+        """There is nothing to exchange."""
+        return nullcontext()
+
+    def reduce(self, value: "Tensor", reduction: str) -> "Tensor":
+        """There is nobody to add."""
+        return value
+
+    def wait_for_everyone(self) -> None:
+        """Nobody else is here."""
