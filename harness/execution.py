@@ -86,6 +86,11 @@ def _receive(number: int, frame: FrameType | None) -> None:
 
 
 def leave_to_parent(worker: Any = None) -> None:
-    """In a loader's worker: signals to the whole job are the main process's business."""
+    """In a loader's worker: a signal to the whole job is the main process's business. A second SIGTERM is meant."""
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
+
+    def once(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, once)

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,11 @@ class Stage:
         trainer, clock, began = self.trainer, self.trainer.clock, time.perf_counter() - self.seconds
         loader = trainer.loader(self.data, self.step * trainer.settings.batch_size)
         bar = progress(None, self.name, total=self.steps, shown=self.main, initial=self.step)
-        with deferred(), compiled(trainer.inner, trainer.settings.compile), bar, self._open_history() as lines:
-            batches = iter(loader)
+        faster = compiled(trainer.inner, trainer.settings.compile)
+        with deferred(), faster, bar, self._open_history() as lines, closed(iter(loader)) as batches:
             while self.step < self.steps:
                 clock.start()
-                dealt = list(islice(batches, trainer.parts.micro_batches))
+                dealt = self._next(batches)
                 clock.lap("data")
                 terms = self._step(dealt, after_step)
                 self.step += 1
@@ -80,6 +81,13 @@ class Stage:
                     self._keep_or_stop(lines)
         used = trainer.used()
         return Trained(self.seconds, self.steps, clock.summary(), used, self.skipped, self.resumed)
+
+    def _next(self, batches: Iterator[Any]) -> list[Any]:
+        try:
+            return list(islice(batches, self.trainer.parts.micro_batches))
+        except UserError as error:
+            # A loader's worker sends its traceback along.
+            raise UserError(str(error).rpartition("UserError: ")[2]) from None
 
     def _step(self, batches: Any, after_step: Callable[[int], None] | None) -> dict[str, Tensor]:
         try:
@@ -96,13 +104,13 @@ class Stage:
             finite = bool(found.pop(FINITE))
             values = {name: float(term) for name, term in found.items()}
             total = sum(values.values())
+            line: dict[str, Any] = {"stage": self.name, "step": step, "loss": total, "lr": lr, "terms": values}
             if not finite:
                 self._bad(step, values)
-                continue
+                line |= {"loss": None, "terms": {}, "skipped": True}
             if self.main:
-                line = {"stage": self.name, "step": step, "loss": total, "lr": lr, "terms": values}
                 lines.write(json.dumps(line).encode() + b"\n")
-            if self.carried.log is not None:
+            if finite and self.carried.log is not None:
                 self.carried.log(
                     {f"{self.name}/{key}": value for key, value in {"loss": total, "lr": lr, **values}.items()}, step
                 )
@@ -203,6 +211,15 @@ class Stage:
         return self.history.open("ab")
 
 
+@contextmanager
+def closed(batches: Any) -> Iterator[Any]:
+    """The iterator of a loader; its workers end here, and not whenever somebody forgets an error that it raised."""
+    try:
+        yield batches
+    finally:
+        getattr(batches, "_shutdown_workers", lambda: None)()
+
+
 def train(
     module: nn.Module,
     data: Dataset[Any],
@@ -229,13 +246,3 @@ def train(
     skip = carried.how.on_nonfinite == "skip"
     trainer = Trainer(module, settings, steps, warmup, accelerator, seed, skip)
     return Stage(stage, trainer, data, steps, history, carried, head).run(after_step)
-
-
-def steps_in(history: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a history that are whole."""
-    with history.open() as lines:
-        for line in lines:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                return

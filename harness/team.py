@@ -122,10 +122,6 @@ class Alone:
         """As they are."""
         return values
 
-    def prepare_data_loader(self, loader: Any, device_placement: bool) -> Any:
-        """As it is."""
-        return loader
-
     def backward(self, loss: "Tensor") -> None:
         """Backward pass; micro-batches are averaged."""
         (loss / self.gradient_accumulation_steps).backward()

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
-    DataLoaderConfiguration,
     DistributedDataParallelKwargs,
     DistributedType,
     GradientAccumulationPlugin,
@@ -25,7 +24,7 @@ from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from harness.config import Training
 from harness.contracts import Backbone
@@ -145,21 +144,19 @@ class Trainer:
         self.module.train()
 
     def loader(self, data: Dataset[Any], start: int = 0) -> Any:
-        """Micro-batches of `data` from sample `start` on, on the host; every process its own."""
-        left: Any = data
-        if start:
-            left = Subset(data, range(start, len(left)))
-        loader = DataLoader(
-            left,
-            self.settings.batch_size // self.parts.number,
+        """Micro-batches of `data` from sample `start` on, on the host; every process its own, in the order of `Parts`."""
+        whole: Any = data
+        size, parts = self.settings.batch_size // self.parts.number, self.parts
+        firsts = range(start + parts.rank * size, len(whole) - size + 1, parts.processes * size)
+        return DataLoader(
+            data,
+            batch_sampler=[list(range(first, first + size)) for first in firsts],
             num_workers=self.settings.workers,
             pin_memory=self.device.type == "cuda",
-            drop_last=True,
             worker_init_fn=leave_to_parent,
             # The loader draws a seed for its workers: from its own generator, not from the one that dropout uses.
             generator=torch.Generator(),
         )
-        return self.accelerator.prepare_data_loader(loader, device_placement=False)
 
     def step(
         self, number: int, batches: Sequence[Mapping[str, Tensor]], after_step: Callable[[int], None] | None = None
@@ -354,7 +351,6 @@ def new_accelerator(micro_batches: int = 0) -> Accelerator:
     asked = micro_batches or int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or 1)
     accelerator = Accelerator(
         mixed_precision="no",
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=asked, sync_with_dataloader=False),
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[patient, replicas],

@@ -8,20 +8,22 @@ from torch import nn
 
 from backbones.unet import UNet
 from harness import UserError
+from harness.checkpoints import read
 from harness.config import Training, resolve
+from harness.execution import Execution
 from harness.loop import train
+from harness.team import Carried
 from harness.training import new_accelerator
 from harness.transfer import transfer
 
 
 class Slope(nn.Module):
-    def __init__(self, bad=False):
+    def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
-        self.bad = bad
 
     def forward(self, batch):
-        return {"fit": (self.weight - batch["image"].mean()).square().sum() * (float("nan") if self.bad else 1)}
+        return {"fit": (self.weight - batch["image"].mean()).square().sum()}
 
 
 def settings(**changed):
@@ -43,10 +45,78 @@ def test_loop_minimises_and_writes_every_step(tmp_path):
     assert done.clock["step"]["p50_ms"] > 0
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+class Crops:
+    """Samples from named cases; the ninth is not a number."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return {"image": torch.full((1, 2, 2, 2), float("nan") if index == 8 else 1.0)}
+
+    def name(self, index):
+        return f"case{index}"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(tmp_path):
+    module = Slope()
+    with pytest.raises(
+        UserError, match=r"at step 5 \(fit nan; cases case8, case9\); the state before it is kept: lower pre"
+    ):
+        train(module, Crops(), settings(), 20, 2, new_accelerator(), tmp_path / "history.jsonl", "pretrain")
+    assert torch.isfinite(module.weight).all()
+    (kept,) = (tmp_path / "checkpoints").iterdir()
+    assert kept.name == "step-000000004.ckpt"
+    state = read(kept)
+    assert state["step"] == 4
+    assert torch.equal(state["module"]["weight"], module.weight)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, capsys):
+    module, history = Slope(), tmp_path / "history.jsonl"
+    with pytest.raises(UserError, match="go on with --on-nonfinite skip"):
+        train(module, Crops(), settings(), 20, 2, new_accelerator(), history, "pretrain")
+    again, skip = Slope(), Carried(how=Execution(on_nonfinite="skip"))
+    done = train(again, Crops(), settings(), 20, 2, new_accelerator(), history, "pretrain", carried=skip)
+    assert (done.skipped, done.resumed) == ([5], 1)
+    assert "left out, 1 so far" in capsys.readouterr().err
+    lines = [json.loads(line) for line in history.read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert [line["step"] for line in lines if line.get("skipped")] == [5]
+    # As if nothing of that step had been: one finite step fewer.
+    whole = Slope()
     data = [{"image": torch.ones(1, 2, 2, 2)}] * 40
-    with pytest.raises(UserError, match="not finite at step 1"):
-        train(Slope(bad=True), data, settings(), 20, 2, new_accelerator(), tmp_path / "h", "pretrain")
+    train(whole, data, settings(), 20, 2, new_accelerator(), tmp_path / "whole.jsonl", "other")
+    assert 0 < abs(float((again.weight - whole.weight).detach())) < 0.1
+
+
+class Hungry(torch.nn.Module):
+    """More than 1000 voxels at a time are too many."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, batch):
+        if batch["image"].numel() > 1000:
+            raise torch.OutOfMemoryError("out of memory")
+        return {"fit": (self.weight - batch["image"].mean()).square().sum()}
+
+
+@pytest.mark.parametrize(
+    ("edge", "advice"),
+    [
+        (7, r"tried and found to fit: --micro-batches 2 \(the same result\)"),
+        (12, r"tried and found to fit: --set pretrain.crop=6,6,6 --set pretrain.batch_size=4"),
+        (30, "nor with a single crop of half the edges: choose a smaller network"),
+    ],
+)
+def test_what_would_fit_the_memory_is_tried(edge, advice, tmp_path):
+    data, given = [{"image": torch.ones(1, edge, edge, edge)}] * 80, settings(crop=edge, batch_size=4)
+    with pytest.raises(
+        UserError, match=f"does not fit the memory of cpu with crops of {edge}x.*, 4 a step, in fp32.*{advice}"
+    ):
+        train(Hungry(), data, given, 20, 2, new_accelerator(), tmp_path / "history.jsonl", "pretrain")
 
 
 def unet(first=4):

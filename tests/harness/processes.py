@@ -1,0 +1,38 @@
+"""The command line in processes of its own, which start at once: a server imports torch and MONAI before it forks them."""
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["harness.run", "harness.evaluation", "monai.networks.nets.basic_unet"])
+
+
+def start(words, log: Path, **environment) -> multiprocessing.Process:
+    """`harness WORDS`, both of its streams into `log`."""
+    process = CONTEXT.Process(target=_go, args=([str(word) for word in words], str(log), environment))
+    process.start()
+    return process
+
+
+def finish(process, timeout=240) -> int:
+    """Its exit status, negative for a signal."""
+    process.join(timeout)
+    assert process.exitcode is not None, "still running"
+    return process.exitcode
+
+
+def _go(words, log, environment):
+    os.environ.update(environment)
+    file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    import torch
+
+    from harness.cli import main
+
+    torch.set_num_threads(1)
+    status = main(words)
+    sys.stdout.flush()
+    sys.exit(status)
