@@ -4,13 +4,14 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import UserError, unknown
 
 if TYPE_CHECKING:
+    from harness.execution import Execution
     from harness.planning import Request
 
 
@@ -51,16 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def request_of(arguments: argparse.Namespace) -> "Request":
     """What the options of a run ask for."""
-    from harness.execution import Execution
     from harness.planning import Request
 
-    how = Execution(
-        checkpoint_minutes=getattr(arguments, "checkpoint_minutes", 10.0),
-        micro_batches=getattr(arguments, "micro_batches", 0),
-        on_nonfinite=getattr(arguments, "on_nonfinite", "stop"),
-        trackers=tuple(getattr(arguments, "trackers", ())),
-        until=getattr(arguments, "until", ""),
-    )
     if not 0 < arguments.label_fraction <= 1:
         raise UserError(f"--label-fraction {arguments.label_fraction:g} is not in 0..1: give for instance 0.1")
     return Request(
@@ -81,8 +74,17 @@ def request_of(arguments: argparse.Namespace) -> "Request":
         skip_bad=arguments.skip_bad,
         allow_overlap=arguments.allow_overlap,
         save_predictions=arguments.save_predictions,
-        how=how,
+        how=execution_of(arguments),
     )
+
+
+def execution_of(arguments: argparse.Namespace) -> "Execution":
+    """How the options say that a run is carried out; as usual where the command has none."""
+    from harness.execution import Execution
+
+    names = [each.name for each in fields(Execution)]
+    given = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    return Execution(**given | {"trackers": tuple(given.get("trackers", ()))})
 
 
 def _dry_run(request: "Request", as_json: bool) -> None:
@@ -98,42 +100,6 @@ def _dry_run(request: "Request", as_json: bool) -> None:
         found["run_id"] = setting.run_id
         found["finished"] = (request.runs / setting.run_id / "record.json").exists()
     print(json.dumps(found, indent=1) if as_json else _lines(found))
-
-
-def sweep(arguments: argparse.Namespace) -> int:
-    """All cells of a file, then their table."""
-    from harness import sweep
-    from harness.planning import Request
-    from leaderboards import board, records, table
-
-    # Method and task stand in the file; these are not names that anything has.
-    base = Request(method="", task="", data=arguments.data, runs=arguments.runs, plugins=tuple(arguments.plugins))
-    cells = sweep.read(arguments.file, base)
-    todo, outcomes = sweep.sort_out(cells)
-    finished, refused = (sum((o.folder is None) == bad for o in outcomes) for bad in (False, True))
-    print(f"{len(cells)} cells: {finished} finished before, {len(todo)} to run, {refused} that cannot run", flush=True)
-    for outcome in outcomes:
-        if outcome.problem:
-            print(f"  cannot run: {outcome.cell}: {outcome.problem}")
-    if arguments.dry_run:
-        print(*(f"  to run: {cell}" for cell in todo), sep="\n")
-        return 2 if refused else 0
-    for number, outcome in enumerate(
-        sweep.execute(todo, arguments.jobs, arguments.runs / "sweeps" / arguments.file.stem), 1
-    ):
-        outcomes.append(outcome)
-        print(
-            f"[{number}/{len(todo)}] {outcome.problem or 'done'}: {outcome.cell}, {outcome.seconds:.0f} s", flush=True
-        )
-    runs = [records.load_run(outcome.folder) for outcome in outcomes if outcome.folder is not None]
-    csv = arguments.runs / "sweeps" / f"{arguments.file.stem}.csv"
-    tables = board.gather(runs)
-    table.write(table.build(tables), csv)
-    print(f"\n{table.render(tables)}\n\nleaderboard of this sweep:\n  {csv}")
-    failed = [outcome for outcome in outcomes if outcome.folder is None]
-    for outcome in failed:
-        print(f"harness: error: no record of {outcome.cell}: {outcome.problem}", file=sys.stderr)
-    return 2 if failed else 0
 
 
 def check_method(arguments: argparse.Namespace) -> int:

@@ -188,11 +188,27 @@ def _add_sweep(commands: Any) -> None:
     sweep = commands.add_parser("sweep", help="many runs from one file", allow_abbrev=False)
     sweep.add_argument("file", type=Path, metavar="FILE.toml", help="see sweeps/ for examples")
     sweep.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at a time (default: 1)")
+    sweep.add_argument(
+        "--launcher",
+        default="local",
+        choices=["local", "slurm"],
+        help="where they run (default: local, on this machine)",
+    )
+    sweep.add_argument(
+        "--slurm",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of submitit: partition, timeout_min, mem_gb, cpus_per_task, gpus_per_node, ...; also several",
+    )
+    sweep.add_argument("--processes", type=_positive, default=1, metavar="N", help="that share each run (default: 1)")
+    sweep.add_argument("--retry", action="store_true", help="run again what failed in an earlier sweep of this file")
+    _add_execution_options(sweep)
     _add_data_option(sweep)
     _add_runs_option(sweep)
     _add_plugin_option(sweep)
-    sweep.add_argument("--dry-run", action="store_true", help="list the cells, compute nothing")
-    sweep.set_defaults(command=actions.sweep)
+    sweep.add_argument("--dry-run", action="store_true", help="list the cells, with what each takes; run none")
+    sweep.set_defaults(command=_later("sweep_actions", "run"))
 
 
 def _add_check_method(commands: Any) -> None:

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -59,6 +59,11 @@ def estimate(arguments: argparse.Namespace) -> int:
 
         base = replace(request_of(arguments), method="", task="")
         requests = [cell.request for cell in sweep.read(arguments.sweep, base)]
+    return print_estimates(requests, arguments.jobs, arguments.json, alone=arguments.sweep is None)
+
+
+def print_estimates(requests: Sequence[Request], jobs: int, as_json: bool = False, alone: bool = False) -> int:
+    """A table of what each of them takes. `alone`: what cannot run is an error, and not one of several lines."""
     from harness import estimating
     from harness.progress import progress, say
 
@@ -67,17 +72,15 @@ def estimate(arguments: argparse.Namespace) -> int:
         try:
             found.append(estimator.estimate(request))
         except UserError as error:
-            if arguments.sweep is None:
+            if alone:
                 raise
             problems.append(str(error))
     for problem in problems:
         say(f"cannot run: {problem}")
-    if arguments.json:
+    if as_json:
         print(json.dumps([asdict(each) for each in found], indent=1))
     elif found:
-        print(
-            f"\n{estimating.render(found, arguments.jobs)}\n\non {estimating.machine()}, by a few steps of each stage"
-        )
+        print(f"\n{estimating.render(found, jobs)}\n\non {estimating.machine()}, by a few steps of each stage")
     return 2 if problems or any(each.problem for each in found) else 0
 
 

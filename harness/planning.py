@@ -56,6 +56,34 @@ class Request:
     how: Execution = AS_USUAL
 
 
+def command(request: Request) -> list[str]:
+    """The words that ask for this run."""
+    words = ["harness", "run", "--method", request.method, "--task", request.task]
+    words += ["--backbone", request.backbone, "--mode", request.mode, "--preset", request.preset]
+    words += ["--protocol", request.protocol, "--seed", str(request.seed)]
+    words += ["--label-fraction", f"{request.label_fraction:g}", "--split", request.split]
+    for option, values in (
+        ("--corpus", request.corpora),
+        ("--set", request.settings),
+        ("--plugin", request.plugins),
+        ("--tracker", request.how.trackers),
+    ):
+        words += [word for value in values for word in (option, value)]
+    words += ["--data", str(request.data)] if request.data else []
+    for option, given in (
+        ("--allow-overlap", request.allow_overlap),
+        ("--skip-bad", request.skip_bad),
+        ("--save-predictions", request.save_predictions),
+    ):
+        words += [option] if given else []
+    how = request.how
+    if how.checkpoint_minutes != AS_USUAL.checkpoint_minutes:
+        words += ["--checkpoint-minutes", f"{how.checkpoint_minutes:g}"]
+    words += ["--micro-batches", str(how.micro_batches)] if how.micro_batches else []
+    words += ["--on-nonfinite", how.on_nonfinite] if how.on_nonfinite != AS_USUAL.on_nonfinite else []
+    return [*words, "--runs", str(request.runs)]
+
+
 @dataclass(frozen=True)
 class Setting:
     """Everything about a run that is known before it starts."""

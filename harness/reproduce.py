@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from harness.errors import UserError
-from harness.planning import Request
+from harness.planning import Request, command
 
 ENVIRONMENT = ("python", "platform", "cpu", "threads", "torch", "cuda", "gpu", "harness")
 
@@ -26,19 +26,7 @@ class Reproduction:
     @property
     def command(self) -> str:
         """The exact command, with what is only known here (`--data`, `--runs`, `--plugin`) as it was given."""
-        request, words = self.request, ["harness", "run", "--method", self.request.method, "--task", self.request.task]
-        words += ["--backbone", request.backbone, "--mode", request.mode, "--preset", request.preset]
-        words += ["--protocol", request.protocol, "--seed", str(request.seed)]
-        words += ["--label-fraction", f"{request.label_fraction:g}", "--split", request.split]
-        for option, values in (
-            ("--corpus", request.corpora),
-            ("--set", request.settings),
-            ("--plugin", request.plugins),
-        ):
-            words += [word for value in values for word in (option, value)]
-        words += ["--data", str(request.data)] if request.data else []
-        words += ["--allow-overlap"] if request.allow_overlap else []
-        return shlex.join([*words, "--runs", str(request.runs)])
+        return shlex.join(command(self.request))
 
     def __str__(self) -> str:
         environment = self.record.get("environment", {})

@@ -1,25 +1,20 @@
 """Many runs from one file: a matrix of methods, backbones, tasks, label fractions, seeds and settings."""
 
-import multiprocessing
-import os
-import sys
 import time
 import tomllib
-import traceback
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError, unknown
-from harness.files import digest, expand
-from harness.planning import Request, locate, plan
-from harness.progress import say
-from harness.run import Finished, run
+from harness.files import digest, expand, read_json
+from harness.planning import Request, Setting, locate, plan
+
+MOST_CELLS = 10_000
+LARGEST = 2**20  # bytes of a sweep file
 
 AXES = {
     "method": str,
@@ -38,10 +33,9 @@ PHANTOM = "phantom"
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep; `shares` names the pre-training that it may share with others."""
+    """One run of a sweep."""
 
     request: Request
-    shares: str = ""
 
     def __str__(self) -> str:
         request = self.request
@@ -53,15 +47,39 @@ class Cell:
         name = f"{request.method} {request.backbone} {request.task} {request.preset} seed {request.seed}"
         return f"{name}{protocol}{fraction}{split}{corpora}{settings}"
 
+    @property
+    def name(self) -> str:
+        """For files about it."""
+        request = self.request
+        task = Path(request.task).name
+        return f"{task}-{request.method}-{request.backbone}-{request.preset}-s{request.seed}-{digest(str(self))[:6]}"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A cell that is to be run.
+
+    Attributes:
+        folder: of its run.
+        pretrain: folder of the pre-training that it may share with others; None where nothing is pre-trained.
+        lengths: steps of pre-training and of fine-tuning, and test cases.
+    """
+
+    cell: Cell
+    folder: Path
+    pretrain: Path | None
+    lengths: tuple[int, int, int]
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell: a folder, or the reason why there is none."""
+    """What became of a cell: a folder, or the reason why there is none. `before`: it failed in an earlier sweep."""
 
     cell: Cell
     folder: Path | None
     problem: str
     seconds: float
+    before: bool = False
 
 
 def read(path: Path, base: Request) -> list[Cell]:
@@ -76,8 +94,11 @@ def read(path: Path, base: Request) -> list[Cell]:
         UserError: not TOML, unknown keys, values of the wrong type, or no method or task.
     """
     try:
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"{path} is larger than 1 MiB: a sweep file describes cells, it does not list them")
         content = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
+    # Numbers of thousands of digits are a ValueError of their own, as what is no TOML and no UTF-8 is.
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as a sweep file: {error}") from None
     for key in content:
         if key not in ("description", "defaults", "matrix"):
@@ -87,8 +108,13 @@ def read(path: Path, base: Request) -> list[Cell]:
         raise UserError(
             f"{path}: [defaults] is a table and [[matrix]] a list of tables: write them with these brackets"
         )
-    cells = [Cell(request) for block in blocks for request in _expand(path, defaults, block, base)]
-    return list(dict.fromkeys(cells))
+    cells: dict[Cell, None] = {}
+    for block in blocks:
+        for request in _expand(path, defaults, block, base):
+            cells[Cell(request)] = None
+            if len(cells) > MOST_CELLS:
+                raise UserError(f"{path} describes more than {MOST_CELLS} runs: split it into several files")
+    return list(cells)
 
 
 def _expand(path: Path, defaults: dict[str, Any], block: dict[str, Any], base: Request) -> Iterator[Request]:
@@ -105,10 +131,14 @@ def _expand(path: Path, defaults: dict[str, Any], block: dict[str, Any], base: R
                 f"{path}: {key} is an empty list, which leaves nothing to run: give a value or take the key out"
             )
         for value in axes[key]:
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise UserError(f"{path}: {key} is a number of more than 63 bits: give a smaller one")
             if not value or isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
                 if key == "seed" and value == 0 and not isinstance(value, bool):
                     continue
                 raise UserError(f"{path}: {key} = {value!r} is not a {kind.__name__}: give one, or a list of them")
+    if (number := prod(len(values) for values in axes.values())) > MOST_CELLS:
+        raise UserError(f"{path}: a matrix of {number} runs, at most {MOST_CELLS} are allowed: take values out")
     for settings in _settings(path, defaults.get("settings", {}), block.get("settings", {})):
         for *values, corpora in product(*axes.values(), _corpora(path, merged.get("corpus"), base.corpora)):
             request = replace(base, **dict(zip(axes, values, strict=True)), settings=(*base.settings, *settings))
@@ -120,7 +150,7 @@ def _settings(path: Path, common: Any, own: Any) -> list[tuple[str, ...]]:
     for table in own if isinstance(own, list) else [own]:
         if not isinstance(common, dict) or not isinstance(table, dict):
             raise UserError(f'{path}: settings are tables of --set values, for instance {{"method.mask_ratio" = 0.6}}')
-        found.append(tuple(f"{key}={_text(value)}" for key, value in (common | table).items()))
+        found.append(tuple(f"{key}={_text(path, key, value)}" for key, value in (common | table).items()))
     return found
 
 
@@ -136,8 +166,12 @@ def _corpora(path: Path, named: Any, given: tuple[str, ...]) -> list[tuple[str, 
     return [tuple(str(path.parent / expand(one)) if "/" in one else one for one in each) for each in sets]
 
 
-def _text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+def _text(path: Path, key: str, value: Any) -> str:
+    values = value if isinstance(value, list) else [value]
+    for each in values:
+        if not isinstance(each, str | int | float) or (isinstance(each, int) and abs(each) >= 2**63):
+            raise UserError(f"{path}: settings: {key[:80]} is no text, number, yes or no, nor a list of them: give one")
+    return ",".join(map(str, values))
 
 
 def _data(path: Path, named: Any, given: Path | None) -> Path | None:
@@ -151,94 +185,36 @@ def _data(path: Path, named: Any, given: Path | None) -> Path | None:
         raise UserError(f"{path}: data = {named!r}: {error} Give a folder") from None
 
 
-def sort_out(cells: Sequence[Cell]) -> tuple[list[Cell], list[Outcome]]:
-    """Cells to run, with what they share, and outcomes of those that are finished or cannot run. Phantoms are written."""
-    todo, known = [], []
+def sort_out(cells: Sequence[Cell], notes: Path, retry: bool = False) -> tuple[list[Planned], list[Outcome]]:
+    """Cells to run, and outcomes of those that are finished, failed before or cannot run. Phantoms are written.
+
+    Args:
+        notes: folder with what earlier sweeps noted of cells that failed.
+        retry: run those again.
+    """
+    todo: list[Planned] = []
+    known = []
     for cell in cells:
         began = time.perf_counter()
         try:
             setting = plan(cell.request, *locate(cell.request))
-        except UserError as error:
+        except (UserError, OSError) as error:
             known.append(Outcome(cell, None, str(error), time.perf_counter() - began))
             continue
-        folder = cell.request.runs / setting.run_id
+        runs = cell.request.runs
+        folder, failed = runs / setting.run_id, read_json(notes / f"{cell.name}.failed.json")
         if (folder / "record.json").exists():
             known.append(Outcome(cell, folder, "", 0.0))
+        elif isinstance(failed, dict) and not retry:
+            known.append(Outcome(cell, None, str(failed.get("problem")), 0.0, before=True))
         else:
-            shares = setting.pretrain_key if setting.plugins.method.trains else setting.run_id
-            todo.append(replace(cell, shares=shares))
+            todo.append(_planned(cell, setting, folder))
     return todo, known
 
 
-def execute(cells: Sequence[Cell], jobs: int, logs: Path) -> Iterator[Outcome]:
-    """Run the cells, `jobs` at a time, each job in a process of its own; outcomes as they come.
-
-    Of cells that share a pre-training the first runs alone, the others after it. A process that dies takes only its own
-    cell with it.
-    """
-    groups: dict[str, list[Cell]] = defaultdict(list)
-    for cell in cells:
-        groups[cell.shares].append(cell)
-    ready = [group.pop(0) for group in groups.values()]
-    logs.mkdir(parents=True, exist_ok=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Spawned: torch's threads do not survive a fork. A pool for each job, since a process that dies breaks its pool.
-    context, setup = multiprocessing.get_context("spawn"), (max(1, cores // jobs),)
-
-    def new_pool() -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, mp_context=context, initializer=_set_threads, initargs=setup)
-
-    idle = [new_pool() for _ in range(jobs)]
-    running: dict[Future[Outcome], tuple[Cell, ProcessPoolExecutor]] = {}
-    try:
-        while ready or running:
-            while ready and idle:
-                cell, pool = ready.pop(0), idle.pop()
-                log = logs / f"{_name(cell)}.log"
-                say(f"start: {cell}; its messages are in {log}")
-                running[pool.submit(_work, cell, log)] = cell, pool
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                cell, pool = running.pop(future)
-                try:
-                    outcome = future.result()
-                except BrokenProcessPool:
-                    outcome = Outcome(cell, None, "its process died (out of memory?); see its log", 0.0)
-                    pool.shutdown()
-                    pool = new_pool()
-                idle.append(pool)
-                ready += groups.pop(cell.shares, [])
-                yield outcome
-    finally:
-        for pool in (*idle, *(pool for _, pool in running.values())):
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _work(cell: Cell, log: Path) -> Outcome:
-    """In the job's process: run one cell, its messages into its log."""
-    began = time.perf_counter()
-    before = sys.stderr
-    with log.open("w") as sys.stderr:
-        try:
-            finished: Finished = run(cell.request)
-            return Outcome(cell, finished.folder, "", time.perf_counter() - began)
-        except UserError as error:
-            print(error, file=sys.stderr)
-            return Outcome(cell, None, str(error), time.perf_counter() - began)
-        # Whatever goes wrong in one cell is reported, and the others go on.
-        except Exception as error:
-            traceback.print_exc()
-            return Outcome(cell, None, f"{type(error).__name__}: {error}; see {log}", time.perf_counter() - began)
-        finally:
-            sys.stderr = before
-
-
-def _set_threads(number: int) -> None:
-    import torch
-
-    torch.set_num_threads(number)
-
-
-def _name(cell: Cell) -> str:
-    request = cell.request
-    task = Path(request.task).name
-    return f"{task}-{request.method}-{request.backbone}-{request.preset}-s{request.seed}-{digest(str(cell))[:6]}"
+def _planned(cell: Cell, setting: Setting, folder: Path) -> Planned:
+    config, trains = setting.config, bool(setting.plugins.method.trains)
+    first = config.pretrain.schedule(setting.num_pretrain)[0] if trains else 0
+    second, _ = config.finetune.schedule(len(setting.label_cases))
+    pretrain = setting.pretrain_folder(cell.request.runs) if trains else None
+    return Planned(cell, folder, pretrain, (first, second, len(setting.test)))

@@ -7,8 +7,10 @@ import pytest
 
 from harness import UserError
 from harness.cli import main
+from harness.jobs import Local, execute, last_words
 from harness.run import Request
-from harness.sweep import Cell, execute, read, sort_out
+from harness.sweep import Cell, read, sort_out
+from harness.sweep_actions import progress_of
 
 TINY = """
 [defaults]
@@ -128,7 +130,7 @@ def test_shipped_sweeps_can_run(path, runs):
     assert found
     # One per method and backbone: plugins, settings and fit are what a typing error would break.
     once = {(c.request.method, c.request.backbone, c.request.settings): c for c in found if c.request.preset == "demo"}
-    todo, known = sort_out(list(once.values())[:12])
+    todo, known = sort_out(list(once.values())[:12], runs)
     assert not [outcome.problem for outcome in known]
     assert len(todo) == min(12, len(once))
 
@@ -182,15 +184,149 @@ class Dying(Method):
 """
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_a_process_that_dies_takes_only_its_own_cell(jobs, tmp_path, hippocampus_phantom):
-    plugin = tmp_path / "dying.py"
-    plugin.write_text(DYING)
-    text = TINY + '[[matrix]]\nmethod = ["dying", "scratch"]\n'
-    todo, known = sort_out(
-        cells(tmp_path, text, data=hippocampus_phantom, runs=tmp_path / "runs", plugins=(str(plugin),))
-    )
+def outcomes_of(todo, folder, jobs=2):
+    return {o.cell.request.method: o for o in execute(todo, Local(folder, 1, jobs)) if o is not None}
+
+
+def planned(tmp_path, hippocampus_phantom, text, plugin, **more):
+    path = tmp_path / "plugin.py"
+    path.write_text(plugin)
+    given = {"data": hippocampus_phantom, "runs": tmp_path / "runs", "plugins": (str(path),)}
+    return sort_out(cells(tmp_path, TINY + text, **given), tmp_path / "notes", **more)
+
+
+def test_a_process_that_dies_by_itself_takes_only_its_own_cell(tmp_path, hippocampus_phantom):
+    text = '[[matrix]]\nmethod = ["dying", "scratch"]\n'
+    todo, known = planned(tmp_path, hippocampus_phantom, text, DYING)
     assert not known
-    outcomes = {outcome.cell.request.method: outcome for outcome in execute(todo, jobs, tmp_path / "logs")}
+    outcomes = outcomes_of(todo, tmp_path / "notes")
     assert "its process died" in outcomes["dying"].problem
     assert (outcomes["scratch"].folder / "record.json").exists()
+    # What failed is listed with its reason, and run again on request.
+    todo, known = planned(tmp_path, hippocampus_phantom, text, DYING)
+    assert not todo
+    assert {outcome.before for outcome in known} == {True, False}
+    todo, _ = planned(tmp_path, hippocampus_phantom, text, DYING, retry=True)
+    assert [each.cell.request.method for each in todo] == ["dying"]
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+from harness import Method, UserError
+
+class Killed(Method):
+    \"\"\"Is killed from outside, once in pre-training.\"\"\"
+    name = "killed"
+
+    def forward(self, batch):
+        mark = Path("MARK")
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        features = self.backbone.decode(self.backbone.encode(batch["image"]))
+        return {"zero": features.square().mean()}
+
+class Refuses(Killed):
+    \"\"\"Says no in the middle of pre-training.\"\"\"
+    name = "refuses"
+
+    def forward(self, batch):
+        raise UserError("no, thank you")
+"""
+
+
+def test_what_is_killed_from_outside_goes_on_and_shares_its_pretraining(tmp_path, hippocampus_phantom, capsys):
+    text = '[[matrix]]\nmethod = "killed"\nlabel_fraction = [0.5, 1.0]\n'
+    todo, _ = planned(tmp_path, hippocampus_phantom, text, KILLED.replace("MARK", str(tmp_path / "mark")))
+    found = [outcome for outcome in execute(todo, Local(tmp_path / "notes", 1, 2)) if outcome is not None]
+    assert [bool(outcome.problem) for outcome in found] == [False, False]
+    assert "its process died by signal 9 (out of memory?)" in capsys.readouterr().err
+    assert len(list((tmp_path / "runs" / "cache" / "pretrain").iterdir())) == 1
+    logs = "".join(path.read_text() for path in (tmp_path / "notes").glob("*.log"))
+    assert logs.count("pre-training found in") == 2
+
+
+def test_a_pretraining_that_fails_fails_its_cells_with_its_reason(tmp_path, hippocampus_phantom):
+    text = '[[matrix]]\nmethod = "refuses"\nlabel_fraction = [0.5, 1.0]\n'
+    todo, _ = planned(tmp_path, hippocampus_phantom, text, KILLED)
+    found = [outcome for outcome in execute(todo, Local(tmp_path / "notes", 1, 1)) if outcome is not None]
+    assert [outcome.problem for outcome in found] == ["its pre-training: no, thank you"] * 2
+
+
+def test_gpus_are_handed_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7")
+    started = []
+
+    class Started:
+        def __init__(self, words, env, **rest):
+            started.append(env["CUDA_VISIBLE_DEVICES"])
+
+        def poll(self):
+            return None
+
+    monkeypatch.setattr("harness.jobs.subprocess.Popen", Started)
+    launcher = Local(tmp_path, 2, 2)
+
+    class Job:
+        name = "job"
+
+        def words(self, processes):
+            return []
+
+    launcher.submit([Job(), Job()])
+    assert started == ["3,5", "7,3"]
+    assert launcher.room() == 0
+
+
+def test_the_live_table_knows_where_a_cell_is(tmp_path, hippocampus_phantom):
+    text = '[[matrix]]\nmethod = "simmim"\n'
+    (each,), _ = planned(tmp_path, hippocampus_phantom, text, DYING)
+    assert progress_of(each) == "waiting"
+    each.pretrain.mkdir(parents=True)
+    (each.pretrain / "history.jsonl").write_text('{"stage": "pretrain", "step": 1}\n{"stage": "pre')
+    assert progress_of(each) == "pre-training, step 1 of 2"
+    (each.pretrain / "stage.json").write_text("{}")
+    each.folder.mkdir()
+    (each.folder / "history.jsonl").write_text('{"stage": "pretrain", "step": 2}\n{"stage": "finetune", "step": 2}\n')
+    assert progress_of(each) == "fine-tuning, step 2 of 2"
+    (each.folder / "finetune.json").write_text("{}")
+    assert progress_of(each) == "evaluating, 0 of 1 cases"
+
+
+def test_the_last_words_of_a_log(tmp_path):
+    log = tmp_path / "log"
+    assert last_words(log) == ""
+    log.write_text("a\nharness: error: this\nsomething after it\n")
+    assert last_words(log) == "harness: error: this"
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--slurm", "partition=gpu"], "is for --launcher slurm"),
+        (["--launcher", "slurm", "--slurm", "partition"], "is not of the form KEY=VALUE"),
+    ],
+)
+def test_wrong_launchers_are_answered_in_words(more, says, tmp_path, hippocampus_phantom, capsys):
+    path = tmp_path / "mine.toml"
+    path.write_text(TINY + '[[matrix]]\nmethod = "scratch"\n')
+    words = ["sweep", path, "--data", hippocampus_phantom, "--runs", tmp_path / "runs", *more]
+    assert main([str(word) for word in words]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (f"seed = {'1' * 5000}", "cannot be read as a sweep file"),
+        (f"seed = 0x{'f' * 5000}", "more than 63 bits"),
+        (f'settings = {{ "pretrain.steps" = 0x{"f" * 5000} }}', "is no text, number"),
+        ("settings = { a = { b = 1 } }", "is no text, number"),
+        (f"label_fraction = -1{'0' * 400}", "more than 63 bits"),
+        (f"seed = {list(range(200))}\nlabel_fraction = {[n / 999 for n in range(1, 900)]}", "a matrix of 179800 runs"),
+    ],
+)
+def test_hostile_files_are_answered_in_words(text, says, tmp_path):
+    with pytest.raises(UserError, match=says):
+        cells(tmp_path, f'[[matrix]]\nmethod = "scratch"\ntask = "brats"\n{text}')
