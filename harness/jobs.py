@@ -329,7 +329,7 @@ def _judge(job: Job, status: int | None, log: Path) -> tuple[Job | None, str]:
     if status == 1 and not said.startswith("harness: stopped"):
         return None, f"{said or 'it failed'}; see {log}"
     if status == STOPPED or said.startswith("harness: stopped"):
-        problem = said.removeprefix("harness: ")
+        problem = said.removeprefix("harness: ").removesuffix("; the same command goes on from there")
     else:
         problem = "its process died" + (f" by signal {-status}" if status is not None and status < 0 else "")
         problem += f" (out of memory?); see {log}"

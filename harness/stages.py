@@ -26,6 +26,7 @@ from harness.files import digest_file, write_atomic
 from harness.loop import train
 from harness.parts import total
 from harness.preparation import Workshop
+from harness.progress import say
 from harness.task import Task
 from harness.team import Carried
 from harness.training import Trained, new_accelerator
@@ -71,6 +72,7 @@ def pretrain(
     What was begun there goes on from its last checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    say(f"pre-training into {folder}")
     team, accelerator = carried.team, new_accelerator(carried.how.micro_batches)
     method, sources, prepared = team.first(
         lambda: _prepared(config, plugins, channels, volumes, discovery, accelerator.device, carried.how)
