@@ -72,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_reproduce(commands)
     _add_leaderboard(commands)
     _add_data(commands)
+    _add_runs(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -415,6 +417,28 @@ def _add_reproduce(commands: Any) -> None:
     _add_runs_option(reproduce)
     _add_plugin_option(reproduce)
     reproduce.set_defaults(command=actions.reproduce)
+
+
+def _add_runs(commands: Any) -> None:
+    group = commands.add_parser("runs", help="what is in a runs folder, and what can go", allow_abbrev=False)
+    verbs = group.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
+    listing = verbs.add_parser("list", help="all runs, and where each of them is", allow_abbrev=False)
+    listing.add_argument("--json", action="store_true")
+    listing.set_defaults(command=_later("care_actions", "listed"))
+    collect = verbs.add_parser("gc", help="remove checkpoints that finished runs no longer need", allow_abbrev=False)
+    collect.add_argument("--yes", action="store_true", help="without asking")
+    collect.set_defaults(command=_later("care_actions", "collect"))
+    for parser in (listing, collect):
+        _add_runs_option(parser)
+
+
+def _add_doctor(commands: Any) -> None:
+    doctor = commands.add_parser("doctor", help="what is wrong here, or will be", allow_abbrev=False)
+    doctor.add_argument("--fix", action="store_true", help="remove what a crash left, and what is damaged")
+    _add_runs_option(doctor)
+    _add_plugin_option(doctor)
+    doctor.add_argument("--json", action="store_true")
+    doctor.set_defaults(command=_later("care_actions", "examine"))
 
 
 def _add_data(commands: Any) -> None:

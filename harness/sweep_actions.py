@@ -123,16 +123,16 @@ def progress_of(planned: Planned) -> str:
     scored = len(list((planned.folder / "evaluation").glob("*.npz")))
     if scored or (planned.folder / "finetune.json").exists():
         return f"evaluating, {scored} of {cases} cases"
-    stage, step = _last_step(planned.folder / "history.jsonl")
+    stage, step = last_step(planned.folder / "history.jsonl")
     if stage == "finetune":
         return f"fine-tuning, step {step} of {second}"
     if planned.pretrain is not None and not (planned.pretrain / "stage.json").exists():
-        _, step = _last_step(planned.pretrain / "history.jsonl")
+        _, step = last_step(planned.pretrain / "history.jsonl")
         return f"pre-training, step {step} of {first}" if step else "waiting"
     return "waiting"
 
 
-def _last_step(history: Path) -> tuple[str, int]:
+def last_step(history: Path) -> tuple[str, int]:
     """Stage and number of the last whole line of a history."""
     try:
         with history.open("rb") as file:

@@ -1,0 +1,262 @@
+"""What is wrong here, or will be: environment, devices, disk, plugins, caches, and what a crash has left behind."""
+
+import importlib
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UserError
+from harness.files import digest_file, read_json
+from harness.locks import dead_locks, holders
+from harness.planning import writable
+from harness.progress import progress
+from harness.registry import PLURAL, Registry
+
+TESTED = {
+    "torch": "2.14",
+    "torchvision": "0.29",
+    "monai": "1.6",
+    "accelerate": "1.15",
+    "timm": "1.0",
+    "nibabel": "5.4",
+    "numpy": "2.4",
+    "scipy": "1.17",
+}
+"""Versions that the whole test suite has passed with."""
+
+LITTLE = 5 * 2**30  # bytes of free disk below which a run may not fit
+OLD = 3600.0  # seconds after which an unfinished file is nobody's
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. `status`: ok, note (worth knowing) or FAIL. `fix`: paths that --fix removes."""
+
+    status: str
+    what: str
+    detail: str
+    fix: tuple[Path, ...] = ()
+
+
+def examine(runs: Path, plugins: tuple[str, ...]) -> Iterator[Finding]:
+    """Everything, in the order in which it matters; each finding as soon as it is known."""
+    yield from packages()
+    yield from device()
+    yield from disk(runs)
+    yield from loaded_plugins(plugins)
+    if runs.is_dir():
+        yield from prepared_cache(runs)
+        yield from pretrainings(runs)
+        yield from remains(runs)
+
+
+def packages() -> Iterator[Finding]:
+    """Whether what is needed imports, and in versions that were tested."""
+    yield Finding("ok", "python", platform.python_version())
+    for name, tested in TESTED.items():
+        try:
+            found = version(name)
+            importlib.import_module(name)
+        except PackageNotFoundError:
+            yield Finding("FAIL", name, f"is not installed: pip install -e . brings it ({tested} was tested)")
+        # An import may fail in any way: a library that is missing, versions that do not fit each other.
+        except Exception as error:
+            text = " ".join(str(error).split())[:300]
+            yield Finding(
+                "FAIL", name, f"cannot be imported, {type(error).__name__}: {text}; install all in one command"
+            )
+        else:
+            other = "" if found.startswith(f"{tested}.") or found == tested else f"; {tested} was tested"
+            yield Finding("note" if other else "ok", name, f"{found}{other}")
+
+
+def device() -> Iterator[Finding]:
+    """What is computed on."""
+    try:
+        import torch
+
+        from harness.hardware import computes_in_bf16
+        from harness.training import new_accelerator
+
+        place = new_accelerator().device
+    # Drivers and launchers fail in ways of their own.
+    except Exception as error:
+        yield Finding("FAIL", "device", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        return
+    bf16 = "bf16" if computes_in_bf16(place) else "fp32"
+    if place.type == "cuda":
+        for number in range(torch.cuda.device_count()):
+            free, total = (amount / 2**30 for amount in torch.cuda.mem_get_info(number))
+            name = torch.cuda.get_device_name(number)
+            status = "note" if free < 0.8 * total else "ok"
+            yield Finding(status, f"gpu {number}", f"{name}, {free:.1f} of {total:.1f} GiB free, {bf16}")
+    else:
+        cores = os.cpu_count()
+        yield Finding(
+            "note", "device", f"no GPU that torch can use: {torch.get_num_threads()} threads of {cores} cores, {bf16}"
+        )
+
+
+def disk(runs: Path) -> Iterator[Finding]:
+    """Whether the runs folder can be written, and what room there is."""
+    try:
+        writable(runs)
+    except UserError as error:
+        yield Finding("FAIL", "runs folder", str(error))
+        return
+    usage = shutil.disk_usage(runs)
+    text = f"{runs.resolve()}: {usage.free / 2**30:.1f} of {usage.total / 2**30:.1f} GiB free"
+    yield Finding("note" if usage.free < LITTLE else "ok", "runs folder", text)
+
+
+def loaded_plugins(extra: tuple[str, ...]) -> Iterator[Finding]:
+    """Whether every plugin loads; those that do not are named with the place where they were found."""
+    try:
+        registry = Registry(extra)
+    except UserError as error:
+        yield Finding("FAIL", "plugins", str(error))
+        return
+    for kind, many in PLURAL.items():
+        names = registry.names(kind)
+        broken = 0
+        for name in names:
+            try:
+                registry.load(kind, name)
+            except UserError as error:
+                broken += 1
+                yield Finding("FAIL", f"{kind} {name}", str(error))
+        yield Finding("ok", many, f"{len(names) - broken} load")
+
+
+def prepared_cache(runs: Path) -> Iterator[Finding]:
+    """Whether prepared volumes have the bytes that were written."""
+    descriptions = sorted(
+        path for path in (runs / "cache" / "prepared").glob("*/*.json") if not path.name.startswith(".")
+    )
+    damaged = [path for path in progress(descriptions, "verify") if not _whole(path)]
+    if damaged:
+        detail = f"{len(damaged)} of {len(descriptions)} volumes are not as they were written, {damaged[0]} among them"
+        yield Finding("FAIL", "prepared volumes", f"{detail}; runs prepare them again", tuple(damaged))
+    else:
+        yield Finding("ok", "prepared volumes", f"{len(descriptions)}, all as they were written")
+
+
+def _whole(description: Path) -> bool:
+    described = read_json(description)
+    try:
+        for kind, (size, written) in described["files"].items():
+            path = description.with_name(f"{description.stem}.{Path(kind).name}.npy")
+            if path.stat().st_size != size or digest_file(path) != written:
+                return False
+    except (OSError, KeyError, TypeError, ValueError, AttributeError):
+        return False
+    return True
+
+
+def pretrainings(runs: Path) -> Iterator[Finding]:
+    """Whether finished pre-trainings are what they were."""
+    stages = sorted((runs / "cache" / "pretrain").glob("*/stage.json"))
+    damaged = []
+    for path in stages:
+        stage, weights = read_json(path), path.with_name("weights.safetensors")
+        if not isinstance(stage, dict) or not weights.is_file() or stage.get("weights") != digest_file(weights):
+            damaged.append(path)
+    if damaged:
+        detail = f"{len(damaged)} of {len(stages)} are damaged, {damaged[0].parent} among them; runs pre-train again"
+        yield Finding("FAIL", "pre-trainings", detail, tuple(damaged))
+    else:
+        yield Finding("ok", "pre-trainings", f"{len(stages)} finished, all as they were written")
+
+
+def remains(runs: Path) -> Iterator[Finding]:
+    """Locks of the dead, files that were never finished, and runs that can go on."""
+    alive = holders(runs)
+    for path, owner in alive:
+        yield Finding("note", "at work", f"{path.parent.relative_to(runs)}: {owner}")
+    dead = dead_locks(runs)
+    if dead:
+        text = f"{len(dead)} of processes that are gone, {dead[0].relative_to(runs)} among them; whoever needs one takes it"
+        yield Finding("note", "locks", text, tuple(dead))
+    left = [path for path in unfinished(runs) if not any(path.is_relative_to(lock.parent) for lock, _ in alive)]
+    if left:
+        size = sum(_size(path) for path in left) / 2**20
+        yield Finding(
+            "note", "left by a crash", f"{len(left)} files, {size:.1f} MiB, {left[0]} among them", tuple(left)
+        )
+    busy = {lock.parent for lock, _ in alive}
+    stopped = [path.parent for path in runs.glob("*/config.json") if not (path.parent / "record.json").exists()]
+    for folder in sorted(set(stopped) - busy):
+        yield Finding("note", "can go on", f"{folder.name}: the command that began it goes on where it stopped")
+
+
+def unfinished(runs: Path) -> list[Path]:
+    """Files and folders whose writer is gone."""
+    found = []
+    for pattern in ("*.partial", "*.partial.npy", ".partial-*", ".clock-*"):
+        found += [path for path in runs.rglob(pattern) if _abandoned(path)]
+    return sorted(found)
+
+
+def _abandoned(path: Path) -> bool:
+    import psutil
+
+    try:
+        age = time.time() - path.lstat().st_mtime
+    except OSError:
+        return False
+    host = f"{socket.gethostname()}-"
+    if host in path.name:
+        pid = path.name.rpartition(host)[2].split("-")[0].split(".")[0]
+        return pid.isdecimal() and not psutil.pid_exists(int(pid))
+    return age > OLD
+
+
+def _size(path: Path) -> int:
+    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+    return sum(each.lstat().st_size for each in files)
+
+
+def remove(paths: tuple[Path, ...]) -> None:
+    """Files and folders, never through a link."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Removable:
+    """What a finished stage no longer needs."""
+
+    path: Path
+    why: str
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return _size(self.path)
+
+
+def removable(runs: Path) -> list[Removable]:
+    """Checkpoints of finished stages, and scores that a finished run has put together; nothing that is being computed."""
+    busy = {lock.parent for lock, _ in holders(runs)}
+    found = []
+    finished: list[tuple[str, str, Callable[[Path], Any]]] = [
+        ("cache/pretrain/*/checkpoints", "checkpoints of a finished pre-training", lambda p: p.parent / "stage.json"),
+        ("*/checkpoints", "checkpoints of a finished fine-tuning", lambda p: p.parent / "finetune.json"),
+        ("*/evaluation", "scores of a finished run, which cases.csv has", lambda p: p.parent / "record.json"),
+    ]
+    for pattern, why, done in finished:
+        for path in sorted(runs.glob(pattern)):
+            inside = any(path.rglob("*"))
+            if inside and not path.is_symlink() and path.parent not in busy and done(path).exists():
+                found.append(Removable(path, why))
+    return found
