@@ -45,6 +45,21 @@ class Training(Settings):
             raise ValueError("give either steps or epochs, and set the other to none")
         return self
 
+    def rows(self, processes: int, micro_batches: int) -> int:
+        """Crops of a batch that each process computes at a time.
+
+        Raises:
+            UserError: the batch cannot be dealt out evenly.
+        """
+        number = processes * micro_batches
+        if self.batch_size % number:
+            raise UserError(
+                f"a batch of {self.batch_size} crops cannot be dealt out evenly over {processes} processes with "
+                f"{micro_batches} micro-batches each: set pretrain.batch_size and finetune.batch_size to multiples of "
+                f"{number}, or take fewer"
+            )
+        return self.batch_size // number
+
     def schedule(self, num_cases: int) -> tuple[int, int]:
         """Total steps and warm-up steps for a number of training cases.
 

@@ -1,5 +1,6 @@
 """What a run will do, known before it starts: names, data, configuration, split, and whether all of it fits."""
 
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -238,10 +239,11 @@ def plan(
     files = {name: digest_file(path) for name, path in config.method_settings if isinstance(path, Path)}
     labels = tuple(each.label for each in corpora)
     setting = Setting(config.model_copy(update={"corpora": labels}), plugins, data, corpora, pairs, sources, files)
-    # A warm-up that does not fit fine-tuning is to be known before pre-training.
-    if plugins.method.trains:
-        config.pretrain.schedule(setting.num_pretrain)
-    config.finetune.schedule(len(setting.label_cases))
+    # What does not fit fine-tuning is to be known before pre-training.
+    trained = [(config.finetune, len(setting.label_cases))]
+    for settings, number in [(config.pretrain, setting.num_pretrain), *trained] if plugins.method.trains else trained:
+        settings.schedule(number)
+        settings.rows(int(os.environ.get("WORLD_SIZE") or 1), request.how.micro_batches or 1)
     return setting
 
 

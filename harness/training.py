@@ -124,7 +124,7 @@ class Trainer:
         self.settings, self.accelerator, self.device, self.seed = settings, accelerator, accelerator.device, seed
         self.precision, self.memory_kept = precision(settings.precision, self.device), keep_memory()
         self.inner = place(module, self.device, settings.channels_last)
-        self.parts = deal(self.inner, settings.batch_size, accelerator)
+        self.parts = deal(self.inner, settings, accelerator)
         groups = param_groups_weight_decay(module, settings.weight_decay)
         self.fused = self.device.type in ("cuda", "cpu")
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=self.fused)
@@ -288,19 +288,14 @@ class Trainer:
         return moved.to(memory_format=torch.channels_last_3d) if last else moved
 
 
-def deal(module: nn.Module, batch_size: int, accelerator: Accelerator) -> Parts:
-    """How batches of `batch_size` crops are dealt out over the processes and micro-batches that were asked for.
+def deal(module: nn.Module, settings: Training, accelerator: Accelerator) -> Parts:
+    """How batches are dealt out over the processes and micro-batches that were asked for.
 
     Raises:
         UserError: it cannot be done evenly, or not without changing the result.
     """
     processes, micro_batches = accelerator.num_processes, accelerator.gradient_accumulation_steps
-    number = processes * micro_batches
-    if batch_size % number:
-        raise UserError(
-            f"a batch of {batch_size} crops cannot be dealt out evenly over {processes} processes with {micro_batches} "
-            f"micro-batches each: set pretrain.batch_size and finetune.batch_size to multiples of {number}, or take fewer"
-        )
+    settings.rows(processes, micro_batches)
     if micro_batches > 1 and any(isinstance(layer, BatchNorm) for layer in module.modules()):
         raise UserError(
             "batch norm needs the whole batch at once, micro-batches would change the result: leave --micro-batches out, "

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from harness import jobs
+from harness.files import read_json
 from tests.harness.slurm import missing, slurm
 
 if os.geteuid() != 0 or missing():
@@ -74,7 +75,9 @@ class Sweep:
     def number_of(self, pretrain):
         """A job that runs, and its name; a pre-training at work, or a cell."""
         for path in sorted(self.notes.glob("*.job.json")):
-            noted = json.loads(path.read_text())
+            noted = read_json(path)
+            if noted is None:
+                continue  # it has just ended
             name = path.name.removesuffix(".job.json")
             if name.endswith("-pretrain") == pretrain and (jobs.queue() or {}).get(noted["job"]) == "RUNNING":
                 history = self.runs.glob(f"cache/pretrain/{name.split('-')[1]}-*/history.jsonl")

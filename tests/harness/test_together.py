@@ -1,11 +1,15 @@
 """Several processes: sharing one run, or asking for the same one at once."""
 
 import json
+import os
 import shutil
+import signal
 import socket
+import time
 
 import pytest
 
+from harness.config import Training
 from harness.equality import check_processes
 from harness.errors import UserError
 from harness.phantom import write_phantom
@@ -136,12 +140,41 @@ class Two:
     num_processes, process_index, gradient_accumulation_steps = 2, 1, 2
 
 
+def settings(batch_size):
+    return Training(steps=1, crop=32, batch_size=batch_size, lr=0.1, weight_decay=0)
+
+
 def test_batches_that_cannot_be_dealt_out_evenly():
     import torch
 
-    parts = deal(torch.nn.Linear(1, 1), 8, Two())
+    parts = deal(torch.nn.Linear(1, 1), settings(8), Two())
     assert (parts.number, parts.mine) == (4, 1)
     parts.begin(1)
     assert parts.mine == 3
     with pytest.raises(UserError, match="multiples of 4"):
-        deal(torch.nn.Linear(1, 1), 6, Two())
+        deal(torch.nn.Linear(1, 1), settings(6), Two())
+
+
+def test_a_signal_to_one_of_them_stops_all_with_a_checkpoint(data, alone, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    both = [
+        start(words(data, tmp_path), tmp_path / f"log{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **shared)
+        for rank in range(2)
+    ]
+    while both[1].is_alive() and not any(
+        path.stat().st_size for path in tmp_path.glob("cache/pretrain/*/history.jsonl")
+    ):
+        time.sleep(0.002)
+    os.kill(both[1].pid, signal.SIGTERM)
+    assert [finish(process) for process in both] == [75, 75]
+    assert "stopped by a signal to another process, pretrain step" in (tmp_path / "log0").read_text()
+    assert len(list(tmp_path.glob("cache/pretrain/*/checkpoints/*.ckpt"))) == 1
+    # It goes on with another number of processes.
+    assert finish(start(words(data, tmp_path), tmp_path / "log")) == 0
+    assert "pretrain goes on after step" in (tmp_path / "log").read_text()
+    assert [(line["stage"], line["step"]) for line in history(only_run(tmp_path))] == [
+        (line["stage"], line["step"]) for line in history(alone)
+    ]
