@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from harness.bench import STEPS, Bench, CheckError, total
 from harness.contracts import Backbone, Batch, Method
-from harness.equality import check_micro_batches, check_processes
+from harness.equality import check_micro_batches, check_processes, check_resume
 from harness.errors import UserError
 from harness.registry import Registry
 
@@ -270,6 +270,7 @@ CHECKS: dict[str, Callable[[Bench], str]] = {
     "loader worker": check_worker,
     "batch sizes": check_batches,
     "micro-batches": check_micro_batches,
+    "resume": check_resume,
     "channels": check_channels,
     "crops": check_crops,
     "weights": check_weights,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from harness.bench import BUDGET, Bench, CheckError
+from harness.checkpoints import Checkpoints
 from harness.config import Training
 from harness.errors import UserError
 from harness.registry import Registry
@@ -44,6 +45,50 @@ def check_micro_batches(bench: Bench) -> str:
     except UserError as error:
         return f"not possible: {error}"
     return _compare(_step(bench, MicroBatches(1)), parted, "two micro-batches")
+
+
+def check_resume(bench: Bench) -> str:
+    """Four steps against two, a checkpoint, and two more by a module that is built anew."""
+    whole = _train(bench, range(1, 5), None)
+    half = _train(bench, range(1, 3), None)
+    kept = Checkpoints(bench.folder / "checkpoints", minutes=0)
+    kept.save(2, half.state())
+    (state,) = kept.candidates()
+    kept.clear()
+    resumed = _train(bench, range(3, 5), state)
+    pairs = zip(_flat(whole.state()).items(), _flat(resumed.state()).items(), strict=True)
+    other = [
+        key for (key, value), (_, again) in pairs if not torch.equal(torch.as_tensor(value), torch.as_tensor(again))
+    ]
+    if other:
+        raise CheckError(
+            f"a resumed training ends with another {other[0]}: keep what counts in parameters, in buffers or in "
+            "get_extra_state, and let what prepare makes depend on the data and the seed only"
+        )
+    return "equal weights and optimizer"
+
+
+def _train(bench: Bench, steps: range, state: dict[str, Any] | None) -> Trainer:
+    built = bench.new()
+    own = {"precision": "fp32", "crop": built.crop, "batch_size": built.batch}
+    trainer = Trainer(built.method, build(Training, {**BUDGET, **own}, "pretrain"), 4, 1, MicroBatches(1))
+    if state is not None:
+        trainer.load(state)
+    data = built.data(4 * built.batch)
+    for step in steps:
+        batch = default_collate([data[(step - 1) * built.batch + row] for row in range(built.batch)])
+        trainer.clock.start()
+        trainer.step(step, [batch], built.method.after_step)
+    return trainer
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Tensors and numbers of a nested state, by their places in it."""
+    if isinstance(value, Mapping):
+        return {k: v for name, each in value.items() for k, v in _flat(each, f"{key}.{name}").items()}
+    if isinstance(value, list | tuple):
+        return {k: v for place, each in enumerate(value) for k, v in _flat(each, f"{key}.{place}").items()}
+    return {key: value} if isinstance(value, Tensor | int | float) else {}
 
 
 def check_processes(number: int, name: str, plugins: Sequence[str], backbone: str, settings: Mapping[str, str]) -> str:

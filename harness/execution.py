@@ -11,7 +11,8 @@ from typing import Any, Literal
 from harness.progress import say
 
 STOPPED = 75  # sysexits.h's EX_TEMPFAIL: the same command goes on
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # Slurm warns by SIGUSR1 if it is told so
+# Slurm warns by SIGUSR1 where it is told so, by SIGUSR2 where submitit told it.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def requested() -> str:
 
 @contextmanager
 def catching() -> Iterator[None]:
-    """Within it SIGTERM, SIGINT and SIGUSR1 raise `Interrupted`, or wait where `deferred` says so."""
+    """Within it SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 raise `Interrupted`, or wait where `deferred` says so."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -237,7 +237,7 @@ class Work:
         own.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
         with Path(self.log).open("ab") as log:
             self.process = subprocess.Popen(self.words, stdout=log, stderr=log, env=own)
-            status = self.process.wait()
+            status = self._wait()
         write_atomic(Path(self.status), json.dumps({"status": status}))
         return status
 
@@ -247,8 +247,15 @@ class Work:
 
         if self.process is not None:
             self.process.terminate()
-            self.process.wait()
+            self._wait()
         return submitit.helpers.DelayedSubmission(Work(self.words, Path(self.log), Path(self.status)))
+
+    def _wait(self) -> int:
+        """As `Popen.wait`, which cannot be called once more from the handler of a signal that interrupts it."""
+        assert self.process is not None
+        while (status := self.process.poll()) is None:
+            time.sleep(POLL)
+        return status
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"process": None}

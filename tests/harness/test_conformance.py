@@ -140,6 +140,24 @@ FAULTS = {
         "state",
         "keep what counts",
     ),
+    "state that a checkpoint lacks": (
+        ".square().mean()}",
+        ".square().mean() * count(self)}",
+        "resume",
+        "a resumed training ends with another",
+    ),
+    "draws for its own rows only": (
+        "randn(image.shape, image.device, self.generator)",
+        "torch.randn(image.shape, generator=self.generator)",
+        "micro-batches",
+        "draw with harness.rand or harness.randn",
+    ),
+    "counts its own rows only": (
+        ".square().mean()}",
+        ".square().sum() / (image > 0.5).sum()}",
+        "micro-batches",
+        "harness.gather and harness.total",
+    ),
     "lambda": (
         "return shift",
         "return lambda sample, rng: sample",

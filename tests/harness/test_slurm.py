@@ -157,6 +157,27 @@ def test_a_sweep_with_jobs_killed_on_the_way(tmp_path):
 
 @pytest.mark.timeout(500)
 @pytest.mark.usefixtures("cluster")
+def test_a_job_that_is_warned_goes_back_into_the_queue(tmp_path):
+    """What Slurm sends before the time limit, and what submitit has it send before a preemption."""
+    sweep = Sweep(tmp_path, SWEEP.format(steps=60, methods='["simmim"]', fractions="[1.0]", seeds="[0]"))
+    sweep.start()
+    try:
+        number, name = sweep.wait_for(pretrain=False)
+        log = sweep.notes / f"{name}.log"
+        while "pre-training into" not in log.read_text():
+            time.sleep(0.05)
+        subprocess.run(["scancel", "--signal=USR2", number], check=True)
+        assert sweep.finish(400) == 0, sweep.said
+    finally:
+        sweep.process.kill()
+    assert "attempt" not in sweep.said
+    said = log.read_text()
+    assert "stopped by SIGUSR2" in said
+    assert "pretrain goes on after step" in said
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.usefixtures("cluster")
 def test_a_sweep_that_is_left_is_taken_up_again(tmp_path):
     text = SWEEP.format(steps=60, methods='["simmim"]', fractions="[0.5, 1.0]", seeds="[0]")
     sweep = Sweep(tmp_path, text)
