@@ -202,9 +202,12 @@ class FolderTask(Task):
 
     def _names_labels(self, described: Description) -> bool:
         found = {region: _plain(name) for name, region in described.regions().items() if region != (0,)}
-        return found == {
-            (value,): _plain(name) for value, name in zip(self.labels[1:], self.names or self.targets, strict=True)
-        }
+        mine = (
+            {(value,): name for value, name in zip(self.labels[1:], self.names, strict=True)}
+            if self.names
+            else {values: name for name, values in self.targets.items()}
+        )
+        return found == {region: _plain(name) for region, name in mine.items()}
 
 
 def crops(extent: Sequence[float], **budgets: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -115,6 +115,21 @@ def test_regions_overlap(tmp_path):
     assert np.array_equal(task.compose(task.masks(label)), label)
 
 
+@pytest.mark.parametrize(
+    "regions",
+    [
+        {"background": 0, "whole": [1, 2, 3]},
+        {"background": 0, "whole": [1, 2, 3], "core": 2, "rest": 3},
+        {"background": 0, "whole": [1, 2, 3], "core": [2, 3]},
+    ],
+)
+def test_regions_without_a_name_are_found_again(regions, tmp_path):
+    folder = organ(tmp_path / "Dataset123_Organ", labels=regions)
+    task = Registry().task(str(folder))
+    assert task.find(folder) == folder
+    assert task.recognises(folder)
+
+
 def test_geometry_follows_the_canonical_axes(tmp_path):
     task = Registry().task(str(organ(tmp_path / "Dataset123_Organ")))
     assert task.spacing == (2.5, 1.0, 1.0)
