@@ -320,8 +320,14 @@ def _nnunet_cases(root: Path, described: _NNUNet) -> list[Case]:
 
 def _inside(root: Path, named: str) -> Path:
     """A path that `dataset.json` names, which may not lead out of the folder (links in it are the user's own)."""
-    if "\0" in named or Path(named).is_absolute() or os.path.normpath(named).startswith(".."):
-        raise UserError(f"{root / 'dataset.json'}: {named!r} leaves the task's folder: name files below it")
+    try:
+        good = b"\0" not in os.fsencode(named)
+    except UnicodeEncodeError:  # half a character
+        good = False
+    if not good or Path(named).is_absolute() or os.path.normpath(named).startswith(".."):
+        raise UserError(
+            f"{root / 'dataset.json'}: {named[:200]!r} leaves the task's folder, or is no path: name files below it"
+        )
     return root / os.path.normpath(named)
 
 

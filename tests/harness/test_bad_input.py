@@ -273,6 +273,7 @@ KINDS = {
     "path out of the folder": Kind(entry(image="../../../etc/passwd"), "leaves the task's folder"),
     "absolute path": Kind(entry(label="/etc/passwd"), "leaves the task's folder"),
     "path with a null": Kind(entry(image="./imagesTr/\0"), "leaves the task's folder"),
+    "path with half a character": Kind(entry(image="./imagesTr/\ud800"), "leaves the task's folder"),
     "no JSON": Kind(lambda root, case: (root / "dataset.json").write_text("{"), "cannot be read as JSON"),
     "JSON without end": Kind(
         lambda root, case: (root / "dataset.json").write_text("[" * 100000), "cannot be read as JSON"
