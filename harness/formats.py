@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from harness.errors import UserError
 from harness.files import file_size
+from harness.task import SPACINGS
 
 NIFTI = (".nii.gz", ".nii")
 ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
@@ -59,7 +60,7 @@ def read_header(path: Path) -> Header:
 
     Raises:
         UserError: missing, no image, not 3D or 4D, not of numbers, larger than the memory that is free, a spacing that
-            is not positive, an affine that cannot be inverted, or an sform and a qform that disagree.
+            cannot be, an affine that cannot be inverted, or an sform and a qform that disagree.
     """
     file_size(path)
     header = _nifti_header(path) if path.name.endswith(NIFTI) else _itk_header(path)
@@ -69,8 +70,14 @@ def read_header(path: Path) -> Header:
         raise UserError(f"{path}: expected a 3D or 4D image of numbers, it is {shape} of {what}: convert it")
     if min(shape[:3]) < 2:
         raise UserError(f"{path}: shape {shape} is a single slice: this harness segments volumes, take the case out")
-    if not np.isfinite(header.affine).all() or abs(np.linalg.det(header.affine[:3, :3])) < 1e-9:
+    spacing = header.spacing
+    if not np.isfinite(header.affine).all() or abs(np.linalg.det(header.affine[:3, :3])) <= 1e-9 * prod(spacing):
         raise UserError(f"{path}: its affine cannot be inverted, so voxels have no place in space: mend the header")
+    if spacing.min() < SPACINGS[0] or spacing.max() > SPACINGS[1]:
+        raise UserError(
+            f"{path}: its header says a spacing of {', '.join(f'{edge:g}' for edge in spacing)} mm; each must be within "
+            f"{SPACINGS[0]:g} to {SPACINGS[1]:g} mm: mend the header"
+        )
     _fits_in_memory(path, shape, dtype)
     return header
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from math import floor, log10
 from pathlib import Path
 from typing import Any
 
@@ -348,7 +349,8 @@ def _with_geometry(task: FolderTask, folder: Path) -> FolderTask:
     if problem is not None and not spacings:
         raise problem
     median = np.median(spacings, axis=0)
-    x, y, z = (round(float(value), 4) for value in median)
+    # Four decimals, and of a microscope's spacings four digits.
+    x, y, z = (round(float(value), max(4, 3 - floor(log10(value)))) for value in median)
     return replace(task, spacing=(x, y, z), presets=crops(np.median(extents, axis=0) / median))
 
 

@@ -224,6 +224,8 @@ KINDS = {
     # geometry
     "zero spacing": Kind(raw(80, "<3f", 0, 1, 1), "a spacing of 0, 1, 1 mm"),
     "negative spacing": Kind(raw(80, "<3f", 1, -1, 1), "a spacing of 1, -1, 1 mm"),
+    "tiny spacing": Kind(raw(80, "<3f", 1e-5, 100, 100, codes=(0, 0)), "each must be within 0.0001 to 10000 mm"),
+    "huge spacing": Kind(raw(80, "<3f", 1e30, 1e-30, 1, codes=(0, 0)), "each must be within 0.0001 to 10000 mm"),
     "spacing NaN": Kind(raw(80, "<3f", 1, float("nan"), 1), "each must be more than 0"),
     "singular affine": Kind(raw(280, "<4f", 0, 0, 0, 0, codes=(0, 1)), "cannot be inverted"),
     "affine NaN": Kind(raw(280, "<4f", float("nan"), 0, 0, 0, codes=(0, 1)), "cannot be inverted"),
