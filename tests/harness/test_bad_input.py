@@ -391,6 +391,69 @@ def test_text_headers_lead_nowhere_else(name, text, says, tmp_path):
         read_image(path)
 
 
+MHA = """ObjectType = Image
+NDims = 3
+TransformMatrix = 1 0 0 0 1 0 0 0 1
+Offset = 0 0 0
+ElementSpacing = 1 1 1
+DimSize = 4 4 4
+ElementType = MET_UCHAR
+ElementDataFile = LOCAL
+"""
+NRRD = """NRRD0004
+type: uchar
+dimension: 3
+space: left-posterior-superior
+sizes: 4 4 4
+space directions: (1,0,0) (0,1,0) (0,0,1)
+kinds: domain domain domain
+encoding: raw
+space origin: (0,0,0)
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "before", "after", "says"),
+    [
+        (MHA, "NDims = 3", "NDims = -1", "'-1' dimensions"),
+        (MHA, "NDims = 3", "NDims = 1000", "'1000' dimensions"),
+        (MHA, "NDims = 3", "NDims = 3\nNDims = 1000", "'1000' dimensions"),
+        (MHA, "NDims = 3", "NDims =\n1000", "'' dimensions"),
+        (MHA, "NDims = 3", "ElementDataFileX = a\nNDims = 1000", "'1000' dimensions"),
+        (MHA, "NDims = 3", "ElementSize = 1 1 1\rNDims = 1000", "a line that is no field"),
+        (MHA, "ObjectType", "NRRD0004\n\nNDims = 1000\nObjectType", "a line that is no field"),
+        (MHA, "1 0 0 0 1 0", "1 0 0 0 1 1e308", "not within 1e[+]06 mm, 'TransformMatrix"),
+        (MHA, "Offset = 0", "Position = inf", "not within 1e[+]06 mm, 'Position"),
+        (MHA, "Spacing = 1", "Spacing = 0x1p1023", "not within 1e[+]06 mm, 'ElementSpacing"),
+        (NRRD, "kinds: domain", "kinds: " + "a" * 1000, "a line of 1021 bytes"),
+        (NRRD, "kinds", "a" * 1000 + ": a\nkinds", "a line of 1003 bytes"),
+        (NRRD, "kinds", "content:" + "a" * 1000 + "\nkinds", "a line of 1008 bytes"),
+        (NRRD, "dimension: 3", "dimension: 17", "'17' dimensions"),
+        (NRRD, "(1,0,0)", "(1e308,0,0)", "not within 1e[+]06 mm, 'space directions"),
+        (NRRD, "encoding: raw", "encoding: gzip\nbyte skip: -1", "its byte skip is negative"),
+    ],
+)
+def test_text_headers_that_crash_their_reader_are_refused(text, before, after, says, tmp_path):
+    from harness import UserError
+    from harness.formats import read_header
+
+    assert before in text
+    path = tmp_path / ("x.nrrd" if text is NRRD else "x.mha")
+    path.write_bytes(text.replace(before, after, 1).encode() + bytes(64))
+    with pytest.raises(UserError, match=says):
+        read_header(path)
+
+
+@pytest.mark.parametrize("line", ["content: ", "a:=", "# "])
+def test_long_lines_that_nrrd_keeps_and_other_line_ends_are_read(line, tmp_path):
+    from harness.formats import read_image
+
+    (tmp_path / "x.nrrd").write_bytes(NRRD.replace("kinds", f"{line}{'a' * 5000}\nkinds").encode() + bytes(64))
+    (tmp_path / "x.mha").write_bytes(MHA.replace("\n", "\r\n").encode() + bytes(64))
+    assert read_image(tmp_path / "x.nrrd")[0].shape == read_image(tmp_path / "x.mha")[0].shape == (4, 4, 4)
+
+
 @pytest.mark.parametrize("ending", [".nrrd", ".mha", ".mhd", ".nii.gz"])
 def test_formats_place_voxels_alike(ending, tmp_path):
     """The same oblique, anisotropic image in every format: the same voxels at the same place."""
