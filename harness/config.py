@@ -119,7 +119,7 @@ class RunConfig(Settings):
     preset: str
     overrides: dict[str, str]
     label_fraction: float = Field(1.0, gt=0, le=1, description="share of the training labels used in fine-tuning")
-    seed: NonNegativeInt = 0
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="of all randomness in the run")
     method_settings: SerializeAsAny[Settings]
     backbone_settings: SerializeAsAny[Settings]
     pretrain: Training

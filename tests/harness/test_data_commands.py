@@ -180,6 +180,7 @@ def test_named_corpora_without_data_are_phantoms(data, tmp_path, capsys, monkeyp
         (["--mode", "generic", "--corpus", "luna16"], "corpus 'luna16': not found"),
         (["--mode", "generic", "--corpus", "luna16=400,-900"], "give its lower end first"),
         (["--mode", "generic", "--corpus", f"luna16=0,0.{'0' * 44}1"], "is empty or too wide"),
+        (["--mode", "generic", "--corpus", "a" * 5000], "unknown corpus"),
         (["--mode", "special"], "invalid choice"),
         (["--split", "6/5"], "give fixed (80/20), K/N"),
         (["--split", "1/9"], "at most as many folds"),
