@@ -27,8 +27,8 @@ NAMED_FILE = re.compile(
 LONGEST_HEADER = 2**20
 LONGEST_LINE = 400  # of NRRD; the reader writes its complaint about a longer one past the end of an array
 CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-KEPT = re.compile(r"#|content: |[A-Za-z][^=:]*:=")  # but for these, which it keeps as they are
-FIELD = re.compile(r"[ \t]*([A-Za-z][^=:]*)[=:](.*)")
+KEPT = re.compile(r"#|content: |[^:]+:=")  # but for these, which it keeps as they are
+FIELD = re.compile(r"[ \t]*((?:[A-Za-z_]|[0-9A-Fa-f]{4}\|)[^=:]*)[=:](.*)")  # tags of DICOM begin with a digit
 PLACES = {"transformmatrix", "orientation", "rotation", "centerofrotation", "elementspacing", "elementsize", "offset"}
 PLACES |= {"origin", "position", "spacedirections", "spaceorigin", "spacings"}
 FARTHEST = 1e6  # mm; the reader turns 1e308 over and over
@@ -210,7 +210,7 @@ def _check_fields(path: Path, header: str) -> None:
 def _near(number: str, nrrd: bool) -> bool:
     """Whether a number of a header is finite and plausible; NRRD says `none` and `nan` for axes that are not in space."""
     try:
-        return (nrrd and number in ("none", "nan")) or abs(float(number)) <= FARTHEST
+        return (nrrd and number.lower() in ("none", "nan")) or abs(float(number)) <= FARTHEST
     except ValueError:
         return False
 

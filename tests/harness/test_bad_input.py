@@ -445,12 +445,13 @@ def test_text_headers_that_crash_their_reader_are_refused(text, before, after, s
         read_header(path)
 
 
-@pytest.mark.parametrize("line", ["content: ", "a:=", "# "])
-def test_long_lines_that_nrrd_keeps_and_other_line_ends_are_read(line, tmp_path):
+@pytest.mark.parametrize("line", ["content: ", "a:=", "0008|0005:=", "# "])
+def test_long_lines_that_nrrd_keeps_tags_and_other_line_ends_are_read(line, tmp_path):
     from harness.formats import read_image
 
     (tmp_path / "x.nrrd").write_bytes(NRRD.replace("kinds", f"{line}{'a' * 5000}\nkinds").encode() + bytes(64))
-    (tmp_path / "x.mha").write_bytes(MHA.replace("\n", "\r\n").encode() + bytes(64))
+    tagged = MHA.replace("DimSize", "0008|0005 = ISO_IR 100\nITK_InputFilterName = a: b = c\nDimSize")
+    (tmp_path / "x.mha").write_bytes(tagged.replace("\n", "\r\n").encode() + bytes(64))
     assert read_image(tmp_path / "x.nrrd")[0].shape == read_image(tmp_path / "x.mha")[0].shape == (4, 4, 4)
 
 
