@@ -22,8 +22,9 @@ def is_too_large(error: Exception) -> bool:
     """Whether torch refused a size: more than the memory, than a tensor or than a number of 64 bits can be."""
     if isinstance(error, RuntimeError) and is_out_of_memory(error):
         return True
-    refused = isinstance(error, RuntimeError | TypeError) and "verflow" in str(error)
-    return refused or isinstance(error, OverflowError | MemoryError)
+    # A product of sizes that overflows may come out as a negative one.
+    refused = any(word in str(error) for word in ("verflow", "non-negative", "negative dimension"))
+    return (refused and isinstance(error, RuntimeError | TypeError)) or isinstance(error, OverflowError | MemoryError)
 
 
 class _Linspace(TorchFunctionMode):

@@ -30,6 +30,7 @@ def fits(registry, method="scratch", backbone="unet", **settings):
         ("scratch", "swinunetr", "backbone__window_size", "1000"),
         ("scratch", "swinunetr", "backbone__window_size", "1" * 50),
         ("scratch", "unetr", "backbone__feature_size", "10000000000"),
+        ("scratch", "unetr", "backbone__image_size", "10000000000"),
         ("hybridmim", "unet", "method__sub_volume", "1000000"),
         ("transvw", "unet", "method__words", "999999999999"),
         ("volume_fusion", "unet", "method__coefficients", "1" * 50),
