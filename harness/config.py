@@ -10,7 +10,7 @@ from harness.errors import UserError, unknown
 from harness.presets import read_preset
 from harness.registry import Registry
 from harness.settings import Settings, Size3, build
-from harness.task import Task, Window
+from harness.task import SPACINGS, Task, Window
 
 Protocol = Literal["finetune", "frozen", "linear"]
 Definition = Literal["max-directed", "pooled", "area-weighted"]
@@ -111,10 +111,12 @@ class TaskSettings(Settings):
 
     @model_validator(mode="after")
     def _in_order(self) -> "TaskSettings":
-        if self.spacing is not None and min(self.spacing) <= 0:
-            raise ValueError("each spacing must be more than 0 mm")
+        if self.spacing is not None and not all(SPACINGS[0] <= edge <= SPACINGS[1] for edge in self.spacing):
+            raise ValueError(f"each spacing must be more than 0 mm, within {SPACINGS[0]:g} to {SPACINGS[1]:g} mm")
         if self.window is not None and self.window[0] >= self.window[1]:
             raise ValueError("give the lower end of the window first, for instance -175,250")
+        if self.window is not None and not Window(*self.window).usable:
+            raise ValueError("float32 must hold both ends of the window and tell them apart, for instance -175,250")
         return self
 
 
@@ -132,7 +134,7 @@ class RunConfig(Settings):
     preset: str
     overrides: dict[str, str]
     label_fraction: float = Field(1.0, gt=0, le=1, description="share of the training labels used in fine-tuning")
-    seed: NonNegativeInt = 0
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="of all randomness in the run")
     method_settings: SerializeAsAny[Settings]
     backbone_settings: SerializeAsAny[Settings]
     pretrain: Training

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import inf
 from pathlib import Path
 
 from harness.errors import UserError
@@ -95,10 +94,12 @@ def parse_spec(spec: str) -> tuple[str, Percentiles | Window | None]:
         return spec, None
     if how == "percentiles":
         return name, Percentiles()
-    low, high = float(match[1]), float(match[2])
-    if not (low < high and high - low < inf):
-        raise UserError(f"--corpus {spec}: the window {how} is empty: give its lower end first, for instance -1000,400")
-    return name, Window(low, high)
+    window = Window(float(match[1]), float(match[2]))
+    if not window.usable:
+        raise UserError(
+            f"--corpus {spec}: the window {how} is empty or too wide: give its lower end first, for instance -1000,400"
+        )
+    return name, window
 
 
 def with_normalisation(corpus: Corpus, normalisation: Percentiles | Window | None) -> Corpus:

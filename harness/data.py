@@ -6,7 +6,7 @@ from pathlib import Path
 
 from harness.corpus import Corpus, folder_corpus, parse_spec, with_normalisation
 from harness.errors import UserError, unknown
-from harness.files import check_name, digest, expand
+from harness.files import check_name, digest, expand, is_folder
 from harness.identity import ALIKE, Inventory, fingerprint, same_scans, take_inventory, twins
 from harness.locks import held
 from harness.phantom import CORPUS_CASES, PHANTOM, is_phantom, write_phantom
@@ -50,7 +50,7 @@ class CorpusData:
 def find_data(task: Task, data: Path | None, runs: Path) -> Path:
     """The task's folder: the user's, or a phantom written on first use."""
     if data is not None:
-        if not data.is_dir():
+        if not is_folder(data):
             raise UserError(f"--data {data} is not a folder: give the task's own folder or the one that contains it")
         return task.find(data)
     return task.find(_phantom(task, runs, task.phantom_cases))
@@ -96,7 +96,7 @@ def read_spec(registry: Registry, spec: str) -> tuple[str, Path | None, Percenti
     folder = expand(name)
     if name in registry.names("corpus"):
         return name, None, normalisation
-    if folder.is_dir():
+    if is_folder(folder):
         return name, folder, normalisation
     if "/" in name:
         raise UserError(f"--corpus {spec}: folder {folder} does not exist: give a folder of scans, or a name")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness.errors import UserError
-from harness.inference import Restored, read_run, restore
+from harness.inference import Restored, in_memory, read_run, restore
 from harness.registry import Registry
 
 FORMATS = ("monai", "safetensors", "onnx")
@@ -32,10 +32,10 @@ def export(run: Path, kind: str, out: Path, plugins: tuple[str, ...] = ()) -> li
     record = read_run(run)
     restored = restore(run, record, Registry(plugins))
     network = restored.network.cpu().eval()
-    example = torch.rand(
-        1, len(restored.task.channels), *restored.trained.crop, generator=torch.Generator().manual_seed(0)
-    )
-    with torch.inference_mode():
+    with torch.inference_mode(), in_memory(run, restored.trained.crop):
+        example = torch.rand(
+            1, len(restored.task.channels), *restored.trained.crop, generator=torch.Generator().manual_seed(0)
+        )
         expected = network(example)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as partial:
@@ -141,7 +141,8 @@ def card(record: dict[str, Any], how: str) -> str:
         keep_trailing_newline=True,
         finalize=lambda value: value if value is how else escape_markdown(value),
     )
-    corpora = [f"{each['name']} ({each['licence']})" for each in record["data"].get("corpora", [])]
-    pretrained = ", ".join(corpora) or f"the task's own {len(record['data']['pretrain'])} training cases"
+    data = record["data"]
+    corpora = [f"{each['name']} ({each.get('licence', 'licence unknown')})" for each in data.get("corpora", [])]
+    pretrained = ", ".join(corpora) or f"the task's own {len(data.get('pretrain') or [])} training cases"
     template = templates.get_template("card.md")
     return template.render(record=record, how=how, pretrained=pretrained, version=version("ssl-seg-harness"))

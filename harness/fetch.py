@@ -1,5 +1,6 @@
 """Public archives: downloaded with resuming, verified, and unpacked without letting any path out of the folder."""
 
+import errno
 import hashlib
 import shutil
 import tarfile
@@ -19,6 +20,8 @@ from harness.task import Archive
 
 CHUNK = 2**20
 TIMEOUT_S = 60
+DEEPEST = 50  # folders in each other; removing 1,000 would exceed Python's stack
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 TRIES = 5  # broken transfers in a row without a byte in between
 
 
@@ -121,14 +124,19 @@ def _unpack(packed: Path, place: Path) -> None:
     """Into a folder beside `place`, which takes its name once everything is out."""
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".unpack-") as partial:
         try:
-            with tarfile.open(packed) as tar:
+            # What is published is not compressed, and what is not cannot expand.
+            with tarfile.open(packed, "r:") as tar:
                 for member in progress(_members(packed, tar, place), "unpack"):
                     tar.extract(member, partial, filter="data")
-        except (tarfile.TarError, EOFError, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
+        except UserError:
+            raise
+        # Foreign bytes make the reader raise nearly anything; only what the disk refuses is not the archive's fault.
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in DISK:
                 raise
+            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{packed} cannot be unpacked ({type(error).__name__}: {error}): remove it and ask again"
+                f"{packed} cannot be unpacked ({type(error).__name__}: {reason}): remove it and ask again"
             ) from None
         if not (Path(partial) / place.name).is_dir():
             raise UserError(f"{packed} does not hold the folder {place.name}: is this another archive?")
@@ -150,11 +158,11 @@ def _members(packed: Path, tar: tarfile.TarFile, place: Path) -> Iterator[tarfil
         parts = [part for part in path.parts if part != "."]
         if not parts:
             continue
-        below = parts[0] == place.name and ".." not in parts and not path.is_absolute()
+        below = parts[0] == place.name and ".." not in parts and not path.is_absolute() and len(parts) <= DEEPEST
         if not below or not (member.isdir() or (member.isfile() and len(parts) > 1)):
             raise UserError(
-                f"{packed}: member {member.name!r} is no plain file or folder below {place.name}: nothing of the archive was "
-                "kept; it is not the published one"
+                f"{packed}: member {member.name[:200]!r} is no plain file or folder below {place.name}: nothing of the "
+                "archive was kept; it is not the published one"
             )
         total += member.size
         if total > free:

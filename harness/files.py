@@ -111,6 +111,11 @@ def expand(name: str) -> Path:
         raise UserError(f"{name}: {error} Write the folder out") from None
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there; not where no file can have such a name, for which pathlib raises."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
 def slug(text: str) -> str:
     """Text as a name of small letters, digits and underscores."""
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") or "unnamed"

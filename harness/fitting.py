@@ -1,9 +1,11 @@
-"""What would fit the memory, once a step did not: tried, not guessed."""
+"""What would fit the memory: weights before they are made, and once a step did not fit, what was tried and did."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset, default_collate
 
 from harness.config import Training
@@ -14,6 +16,39 @@ from harness.training import Trainer
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch found too little memory; its CPU allocator has no class of its own for that."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def is_too_large(error: Exception) -> bool:
+    """Whether torch refused a size: more than the memory, than a tensor or than a number of 64 bits can be."""
+    if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        return True
+    # A product of sizes that overflows may come out as a negative one.
+    refused = any(word in str(error) for word in ("verflow", "non-negative", "negative dimension"))
+    return (refused and isinstance(error, RuntimeError | TypeError)) or isinstance(error, OverflowError | MemoryError)
+
+
+class _Linspace(TorchFunctionMode):
+    """With values even where tensors have none: MONAI's Swin reads its drop rates off one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **({"device": "cpu"} if func is torch.linspace else {}), **(kwargs or {}))
+
+
+def weights_bytes(build: Callable[[], nn.Module]) -> int:
+    """Bytes of the weights that a module will have, without making them; 0 where it cannot be built so.
+
+    Raises:
+        RuntimeError, TypeError, OverflowError: torch refuses a size, see `is_too_large`.
+    """
+    try:
+        with torch.device("meta"), _Linspace():
+            module = build()
+    # A plugin may need values to be built: whatever it raises then says nothing.
+    except Exception as error:
+        if is_too_large(error):
+            raise
+        return 0
+    return sum(value.numel() * value.element_size() for value in (*module.parameters(), *module.buffers()))
 
 
 def explain_out_of_memory(stage: str, trainer: Trainer, data: Dataset[Any]) -> str:

@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 from harness.errors import UserError
 from harness.files import file_size
+from harness.task import SPACINGS
 
 NIFTI = (".nii.gz", ".nii")
-ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
+NRRD = (".nrrd", ".nhdr")
+ITK = (*NRRD, ".mha", ".mhd")
 ENDINGS = NIFTI + ITK
 PIXEL = re.compile(r"(\d+)-bit (signed integer|unsigned integer|float)")
 KINDS = {"signed integer": "i", "unsigned integer": "u", "float": "f"}
@@ -23,6 +25,13 @@ NAMED_FILE = re.compile(
     rb"^[ \t]*(?:ElementDataFile[ \t]*[=:]|data[ \t]*file[ \t]*:)[ \t]*(.*?)[ \t\r]*$", re.MULTILINE | re.IGNORECASE
 )
 LONGEST_HEADER = 2**20
+LONGEST_LINE = 400  # of NRRD; the reader writes its complaint about a longer one past the end of an array
+CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+KEPT = re.compile(r"#|content: |[^:]+:=")  # but for these, which it keeps as they are
+FIELD = re.compile(r"[ \t]*((?:[A-Za-z_]|[0-9A-Fa-f]{4}\|)[^=:]*)[=:](.*)")  # tags of DICOM begin with a digit
+PLACES = {"transformmatrix", "orientation", "rotation", "centerofrotation", "elementspacing", "elementsize", "offset"}
+PLACES |= {"origin", "position", "spacedirections", "spaceorigin", "spacings"}
+FARTHEST = 1e6  # mm; the reader turns 1e308 over and over
 LABEL_FOLDERS = re.compile(r"(labels?|masks?|seg|segmentations?|predictions)(Tr|Ts)?", re.IGNORECASE)
 LABEL_NAMES = re.compile(r"(.*[_.-])?(seg|segm|segmentation|label|labels|mask|gt)\d*", re.IGNORECASE | re.DOTALL)
 
@@ -59,7 +68,7 @@ def read_header(path: Path) -> Header:
 
     Raises:
         UserError: missing, no image, not 3D or 4D, not of numbers, larger than the memory that is free, a spacing that
-            is not positive, an affine that cannot be inverted, or an sform and a qform that disagree.
+            cannot be, an affine that cannot be inverted, or an sform and a qform that disagree.
     """
     file_size(path)
     header = _nifti_header(path) if path.name.endswith(NIFTI) else _itk_header(path)
@@ -69,8 +78,14 @@ def read_header(path: Path) -> Header:
         raise UserError(f"{path}: expected a 3D or 4D image of numbers, it is {shape} of {what}: convert it")
     if min(shape[:3]) < 2:
         raise UserError(f"{path}: shape {shape} is a single slice: this harness segments volumes, take the case out")
-    if not np.isfinite(header.affine).all() or abs(np.linalg.det(header.affine[:3, :3])) < 1e-9:
+    spacing = header.spacing
+    if not np.isfinite(header.affine).all() or abs(np.linalg.det(header.affine[:3, :3])) <= 1e-9 * prod(spacing):
         raise UserError(f"{path}: its affine cannot be inverted, so voxels have no place in space: mend the header")
+    if spacing.min() < SPACINGS[0] or spacing.max() > SPACINGS[1]:
+        raise UserError(
+            f"{path}: its header says a spacing of {', '.join(f'{edge:g}' for edge in spacing)} mm; each must be within "
+            f"{SPACINGS[0]:g} to {SPACINGS[1]:g} mm: mend the header"
+        )
     _fits_in_memory(path, shape, dtype)
     return header
 
@@ -149,6 +164,8 @@ def _itk_reader(path: Path) -> Any:
         file_size(path.with_name(name))  # a pipe or a device would never end
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     reader = sitk.ImageFileReader()
+    # Another reader would see other fields than those that were checked.
+    reader.SetImageIO("NrrdImageIO" if path.suffix in NRRD else "MetaImageIO")
     reader.SetFileName(str(path))
     return reader
 
@@ -159,11 +176,43 @@ def _named_files(path: Path) -> list[str]:
         text = file.read(LONGEST_HEADER + 1)
     # The header of NRRD ends with an empty line, MetaImage's with the place of its voxels.
     end = re.search(
-        rb"\r?\n\r?\n" if text.startswith(b"NRRD") else rb"^[ \t]*ElementDataFile[^\n]*", text, re.MULTILINE
+        rb"\r?\n\r?\n" if path.suffix in NRRD else rb"^[ \t]*ElementDataFile[ \t]*[=:][^\n]*", text, re.MULTILINE
     )
     if end is None and len(text) > LONGEST_HEADER:
         raise UserError(f"{path}: its header is longer than {LONGEST_HEADER >> 20} MiB: is this an image?")
-    return [name.decode(errors="replace") for name in NAMED_FILE.findall(text[: end.end()] if end else text)]
+    header = text[: end.end()] if end else text
+    _check_fields(path, header.decode("latin-1"))
+    return [name.decode(errors="replace") for name in NAMED_FILE.findall(header)]
+
+
+def _check_fields(path: Path, header: str) -> None:
+    """Raises UserError for what crashes the reader, or keeps it busy without end; anything else it refuses itself."""
+    nrrd, fields = path.suffix in NRRD, dict[str, str]()
+    for line in (each.removesuffix("\r") for each in header.split("\n")):
+        match = FIELD.fullmatch(line)
+        key, value = (match[1].replace(" ", "").strip().lower(), match[2].strip()) if match else ("", "")
+        fields[key] = value
+        problem = ""
+        if CONTROL.search(line) or not (nrrd or match or not line.strip()):
+            problem = f"a line that is no field, {line[:40]!r}"
+        elif nrrd and len(line) > LONGEST_LINE and not KEPT.match(line):
+            problem = f"a line of {len(line)} bytes, {line[:40]!r}; at most {LONGEST_LINE} are read"
+        elif key in ("ndims", "dimension") and not re.fullmatch("[1-9]", value):
+            problem = f"{value[:40]!r} dimensions"
+        elif key in PLACES and not all(_near(part, nrrd) for part in re.split(r"[\s(),]+", value) if part):
+            problem = f"a number that is not within {FARTHEST:g} mm, {line[:80]!r}"
+        if problem:
+            raise UserError(f"{path} cannot be read, its header has {problem}: mend it, or write the image again")
+    if fields.get("byteskip", "").startswith("-") and fields.get("encoding", "").lower() != "raw":
+        raise UserError(f"{path} cannot be read, its byte skip is negative, which is for raw voxels: mend the header")
+
+
+def _near(number: str, nrrd: bool) -> bool:
+    """Whether a number of a header is finite and plausible; NRRD says `none` and `nan` for axes that are not in space."""
+    try:
+        return (nrrd and number.lower() in ("none", "nan")) or abs(float(number)) <= FARTHEST
+    except ValueError:
+        return False
 
 
 def _itk_header(path: Path) -> Header:

@@ -1,17 +1,19 @@
 """New images through a finished run: `harness predict`. Needs the run's folder and its backbone, not its data."""
 
-import json
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, ValidationError
 
-from harness.config import Evaluate, Finetune, Protocol
+from harness.config import Evaluate, Finetune, Protocol, TaskSettings
 from harness.errors import UserError
 from harness.files import walk
 from harness.formats import ENDINGS, is_named_label, read_header, stem, write_label
@@ -20,6 +22,49 @@ from harness.progress import progress
 from harness.registry import Registry
 from harness.settings import build
 from harness.task import Case, Percentiles, Task, Window
+from leaderboards.records import RecordError, read_record
+from leaderboards.schema import Name, Part, Record
+
+Value = Annotated[int, Field(ge=0, le=255)]
+
+
+class _Description(Part):
+    """The task of a run."""
+
+    channels: Annotated[list[Name], Field(min_length=1)]
+    targets: Annotated[dict[Name, Annotated[list[Value], Field(min_length=1)]], Field(min_length=1)]
+    labels: Annotated[list[Value], Field(min_length=1)]
+    overlapping: bool
+
+
+class _Prepared(Part):
+    """How its volumes were prepared."""
+
+    spacing: list[float] | None
+    normalisation: Literal["Window", "Percentiles"]
+    low: float
+    high: float
+
+
+class _Trained(Part):
+    """The part of its fine-tuning that is printed."""
+
+    crop: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=3, max_length=3)]
+
+
+class _Config(Part):
+    prepared: _Prepared
+    finetune: _Trained
+    evaluate: dict[str, Any]
+    backbone_settings: dict[str, Any]
+
+
+class _Usable(Record):
+    """A record that the trained network can be made from."""
+
+    protocol: Protocol
+    task_description: _Description
+    config: _Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +139,8 @@ def _predict(restored: "Restored", case: Case, place: Path) -> None:
     image, _, geometry = prepare_arrays(restored.task, loaded, str(case.images[0]))
     # As the cache holds it, so that a test case gets the prediction that was scored.
     image = quantise(image).astype(np.float32) * np.float32(1 / STEPS)
-    probabilities = predict(restored.task, restored.network, image, restored.trained, restored.evaluate)
+    with in_memory(case.images[0], restored.trained.crop):
+        probabilities = predict(restored.task, restored.network, image, restored.trained, restored.evaluate)
     write_label(place, restored.task.compose(geometry.decide(restored.task, probabilities)), loaded.affine)
 
 
@@ -138,66 +184,89 @@ def group_images(folder: Path, channels: Sequence[str]) -> list[Case]:
     return cases
 
 
-def _protocol(name: str) -> Protocol:
-    """A protocol by its name. Raises ValueError for another one."""
-    for known in get_args(Protocol):
-        if name == known:
-            return cast(Protocol, known)
-    raise ValueError(f"protocol {name!r}")
-
-
 def read_run(run: Path) -> dict[str, Any]:
-    """The record of a run that describes its task. Raises UserError where it is none."""
+    """The record of a run that describes its task, every field checked. Raises UserError where it is none."""
     try:
-        record = json.loads((run / "record.json").read_text())
-    except (OSError, ValueError) as error:
+        record = read_record(run / "record.json")
+        _Usable.model_validate(record)
+    except RecordError as error:
         raise UserError(f"{run} is no finished run ({error}): give a run id or a run folder") from None
-    if not isinstance(record, dict) or not isinstance(record.get("task_description"), dict):
-        raise UserError(f"{run / 'record.json'} does not describe its task: run it again with this version")
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise UserError(
+            f"{run / 'record.json'}: {where} = {problem['input']!r:.80} cannot be used, {problem['msg']}: run it again with "
+            "this version"
+        ) from None
     return record
+
+
+def _recorded_task(record: dict[str, Any]) -> RecordedTask:
+    """Raises UserError or ValueError for a preparation, or label values, that no task has."""
+    described, prepared = record["task_description"], record["config"]["prepared"]
+    low, high = prepared["low"], prepared["high"]
+    window = (low, high) if prepared["normalisation"] == "Window" else None
+    settings = build(TaskSettings, {"spacing": prepared["spacing"], "window": window}, "prepared")
+    if window is None and not 0 <= low < high <= 100:
+        raise ValueError(f"percentiles {low:g} to {high:g}")
+    values = {value for region in described["targets"].values() for value in region}
+    if not values <= set(described["labels"]):
+        raise ValueError(f"label values {sorted(values)}")
+    return RecordedTask(
+        name=record["task"],
+        version=record["task_version"],
+        description="",
+        licence=record["data"]["licence"],
+        reference="",
+        channels=tuple(described["channels"]),
+        targets={name: tuple(values) for name, values in described["targets"].items()},
+        labels=tuple(described["labels"]),
+        overlapping=described["overlapping"],
+        spacing=settings.spacing,
+        normalisation=Percentiles(low, high) if window is None else Window(low, high),
+    )
+
+
+@contextmanager
+def in_memory(source: Path, crop: Sequence[int]) -> Iterator[None]:
+    """Raises UserError where a window of the training crop does not fit the memory with what is computed from it."""
+    from harness.fitting import is_too_large
+
+    try:
+        yield
+    except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
+        if not is_too_large(error):
+            raise
+        raise UserError(
+            f"{source}: a window of {' x '.join(map(str, crop))} voxels, the training crop, does not fit the memory: use a "
+            "machine with more"
+        ) from None
 
 
 def restore(run: Path, record: dict[str, Any], registry: Registry) -> Restored:
     """The task and the trained network of a record. Raises UserError where it cannot be used."""
+    import psutil
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from harness.fitting import weights_bytes
     from harness.protocols import with_head
     from harness.training import new_accelerator
 
     try:
-        described, config = record["task_description"], record["config"]
-        prepared = config["prepared"]
-        spacing = None
-        if prepared["spacing"] is not None:
-            x, y, z = map(float, prepared["spacing"])
-            spacing = (x, y, z)
-        kind = {"Window": Window, "Percentiles": Percentiles}[prepared["normalisation"]]
-        task = RecordedTask(
-            name=record["task"],
-            version=record["task_version"],
-            description="",
-            licence=record["data"]["licence"],
-            reference="",
-            channels=tuple(described["channels"]),
-            targets={name: tuple(values) for name, values in described["targets"].items()},
-            labels=tuple(described["labels"]),
-            overlapping=described["overlapping"],
-            spacing=spacing,
-            normalisation=kind(float(prepared["low"]), float(prepared["high"])),
-        )
-        values = [value for region in task.targets.values() for value in region]
-        if not all(value in task.labels and 0 <= value <= 255 for value in values):
-            raise ValueError(f"label values {values}")
-        if spacing is not None and not min(spacing) > 0:
-            raise ValueError(f"a spacing of {spacing}")
+        task, config = _recorded_task(record), record["config"]
         trained, settings = Finetune(**config["finetune"]), Evaluate(**config["evaluate"])
         backbone_class = registry.load("backbone", record["backbone"])
         own = build(backbone_class.Config, config["backbone_settings"], "backbone")
+        # Input and output alone, and the weights; what is between needs more, and is found out by trying.
+        need = 4 * prod(trained.crop) * (len(task.channels) + task.num_outputs)
+        need += weights_bytes(lambda: backbone_class(own, len(task.channels)))
+        if need > (free := psutil.virtual_memory().available):
+            raise ValueError(f"crop and settings that take {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
         backbone = backbone_class(own, len(task.channels))
         if any(edge % stride for edge, stride in zip(trained.crop, backbone.stride, strict=True)):
             raise ValueError(f"a crop of {trained.crop}, which is no multiple of {backbone.stride}")
-        network = with_head(backbone, task.num_outputs, _protocol(record["protocol"]))
+        network = with_head(backbone, task.num_outputs, record["protocol"])
         network.load_state_dict(load_file(run / "weights.safetensors"))
         return Restored(task, network.to(new_accelerator().device), trained, settings)
     except (

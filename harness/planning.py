@@ -285,12 +285,38 @@ def resolve_request(request: Request, registry: Registry, task: Task) -> RunConf
 
 
 def check_fit(registry: Registry, config: RunConfig, plugins: "Plugins", channels: int, pretrain_channels: int) -> None:
-    """Whether method, backbone, crops and batch fit each other; builds the modules, reads no data.
+    """Whether method, backbone, crops and batch fit each other and the memory; builds the modules, reads no data.
 
     Raises:
-        UserError: a need that the backbone does not meet, a crop that is not a multiple of its stride, or whatever
-            the method itself refuses.
+        UserError: a need that the backbone does not meet, a crop that is not a multiple of its stride, weights that no
+            memory holds, or whatever the method itself refuses.
     """
+    import psutil
+
+    from harness.fitting import is_too_large, weights_bytes
+
+    try:
+        # A copy for gradients and two for AdamW's moments; known before a byte of it is taken.
+        need = 4 * weights_bytes(
+            lambda: plugins.method(config.method_settings, plugins.new_backbone(config, pretrain_channels))
+        )
+        if need > psutil.virtual_memory().available:
+            raise MemoryError(f"weights, gradients and moments take {need / 2**30:.1f} GiB")
+        _check_parts(registry, config, plugins, channels, pretrain_channels)
+    except Exception as error:
+        if not is_too_large(error):
+            raise
+        given = (f"{key}={value:.60}" for key, value in config.overrides.items())
+        raise UserError(
+            f"method {config.method!r} and backbone {config.backbone!r} with {', '.join(given) or 'these settings'} do not fit "
+            f"the {psutil.virtual_memory().available / 2**30:.1f} GiB that are free ({' '.join(str(error).split())[:160]}): "
+            "set smaller ones"
+        ) from None
+
+
+def _check_parts(
+    registry: Registry, config: RunConfig, plugins: "Plugins", channels: int, pretrain_channels: int
+) -> None:
     backbone = plugins.new_backbone(config, channels)
     missing = plugins.method.needs - backbone.abilities
     if missing:

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from harness.errors import UserError, unknown
-from harness.files import digest, digest_file, digest_tree, expand
+from harness.files import digest, digest_file, digest_tree, expand, is_folder
 from harness.task import ImageSet, Task
 
 PLURAL = {"method": "methods", "backbone": "backbones", "task": "tasks", "corpus": "corpora"}
@@ -107,7 +107,7 @@ class Registry:
             found = self.load("task", name)
             assert isinstance(found, Task), f"task {name!r} is a {type(found).__name__}, not a harness.Task"
             return found
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise UserError(
                 f"task folder {folder} does not exist: give a folder or one of {', '.join(self.names('task'))}"
             )
@@ -125,7 +125,7 @@ class Registry:
         if not name:
             raise UserError("the task's name is empty: give a name (`harness list tasks`) or a folder")
         folder = expand(name)
-        return folder if name not in self._plugins["task"] and (folder.is_dir() or "/" in name) else None
+        return folder if name not in self._plugins["task"] and (is_folder(folder) or "/" in name) else None
 
     def describe(self, kind: str) -> list[dict[str, Any]]:
         """One row per plugin: name, description, and what the class states about itself."""

@@ -60,8 +60,8 @@ def compare(record: Mapping[str, Any], cases: Path, again: Mapping[str, Any], ca
 
     if cases.exists() and cases.read_bytes() == cases_again.read_bytes():
         return "every case has the same scores, to the last digit"
-    here, there = again["metrics"]["average"]["dice"], record["metrics"]["average"]["dice"]
-    averages = f"average Dice there {there:.6f}, here {here:.6f}"
+    here, there = (each["metrics"].get("average", {}).get("dice") for each in (again, record))
+    averages = f"average Dice there {_number(there)}, here {_number(here)}"
     if not cases.exists():
         return averages
     first, second = load_run(cases.parent), load_run(cases_again.parent)
@@ -69,6 +69,10 @@ def compare(record: Mapping[str, Any], cases: Path, again: Mapping[str, Any], ca
         return f"{averages}; the test cases are others"
     largest = float(np.nanmax(abs(first.dice - second.dice), initial=0.0))
     return f"{averages}; the largest difference of a case is {largest:.6f}"
+
+
+def _number(value: float | None) -> str:
+    return "not stated" if value is None else f"{value:.6f}"
 
 
 def _request(

@@ -66,3 +66,7 @@ def build(cls: type[S], values: Mapping[str, Any], section: str) -> S:
         about = f" ({known.description})" if known is not None and known.description else ""
         where = f"{section}.{field}={problem['input']}" if field else section
         raise UserError(f"{where} cannot be used: {problem['msg']}{about}") from None
+    except OSError as error:  # from where a file is looked for
+        raise UserError(
+            f"{section}: {error.filename!r:.80} cannot be used: {error.strerror}: give another path"
+        ) from None

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Triple = tuple[float, float, float]
+SPACINGS = (1e-4, 1e4)  # mm; beyond lie mistakes, and numbers that overflow
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,13 @@ class Window:
 
     low: float
     high: float
+
+    @property
+    def usable(self) -> bool:
+        """Whether float32, which voxels are scaled in, holds both ends and tells them apart."""
+        with np.errstate(all="ignore"):
+            width = np.float32(self.high) - np.float32(self.low)
+        return bool(np.finfo(np.float32).tiny < width < np.inf)
 
 
 @dataclass(frozen=True)

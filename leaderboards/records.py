@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -311,9 +312,13 @@ def _check_ranges(path: Path, values: dict[str, NDArray[Any]], status: NDArray[A
 
 
 def _read(path: Path) -> str:
-    if path.stat().st_size > LARGEST:
-        raise RecordError(f"{path}: {path.stat().st_size} bytes, more than the {LARGEST} that are read")
-    return path.read_text(encoding="utf-8")
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for without end
+        raise RecordError(f"{path}: is no regular file")
+    with path.open(encoding="utf-8") as file:
+        text = file.read(LARGEST + 1)
+    if len(text) > LARGEST:
+        raise RecordError(f"{path}: more than the {LARGEST} bytes that are read")
+    return text
 
 
 def _refuse(constant: str) -> float:

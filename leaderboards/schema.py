@@ -108,7 +108,7 @@ class Record(Part):
     metric_policy: Name
     overrides: dict[Name, Annotated[str, Field(max_length=10_000)]]
     label_fraction: Annotated[float, Field(gt=0, le=1)]
-    seed: Count
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)]
     data: Data
     metrics: Annotated[dict[Name, Metric], Field(min_length=1)]
     timing: Timing

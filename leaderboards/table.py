@@ -22,6 +22,9 @@ COLUMNS = [
 ]
 """Those of design.md in its order; columns are added at the end only."""
 
+EXACT = ("label_fraction", "surface_tolerance_mm")
+"""Numbers that tell rows apart, so that they keep every digit."""
+
 FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 """What a spreadsheet takes for the beginning of a formula, full-width forms included."""
 
@@ -178,12 +181,19 @@ def _value(number: float) -> float | None:
 
 def _csv(frame: pd.DataFrame) -> str:
     safe = frame.copy()
-    # Shares keep every digit: they tell rows apart.
-    safe["label_fraction"] = [repr(float(share)) if float(share) != 1 else "1" for share in safe["label_fraction"]]
+    for column in EXACT:
+        safe[column] = [_digits(value) for value in safe[column]]
     for column in safe.columns[safe.dtypes.map(lambda kind: not pd.api.types.is_numeric_dtype(kind))]:
         safe[column] = safe[column].map(escape)
     text: str = safe.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     return text
+
+
+def _digits(value: float | None) -> str:
+    if value is None or np.isnan(value):
+        return ""
+    short = f"{value:.6g}"
+    return short if float(short) == value else repr(float(value))
 
 
 def _grid(table: Table) -> list[list[str]]:

@@ -14,7 +14,7 @@ import pandas as pd
 
 from leaderboards import board, reported, statistics, table
 from leaderboards.records import STATUS, RecordError, Run, load_run
-from leaderboards.table import COLUMNS
+from leaderboards.table import COLUMNS, EXACT
 
 TOLERANCE = 1e-9
 PRINTED = 2e-5
@@ -46,7 +46,8 @@ NUMBERS = {
 }
 POLICY = re.compile(r"empty-is-(?P<empty>worst|skipped|perfect)-v1(?:\+hd95-(?P<hd95>pooled|area-weighted))?")
 PLAIN = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", re.ASCII)
-KEY = [*COLUMNS[:8], "target", "metric_policy", "source"]
+SHARED = [*COLUMNS[:8], "metric_policy", "surface_tolerance_mm"]
+KEY = [*SHARED, "target", "source"]
 
 
 def check_run(folder: Path) -> list[str]:
@@ -90,7 +91,9 @@ def _check_digests(run: Run) -> Iterable[str]:
         yield "digests has none of cases.csv, so that nobody can tell whether it was changed"
     for name in ("cases.csv", "weights.safetensors"):
         path = run.folder / name
-        if name in digests and path.exists():
+        if name in digests and path.exists() and not path.is_file():
+            yield f"{name} is no regular file"
+        elif name in digests and path.exists():
             with path.open("rb") as file:
                 actual = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
             if actual != digests[name]:
@@ -209,7 +212,7 @@ def _check_rows(frame: pd.DataFrame) -> list[str]:
     found += [f"line {line + 2}: a reported row has a rank, a p-value or run ids" for line in frame.index[reported]]
     nameless = measured & (frame["run_ids"] == "")
     found += [f"line {line + 2}: a measured row names no run" for line in frame.index[nameless]]
-    for _, rows in frame[measured].groupby([*KEY[:8], "metric_policy"], sort=False):
+    for _, rows in frame[measured].groupby(SHARED, sort=False):
         dice = numbers.loc[rows.index, "dice"]
         average, targets = dice[rows["target"] == "average"], dice[rows["target"] != "average"]
         expected = float(statistics.nanmean(targets.to_numpy(), 0))
@@ -236,10 +239,11 @@ def _recompute(frame: pd.DataFrame, runs: Sequence[Run]) -> tuple[list[str], str
     fresh = table.build(board.gather(known))
     for column in fresh.columns:
         fresh[column] = fresh[column].map(table.escape)
-    fresh["label_fraction"] = fresh["label_fraction"].map(_share)
+    for column in EXACT:
+        fresh[column] = fresh[column].map(_digits)
     again = {tuple(row[name] for name in KEY): row for row in fresh.to_dict("records")}
     for line, row in zip(measured.index + 2, measured.to_dict("records"), strict=True):
-        row["label_fraction"] = _share(float(row["label_fraction"]))
+        row |= {column: _digits(row[column]) for column in EXACT}
         mine = again.pop(tuple(row[name] for name in KEY), None)
         if mine is None:
             found.append(f"line {line}: its runs give no such row")
@@ -249,7 +253,7 @@ def _recompute(frame: pd.DataFrame, runs: Sequence[Run]) -> tuple[list[str], str
                 found.append(f"line {line}: {column} is {row[column]!r:.80}, its runs give {mine[column]!r:.80}")
         for column in NUMBERS:
             stated, value = row[column], mine[column]
-            value = math.nan if value is None else float(value)
+            value = _or_nan(value)
             if not _equal(float(stated) if stated else None, value, PRINTED):
                 found.append(f"line {line}: {column} is {stated or 'empty'}, its cases give {value:.6g}")
     found += [f"lacks the row of {'/'.join(map(str, key))[:160]}, which its runs give" for key in again]
@@ -280,8 +284,10 @@ def _or_nan(value: Any) -> float:
     return math.nan if value is None or value == "" else float(value)
 
 
-def _share(fraction: float) -> str:
-    return repr(float(fraction))
+def _digits(cell: Any) -> str:
+    """Every digit of what tells rows apart, however it was written; empty where there is nothing."""
+    value = _or_nan(cell)
+    return "" if math.isnan(value) else repr(value)
 
 
 def _equal(stated: Any, value: float, tolerance: float = TOLERANCE) -> bool:

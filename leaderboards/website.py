@@ -164,8 +164,9 @@ class _Site:
         folder.mkdir(parents=True)
         for name in LINKED:
             (folder / name).write_bytes((run.folder / name).read_bytes())
-        found = sorted((run.folder / "figures").glob("*.png")) if self.pictures else []
         # Links are left out: what they lead to is not the run's.
+        shown = self.pictures and not (run.folder / "figures").is_symlink()
+        found = sorted((run.folder / "figures").glob("*.png")) if shown else []
         pictures = [path.name for path in found if path.is_file() and not path.is_symlink()]
         for name in pictures:
             (folder / "figures").mkdir(exist_ok=True)

@@ -1,10 +1,12 @@
 """Start from published weights instead of pre-training."""
 
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from pydantic import Field, FilePath
 from safetensors.torch import load_file, save_file
@@ -15,6 +17,7 @@ from harness import Backbone, Method, Settings, UserError, inflate
 Triple = tuple[int, int, int]
 CONTAINERS = ("state_dict", "model", "model_state_dict", "network_weights", "net")
 PREFIXES = ("module.", "model.", "backbone.")
+LONGEST_KEY = 1000  # prefixes are taken off one by one
 # TransVW's checkpoint holds its best loss as a NumPy number, under the name that NumPy's module had then. Numbers only:
 # arrays can hold objects.
 _NUMBER = np.float64(0).__reduce__()[0]
@@ -125,13 +128,16 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Tensors by name, from safetensors or a PyTorch checkpoint, without executing anything in it.
 
     Raises:
-        UserError: the file cannot be read so, or holds no tensors.
+        UserError: the file cannot be read so, unpacks to more than the memory that is free, or holds no tensors.
     """
     try:
+        _check_size(path)
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals(NUMBERS):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     # Foreign bytes make the readers raise nearly anything; whatever it is, the file is what is wrong.
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
@@ -143,7 +149,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if not isinstance(content, dict) or any(isinstance(value, Tensor) for value in content.values()):
             break
         content = next((content[name] for name in CONTAINERS if isinstance(content.get(name), dict)), {})
-    tensors = {str(key): value for key, value in content.items() if _usable(value)} if isinstance(content, dict) else {}
+    items = content.items() if isinstance(content, dict) else ()
+    tensors = {str(key): value for key, value in items if _usable(value) and len(str(key)) <= LONGEST_KEY}
     if not tensors:
         raise UserError(
             f"method.weights={path} holds no state dict (looked for {', '.join(CONTAINERS)}): save the network's state_dict"
@@ -151,6 +158,23 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _check_size(path: Path) -> None:
+    """Raises UserError for a checkpoint whose members, which may be compressed, take more than the memory that is free."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as packed:
+        size = sum(member.file_size for member in packed.infolist())
+    if size > (free := psutil.virtual_memory().available):
+        raise UserError(
+            f"method.weights={path} unpacks to {size / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: give other weights"
+        )
+
+
 def _usable(value: Any) -> bool:
-    """Dense tensors only; what is left out is reported as not there."""
-    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+    """Dense tensors with values only; what is left out is reported as not there."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_quantized or value.is_nested)
+    )

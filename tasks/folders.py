@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from math import floor, log10
 from pathlib import Path
 from typing import Any
 
@@ -202,9 +203,12 @@ class FolderTask(Task):
 
     def _names_labels(self, described: Description) -> bool:
         found = {region: _plain(name) for name, region in described.regions().items() if region != (0,)}
-        return found == {
-            (value,): _plain(name) for value, name in zip(self.labels[1:], self.names or self.targets, strict=True)
-        }
+        mine = (
+            {(value,): name for value, name in zip(self.labels[1:], self.names, strict=True)}
+            if self.names
+            else {values: name for name, values in self.targets.items()}
+        )
+        return found == {region: _plain(name) for region, name in mine.items()}
 
 
 def crops(extent: Sequence[float], **budgets: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -317,8 +321,14 @@ def _nnunet_cases(root: Path, described: _NNUNet) -> list[Case]:
 
 def _inside(root: Path, named: str) -> Path:
     """A path that `dataset.json` names, which may not lead out of the folder (links in it are the user's own)."""
-    if "\0" in named or Path(named).is_absolute() or os.path.normpath(named).startswith(".."):
-        raise UserError(f"{root / 'dataset.json'}: {named!r} leaves the task's folder: name files below it")
+    try:
+        good = b"\0" not in os.fsencode(named)
+    except UnicodeEncodeError:  # half a character
+        good = False
+    if not good or Path(named).is_absolute() or os.path.normpath(named).startswith(".."):
+        raise UserError(
+            f"{root / 'dataset.json'}: {named[:200]!r} leaves the task's folder, or is no path: name files below it"
+        )
     return root / os.path.normpath(named)
 
 
@@ -339,7 +349,8 @@ def _with_geometry(task: FolderTask, folder: Path) -> FolderTask:
     if problem is not None and not spacings:
         raise problem
     median = np.median(spacings, axis=0)
-    x, y, z = (round(float(value), 4) for value in median)
+    # Four decimals, and of a microscope's spacings four digits.
+    x, y, z = (round(float(value), max(4, 3 - floor(log10(value)))) for value in median)
     return replace(task, spacing=(x, y, z), presets=crops(np.median(extents, axis=0) / median))
 
 

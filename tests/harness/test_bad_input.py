@@ -224,6 +224,8 @@ KINDS = {
     # geometry
     "zero spacing": Kind(raw(80, "<3f", 0, 1, 1), "a spacing of 0, 1, 1 mm"),
     "negative spacing": Kind(raw(80, "<3f", 1, -1, 1), "a spacing of 1, -1, 1 mm"),
+    "tiny spacing": Kind(raw(80, "<3f", 1e-5, 100, 100, codes=(0, 0)), "each must be within 0.0001 to 10000 mm"),
+    "huge spacing": Kind(raw(80, "<3f", 1e30, 1e-30, 1, codes=(0, 0)), "each must be within 0.0001 to 10000 mm"),
     "spacing NaN": Kind(raw(80, "<3f", 1, float("nan"), 1), "each must be more than 0"),
     "singular affine": Kind(raw(280, "<4f", 0, 0, 0, 0, codes=(0, 1)), "cannot be inverted"),
     "affine NaN": Kind(raw(280, "<4f", float("nan"), 0, 0, 0, codes=(0, 1)), "cannot be inverted"),
@@ -273,6 +275,7 @@ KINDS = {
     "path out of the folder": Kind(entry(image="../../../etc/passwd"), "leaves the task's folder"),
     "absolute path": Kind(entry(label="/etc/passwd"), "leaves the task's folder"),
     "path with a null": Kind(entry(image="./imagesTr/\0"), "leaves the task's folder"),
+    "path with half a character": Kind(entry(image="./imagesTr/\ud800"), "leaves the task's folder"),
     "no JSON": Kind(lambda root, case: (root / "dataset.json").write_text("{"), "cannot be read as JSON"),
     "JSON without end": Kind(
         lambda root, case: (root / "dataset.json").write_text("[" * 100000), "cannot be read as JSON"
@@ -386,6 +389,70 @@ def test_text_headers_lead_nowhere_else(name, text, says, tmp_path):
     (tmp_path / "secret.raw").write_bytes(bytes(64))
     with pytest.raises(UserError, match=says or "only a single file beside the header is read"):
         read_image(path)
+
+
+MHA = """ObjectType = Image
+NDims = 3
+TransformMatrix = 1 0 0 0 1 0 0 0 1
+Offset = 0 0 0
+ElementSpacing = 1 1 1
+DimSize = 4 4 4
+ElementType = MET_UCHAR
+ElementDataFile = LOCAL
+"""
+NRRD = """NRRD0004
+type: uchar
+dimension: 3
+space: left-posterior-superior
+sizes: 4 4 4
+space directions: (1,0,0) (0,1,0) (0,0,1)
+kinds: domain domain domain
+encoding: raw
+space origin: (0,0,0)
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "before", "after", "says"),
+    [
+        (MHA, "NDims = 3", "NDims = -1", "'-1' dimensions"),
+        (MHA, "NDims = 3", "NDims = 1000", "'1000' dimensions"),
+        (MHA, "NDims = 3", "NDims = 3\nNDims = 1000", "'1000' dimensions"),
+        (MHA, "NDims = 3", "NDims =\n1000", "'' dimensions"),
+        (MHA, "NDims = 3", "ElementDataFileX = a\nNDims = 1000", "'1000' dimensions"),
+        (MHA, "NDims = 3", "ElementSize = 1 1 1\rNDims = 1000", "a line that is no field"),
+        (MHA, "ObjectType", "NRRD0004\n\nNDims = 1000\nObjectType", "a line that is no field"),
+        (MHA, "1 0 0 0 1 0", "1 0 0 0 1 1e308", "not within 1e[+]06 mm, 'TransformMatrix"),
+        (MHA, "Offset = 0", "Position = inf", "not within 1e[+]06 mm, 'Position"),
+        (MHA, "Spacing = 1", "Spacing = 0x1p1023", "not within 1e[+]06 mm, 'ElementSpacing"),
+        (NRRD, "kinds: domain", "kinds: " + "a" * 1000, "a line of 1021 bytes"),
+        (NRRD, "kinds", "a" * 1000 + ": a\nkinds", "a line of 1003 bytes"),
+        (NRRD, "kinds", "content:" + "a" * 1000 + "\nkinds", "a line of 1008 bytes"),
+        (NRRD, "dimension: 3", "dimension: 17", "'17' dimensions"),
+        (NRRD, "(1,0,0)", "(1e308,0,0)", "not within 1e[+]06 mm, 'space directions"),
+        (NRRD, "encoding: raw", "encoding: gzip\nbyte skip: -1", "its byte skip is negative"),
+    ],
+)
+def test_text_headers_that_crash_their_reader_are_refused(text, before, after, says, tmp_path):
+    from harness import UserError
+    from harness.formats import read_header
+
+    assert before in text
+    path = tmp_path / ("x.nrrd" if text is NRRD else "x.mha")
+    path.write_bytes(text.replace(before, after, 1).encode() + bytes(64))
+    with pytest.raises(UserError, match=says):
+        read_header(path)
+
+
+@pytest.mark.parametrize("line", ["content: ", "a:=", "0008|0005:=", "# "])
+def test_long_lines_that_nrrd_keeps_tags_and_other_line_ends_are_read(line, tmp_path):
+    from harness.formats import read_image
+
+    (tmp_path / "x.nrrd").write_bytes(NRRD.replace("kinds", f"{line}{'a' * 5000}\nkinds").encode() + bytes(64))
+    tagged = MHA.replace("DimSize", "0008|0005 = ISO_IR 100\nITK_InputFilterName = a: b = c\nDimSize")
+    (tmp_path / "x.mha").write_bytes(tagged.replace("\n", "\r\n").encode() + bytes(64))
+    assert read_image(tmp_path / "x.nrrd")[0].shape == read_image(tmp_path / "x.mha")[0].shape == (4, 4, 4)
 
 
 @pytest.mark.parametrize("ending", [".nrrd", ".mha", ".mhd", ".nii.gz"])

@@ -333,6 +333,10 @@ RUN = ("run", "--method", "hybridmim", "--task", "msd_hippocampus")
         ((*RUN, "--data", "nowhere"), "not a folder"),
         (("data", "check", "brats", "--data", "nowhere"), "not a folder"),
         (("show", "nothing"), "unknown run"),
+        (("run", "--method", "scratch", "--task", "a" * 5000), "unknown task"),
+        (("run", "--method", "scratch", "--task", "/" + "a" * 5000), "does not exist"),
+        ((*RUN, "--data", "a" * 5000), "is not a folder"),
+        ((*RUN, "--dry-run", "--seed", str(2**63)), "less than or equal to 9223372036854775807"),
     ],
 )
 def test_wrong_words(words, says, capsys, tmp_path, monkeypatch):

@@ -202,11 +202,23 @@ def test_a_damaged_volume_is_named_and_mended(data, finished, tmp_path, capsys):
     harness(*words(data, tmp_path / "runs", "simmim"))
 
 
+NESTED = "nested without end"
 RECORD = {
     "spacing 0": lambda r: r["config"]["prepared"].update(spacing=[0, 1, 1]),
     "spacing negative": lambda r: r["config"]["prepared"].update(spacing=[-1, 1, 1]),
     "spacing tiny": lambda r: r["config"]["prepared"].update(spacing=[0.001] * 3),
     "spacing of two": lambda r: r["config"]["prepared"].update(spacing=[1, 1]),
+    "spacing that overflows": lambda r: r["config"]["prepared"].update(spacing=[1e-200] * 3),
+    "percentiles below 0": lambda r: r["config"]["prepared"].update(low=-5),
+    "percentiles above 100": lambda r: r["config"]["prepared"].update(high=101),
+    "window of one value": lambda r: r["config"]["prepared"].update(normalisation="Window", low=0, high=1e-45),
+    "window without end": lambda r: r["config"]["prepared"].update(normalisation="Window", low=-1e308, high=1e308),
+    "target without a label": lambda r: r["task_description"]["targets"].update(anterior=[]),
+    "label in a list": lambda r: r["task_description"].update(labels=[[0], 1, 2]),
+    "crop beyond the memory": lambda r: r["config"]["finetune"].update(crop=[3200000] * 3),
+    "crop beyond 64 bits": lambda r: r["config"]["finetune"].update(crop=[32 * 10**30] * 3),
+    "features beyond the memory": lambda r: r["config"]["backbone_settings"].update(features=[10**5] * 5),
+    "nested": lambda r: r.update(config=NESTED),
     "window is text": lambda r: r["config"]["prepared"].update(low="x"),
     "unknown kind": lambda r: r["config"]["prepared"].update(normalisation="Exec"),
     "label 300": lambda r: r["task_description"]["targets"].update(anterior=[300]),
@@ -223,7 +235,8 @@ def test_records_are_not_trusted(kind, data, finished, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "run")
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     RECORD[kind](record)
-    (tmp_path / "run" / "record.json").write_text(json.dumps(record))
+    text = json.dumps(record).replace(f'"{NESTED}"', "[" * 100_000 + "]" * 100_000)
+    (tmp_path / "run" / "record.json").write_text(text)
     image = next((data / "imagesTr").iterdir())
     harness("predict", "--run", tmp_path / "run", image, tmp_path / "out.nii.gz", status=2)
     assert error(capsys).startswith("harness: error: ")

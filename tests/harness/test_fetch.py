@@ -160,6 +160,12 @@ def device(name):
     return info
 
 
+def pax(**headers):
+    info = tarfile.TarInfo(f"{NAME}/a")
+    info.pax_headers = {key.replace("__", "."): value for key, value in headers.items()}
+    return info
+
+
 HOSTILE = {
     "path out": [(f"{NAME}/../../escaped", b"x")],
     "plain path out": [("../escaped", b"x")],
@@ -169,6 +175,14 @@ HOSTILE = {
     "hard link": [link(f"{NAME}/l", "../../escaped", tarfile.LNKTYPE)],
     "device": [device(f"{NAME}/null")],
     "file named like the folder": [(NAME, b"x")],
+    "file used as a folder": [(f"{NAME}/a", b"x"), (f"{NAME}/a/b", b"x")],
+    "name too long": [(f"{NAME}/{'a' * 300}", b"x")],
+    "3,000 folders": [(f"{NAME}/{'a/' * 3000}x", b"x")],
+    "1,500 folders, one by one": [(f"{NAME}/{'a/' * depth}x", b"x") for depth in range(1500)],
+    "time without end": [pax(mtime="inf")],
+    "time that is none": [pax(mtime="nan")],
+    "name with a null": [pax(path=f"{NAME}/a\0b")],
+    "holes that are none": [pax(GNU__sparse__map="a,b")],
 }
 
 
@@ -186,7 +200,16 @@ def test_hostile_archives_leave_nothing(kind, tmp_path):
     assert not (folder / NAME).exists()
 
 
-@pytest.mark.parametrize("content", [b"no tar at all" * 100, GOOD[:2000]])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"no tar at all" * 100,
+        GOOD[:2000],
+        packed([(f"{NAME}/a", bytes(2**24))], "w:gz"),
+        packed([pax(hdrcharset="\u0422")]).replace("\u0422".encode(), b"\xd0x"),
+    ],
+    ids=["none", "truncated", "compressed", "no utf-8"],
+)
 def test_archives_that_cannot_be_unpacked(content, tmp_path):
     with Server(content) as server, pytest.raises(UserError, match="cannot be unpacked"):
         fetch(server.archive, tmp_path)

@@ -7,6 +7,7 @@ import pytest
 
 from harness import UserError
 from harness.registry import Registry
+from harness.settings import build
 
 
 def test_built_in_plugins_state_their_entry_points_name(registry):
@@ -36,6 +37,12 @@ def test_a_foreign_package_that_shadows_ours_is_recognisable(tmp_path):
     assert done.returncode == 2
     assert str(tmp_path / "methods") in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_path_that_no_file_can_have_is_refused(tmp_path):
+    config = Registry().load("method", "official").Config
+    with pytest.raises(UserError, match="File name too long: give another path"):
+        build(config, {"weights": "a" * 5000}, "method")
 
 
 def test_duplicate_names_raise(tmp_path):

@@ -1,6 +1,7 @@
 """What a finished run is good for afterwards: reproduce, export, panels."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -111,6 +112,58 @@ def test_export_refuses_in_words(runs, tmp_path, capsys):
     assert "is there already" in capsys.readouterr().err
     assert main(["export", "--run", str(folder), "--format", "pickle"]) == 2
     assert "invalid choice: 'pickle'" in capsys.readouterr().err
+
+
+FOREIGN = {
+    "run_id": lambda r: r.update(run_id=None),
+    "label_fraction": lambda r: r.pop("label_fraction"),
+    "metrics": lambda r: r["metrics"].update(a=5),
+    "no metrics": lambda r: r.pop("metrics"),
+    "metrics.a.dice": lambda r: r["metrics"].update(a={"dice": "x"}),
+    "data.corpora": lambda r: r["data"].update(corpora=[{}]),
+    "config.finetune.crop": lambda r: r["config"]["finetune"].update(crop=32),
+}
+
+
+@pytest.mark.parametrize("field", FOREIGN)
+def test_export_believes_no_record(field, runs, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run_of(runs, "scratch"), folder)
+    record = json.loads((folder / "record.json").read_text())
+    FOREIGN[field](record)
+    (folder / "record.json").write_text(json.dumps(record))
+    assert main(["export", "--run", str(folder), "--format", "safetensors", "--out", str(tmp_path / "out")]) == 2
+    assert field.rpartition(" ")[2] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_record_need_not_state_is_not_needed(runs, tmp_path, capsys):
+    from harness.reproduce import compare
+
+    folder = tmp_path / "run"
+    shutil.copytree(run_of(runs, "scratch"), folder)
+    record = json.loads((folder / "record.json").read_text())
+    record["metrics"] = {name: {} for name in record["metrics"] if name != "average"}
+    record["data"] |= {"pretrain": None, "corpora": [{"name": "a", "fingerprint": "f"}]}
+    (folder / "record.json").write_text(json.dumps(record))
+    assert main(["export", "--run", str(folder), "--format", "safetensors", "--out", str(tmp_path / "out")]) == 0
+    assert "| - | - |" in (tmp_path / "out" / "README.md").read_text()
+    assert "a (licence unknown)" in (tmp_path / "out" / "README.md").read_text()
+    said = compare(record, tmp_path / "none.csv", record, folder / "cases.csv")
+    assert said == "average Dice there not stated, here not stated"
+
+
+def test_a_window_that_the_memory_does_not_hold_is_said(runs, hippocampus_phantom, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 34359738368 bytes")
+
+    folder = run_of(runs, "scratch")
+    monkeypatch.setattr("backbones.unet.UNet.forward", full)
+    assert main(["export", "--run", str(folder), "--format", "safetensors", "--out", str(tmp_path / "out")]) == 2
+    assert "a window of 32 x 32 x 64 voxels, the training crop, does not fit the memory" in capsys.readouterr().err
+    image = next((hippocampus_phantom / "imagesTr").iterdir())
+    assert main(["predict", "--run", str(folder), str(image), str(tmp_path / "out.nii.gz")]) == 2
+    assert "does not fit the memory" in capsys.readouterr().err
 
 
 def test_a_network_that_monai_lacks_is_not_exported_as_monais(hippocampus_phantom, tmp_path, capsys):

@@ -190,6 +190,7 @@ def test_every_reported_dice_and_hd95_becomes_one_value():
         ("run_id", ""),
         ("seed", -1),
         ("seed", True),
+        ("seed", 2**63),
         ("label_fraction", 0),
         ("label_fraction", float("nan")),
         ("label_fraction", "all"),
@@ -277,3 +278,8 @@ def test_names_with_commas_and_quotes_are_read(tmp_path):
     text = (place / "cases.csv").read_text()
     (place / "cases.csv").write_text(text.replace("c1,", '"c,""1",'))
     assert 'c,"1' in records.load_run(place).cases
+
+
+def test_the_largest_seed_of_a_run_is_read(tmp_path):
+    write_run(tmp_path, seed=2**63 - 1)
+    assert [run.seed for run in records.load_runs([tmp_path])[0]] == [2**63 - 1]

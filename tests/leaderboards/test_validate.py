@@ -1,6 +1,7 @@
 """Checks of records and CSVs from anywhere: what was changed by hand is found, what was not passes."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +101,8 @@ CELLS = [
     ("n_missed", "3", "n_missed is 3"),
     ("run_ids", "", "names no run"),
     ("note", "well known", "note is 'well known'"),
-    ("surface_tolerance_mm", "99", "surface_tolerance_mm is 99"),
+    ("surface_tolerance_mm", "99", "the average Dice is"),
+    ("label_fraction", "", "the average Dice is"),
     ("dice", "0_0", "dice is '0_0'"),
 ]
 
@@ -170,6 +172,39 @@ def test_the_best_seeds_alone_are_noticed(board):
     found, recomputed = validate.check_csv(board / "board.csv", loaded(board))
     assert found == []
     assert recomputed.endswith("1 more runs of these rows are at hand and not in it")
+
+
+@pytest.mark.parametrize(("column", "value"), [("label_fraction", ""), ("surface_tolerance_mm", "99")])
+def test_a_hand_edited_column_is_found(board, column, value):
+    frame = pd.read_csv(board / "board.csv", dtype=str, keep_default_na=False)
+    frame[column] = value
+    frame.to_csv(board / "board.csv", index=False)
+    found, _ = validate.check_csv(board / "board.csv", loaded(board))
+    assert any("its runs give no such row" in problem for problem in found), found
+
+
+def test_two_tolerances_are_two_tables(board):
+    """Surface Dice alone tells them apart; the seventh digit does."""
+    for tolerance in (2.0, 2.0000001):
+        write_run(board / "runs", "scratch", 0, metric_definitions={"surface_dice_tolerance_mm": tolerance})
+    table.write(built(board / "runs"), board / "board.csv")
+    assert validate.check_csv(board / "board.csv", loaded(board)) == ([], "12 rows recomputed from 6 runs")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["record.json", "cases.csv", "weights.safetensors"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_regular_file_is_not_read(tmp_path, name, make):
+    """A pipe would be waited for, and /dev/zero read, without end."""
+    folder = write_run(tmp_path, digests={"weights.safetensors": "x"})
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    assert any("is no regular file" in problem for problem in validate.check_run(folder))
+
+
+def test_no_more_than_the_largest_record_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "LARGEST", 100)
+    assert "more than the 100 bytes" in validate.check_run(write_run(tmp_path))[0]
 
 
 def test_rows_that_were_taken_out_or_called_reported_are_found(board):

@@ -239,9 +239,13 @@ def test_links_in_a_run_are_not_followed(tmp_path):
     (folder / "figures" / "x.png").symlink_to(tmp_path / "secret")
     (folder / "figures" / "dangling.png").symlink_to(tmp_path / "nothing")
     (folder / "figures" / "folder.png").mkdir()
+    other = write_run(tmp_path / "runs", "mae")
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "scan.png").write_text("secret")
+    (other / "figures").symlink_to(tmp_path / "private")
     runs, _ = records.load_runs([tmp_path / "runs"])
     website.publish(runs, tmp_path / "site", title="t")
-    assert not list((tmp_path / "site").rglob("figures/*.png"))
+    assert not list((tmp_path / "site" / "runs").rglob("*.png"))
 
 
 def test_a_planted_link_is_not_written_through(tmp_path):

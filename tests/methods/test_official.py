@@ -1,8 +1,11 @@
 """Published weights: every format's key names, what is refused, and nothing is loaded in silence."""
 
 import pickle
+import zipfile
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from monai.networks.nets import UNETR as MonaiUNETR  # noqa: N811
@@ -241,7 +244,34 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
         load(genesis(), weights, tmp_path)
 
 
-def test_sparse_tensors_are_not_there(tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        torch.Tensor.to_sparse,
+        lambda value: value.to("meta"),
+        lambda value: torch.nested.nested_tensor([value, value[:1]]),
+    ],
+)
+def test_tensors_of_other_kinds_are_not_there(change, tmp_path):
     weights = published_genesis()
-    weights["module.down_tr64.ops.0.bn1.weight"] = weights["module.down_tr64.ops.0.bn1.weight"].to_sparse()
+    weights["module.down_tr64.ops.0.bn1.weight"] = change(weights["module.down_tr64.ops.0.bn1.weight"])
     assert "down_tr64.ops.0.bn1.weight" in load(genesis(), weights, tmp_path).reinitialised
+
+
+@pytest.mark.timeout(20)
+def test_a_key_of_many_prefixes_is_not_there(tmp_path):
+    weights = published_genesis()
+    weights["module." * 200_000 + "x"] = torch.zeros(1)
+    assert load(genesis(), weights, tmp_path).skipped == ["out_tr.final_conv.bias", "out_tr.final_conv.weight"]
+
+
+def test_a_checkpoint_that_unpacks_to_more_than_the_memory_is_refused(tmp_path, monkeypatch):
+    torch.save({"a": torch.zeros(1_000_000)}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "a.pt", "w", 8) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert (tmp_path / "a.pt").stat().st_size < 100_000
+    assert len(read_state_dict(tmp_path / "a.pt")["a"]) == 1_000_000
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2_000_000))
+    with pytest.raises(UserError, match=r"a\.pt unpacks to 0\.0 GiB"):
+        read_state_dict(tmp_path / "a.pt")

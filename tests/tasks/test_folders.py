@@ -80,12 +80,12 @@ def test_ones_own_data_is_not_taken_for_the_decathlons(folder, described, hippoc
     assert task.name != "msd_hippocampus"
 
 
-def organ(folder, **described):
+def organ(folder, scale=1.0, **described):
     """Two channels, anisotropic, oblique axes, three labels."""
     rng = np.random.default_rng(0)
     for sub in ("imagesTr", "labelsTr"):
         (folder / sub).mkdir(parents=True)
-    affine = np.array([[0, 0, 2.5, 1], [1, 0, 0, 2], [0, 1, 0, 3], [0, 0, 0, 1]])
+    affine = np.array([[0, 0, 2.5, 1], [1, 0, 0, 2], [0, 1, 0, 3], [0, 0, 0, 1]]) * [[scale], [scale], [scale], [1]]
     for number in range(3):
         for channel in range(2):
             image = nib.Nifti1Image(rng.random((9, 8, 7), np.float32), affine)
@@ -115,10 +115,30 @@ def test_regions_overlap(tmp_path):
     assert np.array_equal(task.compose(task.masks(label)), label)
 
 
+@pytest.mark.parametrize(
+    "regions",
+    [
+        {"background": 0, "whole": [1, 2, 3]},
+        {"background": 0, "whole": [1, 2, 3], "core": 2, "rest": 3},
+        {"background": 0, "whole": [1, 2, 3], "core": [2, 3]},
+    ],
+)
+def test_regions_without_a_name_are_found_again(regions, tmp_path):
+    folder = organ(tmp_path / "Dataset123_Organ", labels=regions)
+    task = Registry().task(str(folder))
+    assert task.find(folder) == folder
+    assert task.recognises(folder)
+
+
 def test_geometry_follows_the_canonical_axes(tmp_path):
     task = Registry().task(str(organ(tmp_path / "Dataset123_Organ")))
     assert task.spacing == (2.5, 1.0, 1.0)
     assert load_case(task, task.cases(tmp_path / "Dataset123_Organ")[0]).image.shape == (2, 9, 8, 7)
+
+
+def test_a_microscopes_spacing_keeps_its_digits(tmp_path):
+    task = Registry().task(str(organ(tmp_path / "Dataset123_Organ", scale=0.00123456)))
+    assert task.spacing == (0.003086, 0.001235, 0.001235)
 
 
 def test_holes_in_the_numbering_are_fine(tmp_path):

@@ -1,0 +1,71 @@
+"""What is known before a run starts: whether its parts fit each other and the memory."""
+
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from backbones.unet import UNet
+from harness import UserError
+from harness.config import resolve
+from harness.planning import check_fit
+from harness.stages import Plugins
+
+
+def fits(registry, method="scratch", backbone="unet", **settings):
+    """`check_fit` under settings, with another class in the place of the backbone's where one is given."""
+    cls = settings.pop("cls", registry.load("backbone", backbone))
+    wanted = {key.replace("__", "."): value for key, value in settings.items()}
+    task = registry.task("msd_hippocampus")
+    config = resolve(registry, task, method=method, backbone=backbone, preset="demo", overrides=wanted)
+    check_fit(registry, config, Plugins(registry.load("method", method), cls), 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "backbone", "setting", "value"),
+    [
+        ("scratch", "unet", "backbone__features", "100000,100000,100000,100000,100000"),
+        ("scratch", "genesis_unet3d", "backbone__first", "1" * 50),
+        ("scratch", "segresnet", "backbone__init_filters", "1000000"),
+        ("scratch", "swinunetr", "backbone__window_size", "1000"),
+        ("scratch", "swinunetr", "backbone__window_size", "1" * 50),
+        ("scratch", "unetr", "backbone__feature_size", "10000000000"),
+        ("scratch", "unetr", "backbone__image_size", "10000000000"),
+        ("hybridmim", "unet", "method__sub_volume", "1000000"),
+        ("transvw", "unet", "method__words", "999999999999"),
+        ("volume_fusion", "unet", "method__coefficients", "1" * 50),
+        ("voco", "unet", "method__view", "3200000"),
+        ("voco", "unet", "method__projection", "1000000"),
+    ],
+)
+def test_weights_that_no_memory_holds_are_refused(registry, method, backbone, setting, value):
+    with pytest.raises(UserError, match=f"{setting.replace('__', '[.]')}={value} do not fit"):
+        fits(registry, method, backbone, **{setting: value})
+
+
+@pytest.mark.parametrize("backbone", ["genesis_unet3d", "segresnet", "swinunetr", "unet", "unetr"])
+def test_nothing_is_made_that_does_not_fit(registry, backbone, monkeypatch):
+    fits(registry, backbone=backbone)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
+    monkeypatch.setattr("harness.planning._check_parts", None)
+    with pytest.raises(UserError, match=r"with these settings do not fit the 0\.0 GiB that are free"):
+        fits(registry, backbone=backbone)
+
+
+class Reads(UNet):
+    """Needs values to be built."""
+
+    def __init__(self, config, in_channels):
+        super().__init__(config, in_channels)
+        self.largest = max(value.max().item() for value in self.parameters())
+
+
+class Broken(UNet):
+    def __init__(self, config, in_channels):
+        raise TypeError("a mistake in a plugin")
+
+
+def test_what_a_plugin_does_while_it_is_built_is_its_own(registry):
+    fits(registry, cls=Reads)
+    with pytest.raises(TypeError, match="a mistake in a plugin"):
+        fits(registry, cls=Broken)
