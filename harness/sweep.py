@@ -161,9 +161,17 @@ def _corpora(path: Path, named: Any, given: tuple[str, ...]) -> list[tuple[str, 
     sets = [each if isinstance(each, list) else [each] for each in (named if isinstance(named, list) else [named])]
     if not sets or not all(isinstance(one, str) and one for each in sets for one in each) or not all(sets):
         raise UserError(
-            f"{path}: corpus = {named!r}: give names or folders, a list of them, or a list of lists of them"
+            f"{path}: corpus = {_shown(named)}: give names or folders, a list of them, or a list of lists of them"
         )
     return [tuple(str(path.parent / expand(one)) if "/" in one else one for one in each) for each in sets]
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; numbers of thousands of digits cannot be printed."""
+    try:
+        return repr(value)[:80]
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _text(path: Path, key: str, value: Any) -> str:
@@ -178,7 +186,7 @@ def _data(path: Path, named: Any, given: Path | None) -> Path | None:
     if named is None:
         return given
     if not isinstance(named, str):
-        raise UserError(f'{path}: data = {named!r} is not a folder: give its name, or "{PHANTOM}"')
+        raise UserError(f'{path}: data = {_shown(named)} is not a folder: give its name, or "{PHANTOM}"')
     try:
         return None if named == PHANTOM else path.parent / Path(named).expanduser()
     except RuntimeError as error:

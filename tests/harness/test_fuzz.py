@@ -44,7 +44,7 @@ NNUNET = {"channel_names": {"0": "MRI"}, "labels": NAMED, "file_ending": ".nii",
 DATASETS = {"decathlon": DECATHLON, "nnunet": NNUNET}
 SWEEP = {"method": "'scratch'", "task": "'msd_hippocampus'", "seed": "[0, 1]", "label_fraction": "0.5"}
 TOML = ["0", "-1", "nan", "-inf", "true", "[]", "[[]]", "{}", "{a=1}", "''", "'~nobody/x'", "1979-05-27", "[" * 2000]
-TOML += [f"'{'a' * 5000}'", r'"\u0000"']
+TOML += [f"'{'a' * 5000}'", r'"\u0000"', f"0x{'f' * 5000}", "1" * 5000, f"-1{'0' * 400}", f"{{a = 0x{'f' * 5000}}}"]
 TICK = itertools.count(1)
 
 
