@@ -136,7 +136,9 @@ def _expand(path: Path, defaults: dict[str, Any], block: dict[str, Any], base: R
             if not value or isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
                 if key == "seed" and value == 0 and not isinstance(value, bool):
                     continue
-                raise UserError(f"{path}: {key} = {value!r} is not a {kind.__name__}: give one, or a list of them")
+                raise UserError(
+                    f"{path}: {key} = {_shown(value)} is not a {kind.__name__}: give one, or a list of them"
+                )
     if (number := prod(len(values) for values in axes.values())) > MOST_CELLS:
         raise UserError(f"{path}: a matrix of {number} runs, at most {MOST_CELLS} are allowed: take values out")
     for settings in _settings(path, defaults.get("settings", {}), block.get("settings", {})):

@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 
+from harness import UserError
 from harness.cli import main
+from harness.formats import read_header, read_image
+from harness.images import load_case
 from harness.phantom import write_phantom
 from harness.task import Case
 from tests.conftest import small
@@ -340,7 +343,6 @@ def test_bad_input(name, clean, registry, tmp_path, capsys):
 
 
 def _listing_error(registry, kind, root):
-    from harness import UserError
 
     try:
         task = registry.task(kind.task)
@@ -380,8 +382,6 @@ def test_a_file_that_may_not_be_read(clean, registry, tmp_path, capsys, monkeypa
     ],
 )
 def test_text_headers_lead_nowhere_else(name, text, says, tmp_path):
-    from harness import UserError
-    from harness.formats import read_image
 
     path = tmp_path / "folder" / name
     path.parent.mkdir()
@@ -435,8 +435,6 @@ space origin: (0,0,0)
     ],
 )
 def test_text_headers_that_crash_their_reader_are_refused(text, before, after, says, tmp_path):
-    from harness import UserError
-    from harness.formats import read_header
 
     assert before in text
     path = tmp_path / ("x.nrrd" if text is NRRD else "x.mha")
@@ -447,7 +445,6 @@ def test_text_headers_that_crash_their_reader_are_refused(text, before, after, s
 
 @pytest.mark.parametrize("line", ["content: ", "a:=", "0008|0005:=", "# "])
 def test_long_lines_that_nrrd_keeps_tags_and_other_line_ends_are_read(line, tmp_path):
-    from harness.formats import read_image
 
     (tmp_path / "x.nrrd").write_bytes(NRRD.replace("kinds", f"{line}{'a' * 5000}\nkinds").encode() + bytes(64))
     tagged = MHA.replace("DimSize", "0008|0005 = ISO_IR 100\nITK_InputFilterName = a: b = c\nDimSize")
@@ -458,7 +455,6 @@ def test_long_lines_that_nrrd_keeps_tags_and_other_line_ends_are_read(line, tmp_
 @pytest.mark.parametrize("ending", [".nrrd", ".mha", ".mhd", ".nii.gz"])
 def test_formats_place_voxels_alike(ending, tmp_path):
     """The same oblique, anisotropic image in every format: the same voxels at the same place."""
-    from harness.formats import read_image
 
     rng = np.random.default_rng(0)
     voxels = rng.integers(-1000, 2000, (7, 6, 5)).astype(np.int16)
@@ -478,7 +474,6 @@ def test_formats_place_voxels_alike(ending, tmp_path):
 
 
 def test_slope_and_intercept_are_applied(tmp_path):
-    from harness.formats import read_image
 
     image = nib.Nifti1Image(np.arange(27, dtype=np.int16).reshape(3, 3, 3), np.eye(4))
     image.header.set_slope_inter(0.5, -3)
@@ -494,8 +489,6 @@ def test_slope_and_intercept_are_applied(tmp_path):
 
 def test_a_case_with_holes_in_its_numbering_keeps_them(clean, registry, tmp_path):
     """Labels 0, 1 and 3: 3 is a target, 2 is an error."""
-    from harness import UserError
-    from harness.images import load_case
 
     task = replace(registry.task("msd_hippocampus"), labels=(0, 1, 3), targets={"a": (1,), "b": (3,)})
     case = registry.task("msd_hippocampus").cases(clean["msd_hippocampus"])[0]
