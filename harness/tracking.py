@@ -1,5 +1,6 @@
 """TensorBoard, Weights & Biases and MLflow through Accelerate, beside the history; none of them can stop a run."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -76,7 +77,9 @@ class _Guarded:
         elif self.name == "wandb":
             self.found = kind("ssl-seg-harness", name=run_id, dir=str(folder))
         else:
-            self.found = kind("ssl-seg-harness", logging_dir=str(folder / "mlflow"), run_name=run_id)
+            # Beside the runs, where nobody named a server.
+            os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder.resolve() / 'mlflow.db'}")
+            self.found = kind("ssl-seg-harness", logging_dir=str(folder.resolve() / "mlflow"), run_name=run_id)
         if hasattr(self.found, "start"):
             self.found.start()
         self.found.store_init_configuration(_flat(config))
