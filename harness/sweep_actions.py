@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +21,7 @@ from harness.errors import UserError
 from harness.execution import Interrupted
 from harness.planning import Request
 from harness.progress import say
-from harness.sweep import Outcome, Planned
+from harness.sweep import Cell, Outcome, Planned
 from harness.tracking import check_trackers
 from leaderboards import board, records, table
 
@@ -103,17 +104,22 @@ def _shown(todo: Sequence[Planned], found: Sequence[Outcome]) -> Iterator[None]:
 def _table(todo: Sequence[Planned], found: Sequence[Outcome]) -> Table:
     """Where each cell is; those at work first, those that wait last."""
     known = {outcome.cell: outcome for outcome in found}
+    common = set.intersection(*(set(each.cell.request.settings) for each in todo))
     rows = []
     for each in todo:
         outcome = known.get(each.cell)
         where = ("failed: " + outcome.problem if outcome.problem else "done") if outcome else progress_of(each)
         rank = 2 if outcome else (1 if where == "waiting" else 0)
-        rows.append((rank, Text(str(each.cell)), Text(where, overflow="ellipsis")))
+        own = tuple(pair for pair in each.cell.request.settings if pair not in common)
+        name = str(Cell(replace(each.cell.request, settings=own)))
+        rows.append(
+            (rank, Text(name, overflow="ellipsis", no_wrap=True), Text(where, overflow="ellipsis", no_wrap=True))
+        )
     rows.sort(key=lambda row: row[0])
     hidden = f", {len(rows) - SHOWN} not shown" if len(rows) > SHOWN else ""
     shown = Table("cell", "where it is", title=f"{len(found)} of {len(todo)} done{hidden}")
-    for _, name, state in rows[:SHOWN]:
-        shown.add_row(name, state)
+    for _, text, state in rows[:SHOWN]:
+        shown.add_row(text, state)
     return shown
 
 
