@@ -175,12 +175,13 @@ class Slurm(Launcher):
         self.executor.update_parameters(
             name=f"harness-{self.notes.name}"[:60], slurm_additional_parameters={**extra, "requeue": True}
         )
+        for job in jobs:
+            self._status(job).unlink(missing_ok=True)
         with self.executor.batch():
             submitted = [
                 self.executor.submit(Work(job.words(self.processes), self.log(job), self._status(job))) for job in jobs
             ]
         for job, each in zip(jobs, submitted, strict=True):
-            self._status(job).unlink(missing_ok=True)
             self.jobs[each.job_id] = job
             write_atomic(self.notes / f"{job.name}.job.json", json.dumps({"job": each.job_id, "attempt": job.attempt}))
             say(f"job {each.job_id}: {job.name}{f' after {needed}' if needed else ''}")
