@@ -100,6 +100,7 @@ def test_a_run_leaves_its_files(runs):
         "config.json",
         "record.json",
         "cases.csv",
+        "finetune.json",
         "history.jsonl",
         "weights.safetensors",
         "figures/restoration.png",
