@@ -95,9 +95,13 @@ class Lock:
         if self.lost:
             return
         # The older ones first: where there is any, the newest is there.
-        for number, path in sorted(_files(self.path).items()):
-            if number <= self.number:
-                path.unlink(missing_ok=True)
+        try:
+            for number, path in sorted(_files(self.path).items()):
+                if number <= self.number:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            # A disk that has become read-only, say: what ends the run is of more interest, and the dead are followed.
+            say(f"{self.path}.lock cannot be removed ({error.strerror}): the next process finds its owner gone")
 
     def _beat(self) -> None:
         mine = _numbered(self.path, self.number)

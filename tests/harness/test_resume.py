@@ -269,6 +269,22 @@ def full_disk(tmp_path):
     subprocess.run(["umount", place], check=True)
 
 
+def test_a_disk_that_becomes_read_only(data, whole, full_disk, tmp_path):
+    runs, _ = full_disk
+    log = tmp_path / "log"
+    process = start(words(data, runs, "--checkpoint-minutes", 0), log)
+    while process.is_alive() and seen("pretrain", runs) < 3:
+        time.sleep(0.002)
+    # Files that are open for writing forbid it, so that it may take a few attempts.
+    while process.is_alive() and subprocess.run(["mount", "-o", "remount,ro", runs], check=False).returncode:
+        time.sleep(0.002)
+    status = finish(process)
+    subprocess.run(["mount", "-o", "remount,rw", runs], check=True)
+    assert (status, "Read-only file system" in log.read_text()) == (2, True)
+    assert finish(start(words(data, runs), log)) == 0, log.read_text()
+    assert_same(only_run(runs), whole)
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("at", ["pretrain", "finetune", "stage.json", "cases.csv", "record.json"])
 def test_a_full_disk(at, data, whole, full_disk, monkeypatch, capsys):
