@@ -20,6 +20,8 @@ if os.geteuid() != 0 or missing():
         allow_module_level=True,
     )
 
+pytestmark = pytest.mark.slurm
+
 SWEEP = """
 [defaults]
 task = "msd_hippocampus"
@@ -138,7 +140,6 @@ def disturbed(folder, text, cells, pretrainings, seconds):
     return sweep
 
 
-@pytest.mark.slurm
 @pytest.mark.timeout(1500)
 @pytest.mark.usefixtures("cluster")
 def test_twenty_four_cells_with_jobs_killed_on_the_way(tmp_path):
@@ -155,11 +156,10 @@ def test_a_sweep_with_jobs_killed_on_the_way(tmp_path):
     assert "after " in sweep.said
 
 
-@pytest.mark.slurm  # Slurm lets what is requeued wait for two minutes
 @pytest.mark.timeout(500)
 @pytest.mark.usefixtures("cluster")
 def test_a_job_that_is_warned_goes_back_into_the_queue(tmp_path):
-    """What Slurm sends before the time limit, and what submitit has it send before a preemption."""
+    """What submitit has Slurm send before the time limit or a preemption; what is requeued waits for two minutes."""
     sweep = Sweep(tmp_path, SWEEP.format(steps=60, methods='["simmim"]', fractions="[1.0]", seeds="[0]"))
     sweep.start()
     try:
@@ -180,7 +180,7 @@ def test_a_job_that_is_warned_goes_back_into_the_queue(tmp_path):
 @pytest.mark.timeout(500)
 @pytest.mark.usefixtures("cluster")
 def test_a_sweep_that_is_left_is_taken_up_again(tmp_path):
-    text = SWEEP.format(steps=60, methods='["simmim"]', fractions="[0.5, 1.0]", seeds="[0]")
+    text = SWEEP.format(steps=400, methods='["simmim"]', fractions="[0.5, 1.0]", seeds="[0]")
     sweep = Sweep(tmp_path, text)
     sweep.start()
     sweep.wait_for(pretrain=True)
