@@ -7,6 +7,7 @@ from pathlib import Path
 
 from harness import doctor
 from harness.errors import UserError
+from harness.files import below
 from harness.locks import holders
 from harness.sweep_actions import last_step
 from leaderboards.table import align
@@ -66,7 +67,7 @@ def listed(arguments: argparse.Namespace) -> None:
         else:
             stage, step = last_step(folder / "history.jsonl")
             state = f"{stage} step {step}" if stage else "begun"
-            scored = len(list((folder / "evaluation").glob("*.npz")))
+            scored = len(below(folder / "evaluation", "*.npz"))
             state = f"evaluate, {scored} cases" if (folder / "finetune.json").exists() else state
         owner = at_work.get(folder)
         rows.append({"run": folder.name, "state": state, "at_work": str(owner) if owner else ""})

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -73,8 +72,3 @@ def read(path: Path) -> dict[str, Any] | None:
         return None
     state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     return state if isinstance(state, dict) else None
-
-
-def size(folder: Path) -> int:
-    """Bytes of the checkpoints below a folder."""
-    return sum(os.path.getsize(path) for path in folder.rglob("step-*.ckpt"))  # noqa: PTH202

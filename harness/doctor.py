@@ -7,13 +7,14 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
-from harness.files import digest_file, read_json
+from harness.files import below, digest_file, read_json
 from harness.locks import dead_locks, holders
 from harness.planning import writable
 from harness.progress import progress
@@ -198,10 +199,8 @@ def remains(runs: Path) -> Iterator[Finding]:
 
 def unfinished(runs: Path) -> list[Path]:
     """Files and folders whose writer is gone."""
-    found = []
-    for pattern in ("*.partial", "*.partial.npy", ".partial-*", ".clock-*"):
-        found += [path for path in runs.rglob(pattern) if _abandoned(path)]
-    return sorted(found)
+    written = below(runs, "*.partial", "*.partial.npy", ".partial-*", ".clock-*")
+    return [path for path in written if _abandoned(path)]
 
 
 def _abandoned(path: Path) -> bool:
@@ -219,8 +218,11 @@ def _abandoned(path: Path) -> bool:
 
 
 def _size(path: Path) -> int:
-    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
-    return sum(each.lstat().st_size for each in files)
+    sizes = 0
+    for each in (path, *below(path, "*")):
+        with suppress(OSError):
+            sizes += each.lstat().st_size if each.is_file() else 0
+    return sizes
 
 
 def remove(paths: tuple[Path, ...]) -> None:
@@ -256,7 +258,6 @@ def removable(runs: Path) -> list[Removable]:
     ]
     for pattern, why, done in finished:
         for path in sorted(runs.glob(pattern)):
-            inside = any(path.rglob("*"))
-            if inside and not path.is_symlink() and path.parent not in busy and done(path).exists():
+            if below(path, "*") and not path.is_symlink() and path.parent not in busy and done(path).exists():
                 found.append(Removable(path, why))
     return found

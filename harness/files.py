@@ -8,6 +8,7 @@ import socket
 import stat
 import threading
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,14 @@ def walk(root: Path) -> Iterator[str]:
         below[:] = [name for name in below if name != "__pycache__"]
         for name in names:
             yield os.path.join(folder, name)  # noqa: PTH118 - a tree may hold 100,000 files
+
+
+def below(folder: Path, *patterns: str) -> list[Path]:
+    """Files and folders below a folder whose names match a pattern; what vanishes meanwhile is not there."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        found += [Path(place) / name for name in (*folders, *names) if any(fnmatch(name, each) for each in patterns)]
+    return sorted(found)
 
 
 def write_atomic(path: Path, *content: str | bytes | memoryview) -> None:

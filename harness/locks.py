@@ -19,7 +19,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from harness.errors import UserError
-from harness.files import read_json
+from harness.files import below, read_json
 from harness.progress import say
 
 HEARTBEAT = 10.0  # seconds between an owner's signs of life
@@ -161,13 +161,13 @@ def held(path: Path, what: str) -> Iterator[Lock]:
 
 def dead_locks(folder: Path) -> list[Path]:
     """Lock files below a folder whose owners are dead."""
-    return [path for path in folder.rglob("*.lock.*") if path.suffix[1:].isdecimal() and _state(path)[1]]
+    return [path for path in below(folder, "*.lock.*") if path.suffix[1:].isdecimal() and _state(path)[1]]
 
 
 def holders(folder: Path) -> list[tuple[Path, Owner]]:
     """Lock files below a folder, and who holds them."""
     found = []
-    for path in folder.rglob("*.lock.*"):
+    for path in below(folder, "*.lock.*"):
         owner, dead = _state(path)
         if owner is not None and not dead:
             found.append((path, owner))

@@ -19,6 +19,7 @@ from harness.actions import execution_of
 from harness.cost_actions import print_estimates
 from harness.errors import UserError
 from harness.execution import Interrupted
+from harness.files import below
 from harness.planning import Request
 from harness.progress import say
 from harness.sweep import Cell, Outcome, Planned
@@ -126,7 +127,7 @@ def _table(todo: Sequence[Planned], found: Sequence[Outcome]) -> Table:
 def progress_of(planned: Planned) -> str:
     """Where a cell is, by the files that it has written."""
     first, second, cases = planned.lengths
-    scored = len(list((planned.folder / "evaluation").glob("*.npz")))
+    scored = len(below(planned.folder / "evaluation", "*.npz"))
     if scored or (planned.folder / "finetune.json").exists():
         return f"evaluating, {scored} of {cases} cases"
     stage, step = last_step(planned.folder / "history.jsonl")

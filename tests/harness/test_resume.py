@@ -14,6 +14,7 @@ import pytest
 
 from harness import loop
 from harness.cli import main
+from harness.files import below
 from harness.phantom import write_phantom
 from tests.conftest import small
 from tests.harness.processes import finish, start
@@ -77,18 +78,18 @@ def assert_same(run, whole):
 
 
 def lines_in(pattern, runs) -> int:
-    return sum(path.read_bytes().count(b"\n") for path in runs.glob(pattern))
+    return sum(path.read_bytes().count(b"\n") for path in runs.glob(pattern) if path.exists())
 
 
 def seen(stage, runs) -> float:
     """How far a stage is."""
     if stage == "prepare":
-        return len(list(runs.glob("cache/prepared/*/*.json")))
+        return len(below(runs / "cache" / "prepared", "*.json"))
     if stage == "pretrain":
         return lines_in("cache/pretrain/*/history.jsonl", runs)
     if stage == "finetune":
         return max(0, lines_in("*/history.jsonl", runs) - STEPS["pretrain"])
-    return len(list(runs.glob("*/evaluation/*.npz")))
+    return sum(len(below(folder / "evaluation", "*.npz")) for folder in runs.iterdir())
 
 
 LENGTH = {"prepare": 16, **STEPS, "evaluate": 4}
