@@ -1,10 +1,21 @@
-"""Crops of arrays (C, x, y, z)."""
+"""Arrays (C, x, y, z): read from files, and crops of them."""
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+_READING = Lock()
+
+
+def load_array(path: Path, mmap_mode: Literal["r"] | None = None) -> NDArray[Any]:
+    """`numpy.load` without pickles, one thread at a time: CPython 3.11 may fail where two parse a header at once."""
+    with _READING:
+        loaded: NDArray[Any] = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    return loaded
 
 
 def cut(array: NDArray[Any], origin: Sequence[int], size: Sequence[int], scale: float | None = None) -> NDArray[Any]:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from harness.arrays import load_array
 from harness.errors import UserError
 from harness.files import digest, digest_file, file_size, read_json, write_atomic
 from harness.images import case_bytes, load_case
@@ -134,7 +135,7 @@ def _place(images: ImageSet, folder: Path, digests: dict[str, str], case: Case) 
 def _kept_signature(path: Path, channels: int) -> Signature | None:
     """What was found before; None where there is nothing, or nothing whole."""
     try:
-        kept = np.load(path)
+        kept = load_array(path)
     except (OSError, ValueError, EOFError):
         return None
     return kept.astype(np.float32) if kept.shape == (channels, GRID, GRID, GRID) else None

@@ -19,7 +19,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from harness.arrays import cut, random_origin
+from harness.arrays import cut, load_array, random_origin
 from harness.errors import UserError
 from harness.files import digest, digest_file, write_atomic
 from harness.formats import read_header
@@ -104,7 +104,7 @@ class Volume:
     def _load(self, kind: str, mmap_mode: Literal["r"] | None = None) -> NDArray[Any]:
         path = Path(f"{self.stem}.{kind}.npy")
         try:
-            loaded: NDArray[Any] = np.load(path, mmap_mode=mmap_mode)
+            loaded = load_array(path, mmap_mode)
         except FileNotFoundError:
             raise UserError(f"{path} is gone: was the cache removed? Ask again, and it is prepared again") from None
         except (ValueError, EOFError):
