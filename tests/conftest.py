@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+# `pytest -n N`: as many threads in all as there are processes. Set before torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from harness import Task
 from harness.phantom import write_phantom
 from harness.registry import Registry
