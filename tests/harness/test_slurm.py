@@ -113,12 +113,15 @@ class Sweep:
 def kill_step(number):
     """SIGKILL to what runs a job on its node."""
     array, _, task = number.partition("_")
-    for process in psutil.process_iter(["cmdline"]):
-        if "submitit.core._submit" in (process.info["cmdline"] or []):
-            own = process.environ()
-            if (own.get("SLURM_ARRAY_JOB_ID"), own.get("SLURM_ARRAY_TASK_ID")) == (array, task):
-                process.kill()
-                return
+    deadline = time.monotonic() + 20  # a job runs a moment before its step does
+    while time.monotonic() < deadline:
+        for process in psutil.process_iter(["cmdline"]):
+            if "submitit.core._submit" in (process.info["cmdline"] or []):
+                own = process.environ()
+                if (own.get("SLURM_ARRAY_JOB_ID"), own.get("SLURM_ARRAY_TASK_ID")) == (array, task):
+                    process.kill()
+                    return
+        time.sleep(0.02)
     raise AssertionError(f"no process of job {number}")
 
 
