@@ -7,9 +7,8 @@ from pathlib import Path
 
 from harness import doctor
 from harness.errors import UserError
-from harness.files import below
 from harness.locks import holders
-from harness.sweep_actions import last_step
+from harness.sweep_actions import where
 from leaderboards.table import align
 
 
@@ -65,10 +64,8 @@ def listed(arguments: argparse.Namespace) -> None:
         if (folder / "record.json").exists():
             state = "finished"
         else:
-            stage, step = last_step(folder / "history.jsonl")
-            state = f"{stage} step {step}" if stage else "begun"
-            scored = len(below(folder / "evaluation", "*.npz"))
-            state = f"evaluate, {scored} cases" if (folder / "finetune.json").exists() else state
+            stage, number = where(folder)
+            state = f"{stage}, {number} {'cases' if stage == 'evaluate' else 'steps'}" if stage else "begun"
         owner = at_work.get(folder)
         rows.append({"run": folder.name, "state": state, "at_work": str(owner) if owner else ""})
     if arguments.json:

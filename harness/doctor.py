@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
-from harness.files import below, digest_file, read_json
+from harness.files import below, read_stage
 from harness.locks import dead_locks, holders
 from harness.planning import writable
-from harness.progress import progress
 from harness.registry import PLURAL, Registry
 
 TESTED = {
@@ -138,37 +137,23 @@ def loaded_plugins(extra: tuple[str, ...]) -> Iterator[Finding]:
 
 def prepared_cache(runs: Path) -> Iterator[Finding]:
     """Whether prepared volumes have the bytes that were written."""
-    descriptions = sorted(
-        path for path in (runs / "cache" / "prepared").glob("*/*.json") if not path.name.startswith(".")
-    )
-    damaged = [path for path in progress(descriptions, "verify") if not _whole(path)]
+    from harness.task import Case
+    from harness.volumes import Volume, verified
+
+    found = sorted(path for path in (runs / "cache" / "prepared").glob("*/*.json") if not path.name.startswith("."))
+    volumes = [Volume(Case(path.stem, (), None), path.with_suffix("")) for path in found]
+    damaged = [path for path, whole in zip(found, verified(volumes), strict=True) if not whole]
     if damaged:
-        detail = f"{len(damaged)} of {len(descriptions)} volumes are not as they were written, {damaged[0]} among them"
+        detail = f"{len(damaged)} of {len(found)} volumes are not as they were written, {damaged[0]} among them"
         yield Finding("FAIL", "prepared volumes", f"{detail}; runs prepare them again", tuple(damaged))
     else:
-        yield Finding("ok", "prepared volumes", f"{len(descriptions)}, all as they were written")
-
-
-def _whole(description: Path) -> bool:
-    described = read_json(description)
-    try:
-        for kind, (size, written) in described["files"].items():
-            path = description.with_name(f"{description.stem}.{Path(kind).name}.npy")
-            if path.stat().st_size != size or digest_file(path) != written:
-                return False
-    except (OSError, KeyError, TypeError, ValueError, AttributeError):
-        return False
-    return True
+        yield Finding("ok", "prepared volumes", f"{len(found)}, all as they were written")
 
 
 def pretrainings(runs: Path) -> Iterator[Finding]:
     """Whether finished pre-trainings are what they were."""
     stages = sorted((runs / "cache" / "pretrain").glob("*/stage.json"))
-    damaged = []
-    for path in stages:
-        stage, weights = read_json(path), path.with_name("weights.safetensors")
-        if not isinstance(stage, dict) or not weights.is_file() or stage.get("weights") != digest_file(weights):
-            damaged.append(path)
+    damaged = [path for path in stages if read_stage(path) is None]
     if damaged:
         detail = f"{len(damaged)} of {len(stages)} are damaged, {damaged[0].parent} among them; runs pre-train again"
         yield Finding("FAIL", "pre-trainings", detail, tuple(damaged))

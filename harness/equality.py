@@ -23,6 +23,7 @@ from harness.team import Alone
 from harness.training import FINITE, Trainer, new_accelerator
 
 BATCH = 4
+CPU = torch.device("cpu")
 TOLERANCE = 1e-5
 ADVICE = (
     "draw with harness.rand or harness.randn, let terms be means over crops, and what compares or counts crops go through "
@@ -30,21 +31,13 @@ ADVICE = (
 )
 
 
-class MicroBatches(Alone):
-    """One process that computes a batch in parts."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(torch.device("cpu"))
-        self.gradient_accumulation_steps = number
-
-
 def check_micro_batches(bench: Bench) -> str:
     """Two micro-batches against the whole batch."""
     try:
-        parted = _step(bench, MicroBatches(2))
+        parted = _step(bench, Alone(CPU, micro_batches=2))
     except UserError as error:
         return f"not possible: {error}"
-    return _compare(_step(bench, MicroBatches(1)), parted, "two micro-batches")
+    return _compare(_step(bench, Alone(CPU)), parted, "two micro-batches")
 
 
 def check_resume(bench: Bench) -> str:
@@ -71,7 +64,7 @@ def check_resume(bench: Bench) -> str:
 def _train(bench: Bench, steps: range, state: dict[str, Any] | None) -> Trainer:
     built = bench.new()
     own = {"precision": "fp32", "crop": built.crop, "batch_size": built.batch}
-    trainer = Trainer(built.method, build(Training, {**BUDGET, **own}, "pretrain"), 4, 1, MicroBatches(1))
+    trainer = Trainer(built.method, build(Training, {**BUDGET, **own}, "pretrain"), 4, 1, Alone(CPU))
     if state is not None:
         trainer.load(state)
     data = built.data(4 * built.batch)
@@ -149,7 +142,7 @@ def _rank(
             together = _step(bench, new_accelerator())
             _same_weights(together[2])
             if rank == 0:
-                found = _compare(_step(bench, MicroBatches(1)), together, f"{number} processes")
+                found = _compare(_step(bench, Alone(CPU)), together, f"{number} processes")
     except CheckError as error:
         problem = str(error)
     # Reported to the process that asked; a hung peer is killed there.

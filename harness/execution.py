@@ -1,5 +1,6 @@
 """How a run is carried out, as against what it computes; and how it is told to stop."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -35,6 +36,11 @@ class Execution:
 
 
 AS_USUAL = Execution()
+
+
+def micro_batches(asked: int) -> int:
+    """As asked; 0: as `accelerate launch --gradient_accumulation_steps` says, else 1."""
+    return asked or int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or 1)
 
 
 class Interrupted(BaseException):

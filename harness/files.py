@@ -89,6 +89,13 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def read_stage(path: Path) -> dict[str, Any] | None:
+    """What a finished training stage says of itself; None where that, or the weights beside it, is not as it was written."""
+    stage, weights = read_json(path), path.with_name("weights.safetensors")
+    whole = isinstance(stage, dict) and weights.is_file() and stage.get("weights") == digest_file(weights)
+    return stage if whole else None
+
+
 def check_name(name: str) -> str:
     """A case's name, which becomes a file's name and a cell of tables.
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset, default_collate
 
-from harness.config import Training
+from harness.layers import BatchNorm
 from harness.parts import Parts, dealt
 from harness.training import Trainer
 
@@ -58,44 +58,47 @@ def explain_out_of_memory(stage: str, trainer: Trainer, data: Dataset[Any]) -> s
     told = f"{stage} does not fit the memory of {trainer.device} with {has}"
     if parts.processes > 1:
         return f"{told} on {parts.processes} processes: give --micro-batches 2, or more processes"
-    for advice, options in _candidates(settings, trainer.precision):
+    for advice, options in _candidates(trainer):
         if _fits(trainer, data, *options):
             return f"{told}; tried and found to fit: {advice.format(stage=stage)}"
     return f"{told}, nor with a single crop of half the edges: choose a smaller network"
 
 
-def _candidates(settings: Training, precision: str) -> Iterator[tuple[str, tuple[int, str, tuple[int, ...]]]]:
-    """Advice, and what it means: crops at a time, precision, crop. What leaves the result as it is comes first."""
-    whole = settings.crop
-    for micro in (n for n in (2, 4, 8, 16) if settings.batch_size % n == 0):
-        yield f"--micro-batches {micro} (the same result)", (settings.batch_size // micro, precision, whole)
+def _candidates(trainer: Trainer) -> Iterator[tuple[str, tuple[int, int, str, tuple[int, ...]]]]:
+    """Advice, and what it means: crops a step, micro-batches, precision, crop. What leaves the result as it is comes first."""
+    settings, precision = trainer.settings, trainer.precision
+    number, whole = settings.batch_size, settings.crop
+    # Not for batch norm, see `harness.training.refuse_batch_norm`.
+    whole_only = any(isinstance(layer, BatchNorm) for layer in trainer.inner.modules())
+    for in_turn in (n for n in (2, 4, 8, 16) if number % n == 0 and not whole_only):
+        yield f"--micro-batches {in_turn} (the same result)", (number, in_turn, precision, whole)
     if precision == "fp32":
-        yield "--set {stage}.precision=bf16", (settings.batch_size, "bf16", whole)
-    for batch in sorted({settings.batch_size // 2, 1} - {0, settings.batch_size}, reverse=True):
-        yield f"--set {{stage}}.batch_size={batch}", (batch, precision, whole)
+        yield "--set {stage}.precision=bf16", (number, 1, "bf16", whole)
+    for fewer in sorted({number // 2, 1} - {0, number}, reverse=True):
+        yield f"--set {{stage}}.batch_size={fewer}", (fewer, 1, precision, whole)
     half = tuple(edge // 2 for edge in whole)
-    for batch in (settings.batch_size, 1):
+    for fewer in (number, 1):
         crop = ",".join(map(str, half))
-        yield f"--set {{stage}}.crop={crop} --set {{stage}}.batch_size={batch}", (batch, precision, half)
+        yield f"--set {{stage}}.crop={crop} --set {{stage}}.batch_size={fewer}", (fewer, 1, precision, half)
 
 
-def _fits(trainer: Trainer, data: Any, number: int, precision: str, crop: tuple[int, ...]) -> bool:
-    """One forward and backward pass, of which nothing is kept."""
+def _fits(trainer: Trainer, data: Any, number: int, in_turn: int, precision: str, crop: tuple[int, ...]) -> bool:
+    """One forward and backward pass of the first micro-batch, of which nothing is kept."""
     trainer.optimizer.zero_grad(set_to_none=True)
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()
+    streams = {name: torch.Generator(trainer.device) for name in ("dropout", "method")}
     try:
-        batch = default_collate([data[place] for place in range(number)])
+        batch = default_collate([data[place] for place in range(number // in_turn)])
         moved = {name: _cut(value, crop).to(trainer.device) for name, value in batch.items()}
-        with dealt(Parts()), torch.autocast(trainer.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with (
+            dealt(Parts(micro_batches=in_turn, streams=streams)),
+            torch.autocast(trainer.device.type, torch.bfloat16, enabled=precision == "bf16"),
+        ):
             terms = trainer.inner(moved)
             sum(term.float() for term in terms.values()).backward()
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            return False
-        # Half a crop may be no multiple of what the method or the network needs, one crop too few to compare.
-        return False
-    except ValueError:
+    # Too little memory; or half a crop is no multiple of what the network needs, one crop too few to compare.
+    except (RuntimeError, ValueError):
         return False
     finally:
         trainer.optimizer.zero_grad(set_to_none=True)

@@ -53,9 +53,9 @@ class Owner:
             return None
 
     @property
-    def known_to_be_dead(self) -> bool:
-        """Whether its process is gone; only its own host can tell."""
-        return (self.host, self.place) == (socket.gethostname(), _place()) and _process(self.pid) != self.process
+    def local(self) -> bool:
+        """Whether it is a process of this host, which alone can tell whether it lives."""
+        return (self.host, self.place) == (socket.gethostname(), _place())
 
     def __str__(self) -> str:
         return (
@@ -181,11 +181,9 @@ def _state(path: Path) -> tuple[Owner | None, bool]:
         silent = _now(path.parent) - path.stat().st_mtime
     except OSError:
         return None, False  # released meanwhile
-    if owner is not None and owner.known_to_be_dead:
-        return owner, True
-    # On the same host the process is known to live, however busy it is.
-    local = owner is not None and (owner.host, owner.place) == (socket.gethostname(), _place())
-    return owner, silent > STALE and not local
+    if owner is not None and owner.local:
+        return owner, _process(owner.pid) != owner.process
+    return owner, silent > STALE
 
 
 def _now(folder: Path) -> float:

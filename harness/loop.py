@@ -156,7 +156,7 @@ class Stage:
             votes = torch.tensor([float(bool(stop)), float(due and self.main)], device=self.trainer.device)
             told, due = (bool(vote) for vote in self.trainer.accelerator.reduce(votes, reduction="sum"))
             stop = stop or ("a signal to another process" if told else "")
-        if (due or stop) and self.step < self.steps:
+        if stop or (due and self.step < self.steps):
             self._save(lines)
         if stop:
             raise Interrupted(f"{stop}, {self.name} step {self.step} of {self.steps}")

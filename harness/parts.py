@@ -203,11 +203,6 @@ def all_reduce(value: Tensor) -> Tensor:
     return summed
 
 
-def micro_batches() -> int:
-    """Parts that are computed one after the other in this step."""
-    return _current.micro_batches
-
-
 def processes() -> int:
     """Parts that are computed at the same time."""
     return _current.processes

@@ -22,7 +22,7 @@ from harness.data import (
     read_spec,
 )
 from harness.errors import UserError
-from harness.execution import AS_USUAL, Execution
+from harness.execution import AS_USUAL, Execution, micro_batches
 from harness.files import digest, digest_file
 from harness.presets import read_preset
 from harness.registry import Registry
@@ -227,7 +227,8 @@ def plan(
         found = ()  # nothing is pre-trained, so that one run serves both modes
     config = resolve_request(request, registry, task)
     channels = len(found[0][0].channels if found else task.channels)
-    check_fit(registry, config, plugins, len(task.channels), channels)
+    in_turn = micro_batches(request.how.micro_batches)
+    check_fit(registry, config, plugins, len(task.channels), channels, in_turn)
     cache = request.runs / "cache"
     data = open_task(task, root, cache, request.split)
     corpora = open_corpora(found, cache, request.skip_bad)
@@ -243,7 +244,7 @@ def plan(
     trained = [(config.finetune, len(setting.label_cases))]
     for settings, number in [(config.pretrain, setting.num_pretrain), *trained] if plugins.method.trains else trained:
         settings.schedule(number)
-        settings.rows(int(os.environ.get("WORLD_SIZE") or 1), request.how.micro_batches or 1)
+        settings.rows(int(os.environ.get("WORLD_SIZE") or 1), in_turn)
     return setting
 
 
@@ -284,12 +285,19 @@ def resolve_request(request: Request, registry: Registry, task: Task) -> RunConf
     )
 
 
-def check_fit(registry: Registry, config: RunConfig, plugins: "Plugins", channels: int, pretrain_channels: int) -> None:
+def check_fit(
+    registry: Registry,
+    config: RunConfig,
+    plugins: "Plugins",
+    channels: int,
+    pretrain_channels: int,
+    in_turn: int = 1,
+) -> None:
     """Whether method, backbone, crops and batch fit each other and the memory; builds the modules, reads no data.
 
     Raises:
         UserError: a need that the backbone does not meet, a crop that is not a multiple of its stride, weights that no
-            memory holds, or whatever the method itself refuses.
+            memory holds, batch norm over `in_turn` micro-batches, or whatever the method itself refuses.
     """
     import psutil
 
@@ -302,7 +310,7 @@ def check_fit(registry: Registry, config: RunConfig, plugins: "Plugins", channel
         )
         if need > psutil.virtual_memory().available:
             raise MemoryError(f"weights, gradients and moments take {need / 2**30:.1f} GiB")
-        _check_parts(registry, config, plugins, channels, pretrain_channels)
+        _check_parts(registry, config, plugins, channels, pretrain_channels, in_turn)
     except Exception as error:
         if not is_too_large(error):
             raise
@@ -315,8 +323,10 @@ def check_fit(registry: Registry, config: RunConfig, plugins: "Plugins", channel
 
 
 def _check_parts(
-    registry: Registry, config: RunConfig, plugins: "Plugins", channels: int, pretrain_channels: int
+    registry: Registry, config: RunConfig, plugins: "Plugins", channels: int, pretrain_channels: int, in_turn: int
 ) -> None:
+    from harness.training import refuse_batch_norm
+
     backbone = plugins.new_backbone(config, channels)
     missing = plugins.method.needs - backbone.abilities
     if missing:
@@ -343,7 +353,9 @@ def _check_parts(
             )
     if pretrain_channels != channels:
         backbone = plugins.new_backbone(config, pretrain_channels)
-    plugins.method(config.method_settings, backbone).check(config.pretrain.crop, config.pretrain.batch_size)
+    method = plugins.method(config.method_settings, backbone)
+    refuse_batch_norm(method, in_turn)
+    method.check(config.pretrain.crop, config.pretrain.batch_size)
 
 
 def writable(runs: Path) -> Path:

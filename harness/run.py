@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import UserError
-from harness.files import check_name, digest, digest_file, digest_tree, read_json, write_atomic
+from harness.files import check_name, digest, digest_file, digest_tree, read_json, read_stage, write_atomic
 from harness.locks import Lock
 from harness.planning import Request, Setting, locate, plan
 from harness.progress import say
@@ -126,10 +126,7 @@ def _finetuned(
     from harness.stages import finetune
 
     def kept() -> dict[str, Any] | None:
-        found = read_json(folder / "finetune.json")
-        path = folder / "weights.safetensors"
-        whole = isinstance(found, dict) and path.exists() and found.get("weights") == digest_file(path)
-        return found if whole else None
+        return read_stage(folder / "finetune.json")
 
     if (found := carried.team.decide(kept)) is not None:
         say(f"fine-tuning found in {folder}")
@@ -233,12 +230,9 @@ def _left(folder: Path) -> dict[str, Path]:
 
 def _kept_pretraining(folder: Path) -> dict[str, Any] | None:
     """What an earlier pre-training left; None where a part of it is missing or damaged."""
-    stage, weights = read_json(folder / "stage.json"), folder / "weights.safetensors"
-    if not isinstance(stage, dict):
-        return None
-    if not (folder / "history.jsonl").exists() or not weights.exists() or stage.get("weights") != digest_file(weights):
+    stage = read_stage(folder / "stage.json") if (folder / "history.jsonl").exists() else None
+    if stage is None and (folder / "stage.json").exists():
         say(f"{folder} is not whole: pre-training again")
-        return None
     return stage
 
 

@@ -21,6 +21,7 @@ from harness import hardware
 from harness.config import RunConfig, Training, change_task, parse_overrides
 from harness.contracts import Batch, Source
 from harness.errors import UserError, unknown
+from harness.fitting import is_out_of_memory
 from harness.planning import Request, check_fit, resolve_request
 from harness.preparation import Workshop
 from harness.protocols import fixed, with_head
@@ -209,11 +210,8 @@ class _ShortWorkshop(Workshop):
 def out_of_memory(each: Measured) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError:
-        each.problem = OUT_OF_MEMORY
     except RuntimeError as error:
-        # Torch's CPU allocator has no class of its own.
-        if "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         each.problem = OUT_OF_MEMORY
 

@@ -39,18 +39,18 @@ def run(arguments: argparse.Namespace) -> int:
     )
     cells = sweep.read(arguments.file, base)
     notes = arguments.runs / "sweeps" / arguments.file.stem
+    # A launcher that cannot be had is known before phantoms are written and data is read.
+    launcher = None if arguments.dry_run else _launcher(arguments, notes)
     todo, outcomes = sweep.sort_out(cells, notes, arguments.retry)
     _say_sorted(len(cells), todo, outcomes)
-    if arguments.dry_run:
+    if launcher is None:
         print(*(f"  to run: {each.cell}" for each in todo), sep="\n", flush=True)
         print_estimates([each.cell.request for each in todo], arguments.jobs)
         return 2 if any(outcome.folder is None for outcome in outcomes) else 0
-    if todo:
-        launcher = _launcher(arguments, notes)
-        try:
-            outcomes += _watch(todo, launcher)
-        except (Interrupted, KeyboardInterrupt) as error:
-            raise Interrupted(f"{error or 'Ctrl-C'}: {launcher.stop()}") from None
+    try:
+        outcomes += _watch(todo, launcher) if todo else []
+    except (Interrupted, KeyboardInterrupt) as error:
+        raise Interrupted(f"{error or 'Ctrl-C'}: {launcher.stop()}") from None
     return _report(outcomes, arguments.runs / "sweeps" / f"{arguments.file.stem}.csv")
 
 
@@ -127,22 +127,23 @@ def _table(todo: Sequence[Planned], found: Sequence[Outcome]) -> Table:
 def progress_of(planned: Planned) -> str:
     """Where a cell is, by the files that it has written."""
     first, second, cases = planned.lengths
-    scored = len(below(planned.folder / "evaluation", "*.npz"))
-    if scored or (planned.folder / "finetune.json").exists():
-        return f"evaluating, {scored} of {cases} cases"
-    stage, step = last_step(planned.folder / "history.jsonl")
+    stage, number = where(planned.folder)
+    if stage == "evaluate":
+        return f"evaluating, {number} of {cases} cases"
     if stage == "finetune":
-        return f"fine-tuning, step {step} of {second}"
+        return f"fine-tuning, step {number} of {second}"
     if planned.pretrain is not None and not (planned.pretrain / "stage.json").exists():
-        _, step = last_step(planned.pretrain / "history.jsonl")
-        return f"pre-training, step {step} of {first}" if step else "waiting"
+        _, number = where(planned.pretrain)
+        return f"pre-training, step {number} of {first}" if number else "waiting"
     return "waiting"
 
 
-def last_step(history: Path) -> tuple[str, int]:
-    """Stage and number of the last whole line of a history."""
+def where(folder: Path) -> tuple[str, int]:
+    """The stage of a run or pre-training and its last step; once it is fine-tuned, `evaluate` and the cases scored."""
+    if (folder / "finetune.json").exists():
+        return "evaluate", len(below(folder / "evaluation", "*.npz"))
     try:
-        with history.open("rb") as file:
+        with (folder / "history.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
             whole = file.read().rpartition(b"\n")[0]
         last = json.loads(whole.rpartition(b"\n")[2])

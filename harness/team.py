@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness.errors import UserError
-from harness.execution import AS_USUAL, Execution, Interrupted
+from harness.execution import AS_USUAL, STOPPED, Execution, Interrupted
 from harness.locks import Lock, held
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class Elsewhere(SystemExit):
 
 
 class Team:
-    """Processes that a launcher (`torchrun`, `accelerate launch`, `srun`) started for one run; mostly there is but one."""
+    """Processes that a launcher (`torchrun`, `accelerate launch`) started for one run; mostly there is but one."""
 
     def __init__(self) -> None:
         self.size = int(os.environ.get("WORLD_SIZE") or 1)
@@ -51,8 +51,9 @@ class Team:
                 told = [("done", compute())]
             # All of it, an interruption too: the others wait for an answer.
             except BaseException as problem:
-                error, status = problem, {UserError: 2, Interrupted: 75}.get(type(problem), 1)
-                told = [("failed", 2 if isinstance(problem, UserError) else status)]
+                error = problem
+                status = 2 if isinstance(problem, UserError) else STOPPED if isinstance(problem, Interrupted) else 1
+                told = [("failed", status)]
         torch.distributed.broadcast_object_list(told, src=0)
         if error is not None:
             raise error
@@ -113,10 +114,10 @@ class Carried:
 class Alone:
     """The part of `accelerate.Accelerator` that a training stage uses, for one process of a team by itself."""
 
-    num_processes, process_index, gradient_accumulation_steps, is_main_process = 1, 0, 1, True
+    num_processes, process_index, is_main_process = 1, 0, True
 
-    def __init__(self, device: "torch.device") -> None:
-        self.device = device
+    def __init__(self, device: "torch.device", micro_batches: int = 1) -> None:
+        self.device, self.gradient_accumulation_steps = device, micro_batches
 
     def prepare(self, *values: Any) -> Any:
         """As they are."""

@@ -1,7 +1,6 @@
 """One training step, for every stage and profile: any module that returns named loss terms, dealt out or whole."""
 
 import hashlib
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,15 +22,16 @@ from accelerate.utils import (
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.data import DataLoader, Dataset
 
 from harness.config import Training
 from harness.contracts import Backbone
 from harness.errors import UserError
-from harness.execution import leave_to_parent
+from harness.execution import leave_to_parent, micro_batches
 from harness.hardware import keep_memory, precision
-from harness.layers import BatchNorm, place
+from harness.layers import place
 from harness.parts import Parts, dealt
 
 PHASES = ("data", "transfer", "forward", "backward", "optimizer")
@@ -146,7 +146,8 @@ class Trainer:
     def loader(self, data: Dataset[Any], start: int = 0) -> Any:
         """Micro-batches of `data` from sample `start` on, on the host; every process its own, in the order of `Parts`."""
         whole: Any = data
-        size, parts = self.settings.batch_size // self.parts.number, self.parts
+        parts = self.parts
+        size = self.settings.rows(parts.processes, parts.micro_batches)
         firsts = range(start + parts.rank * size, len(whole) - size + 1, parts.processes * size)
         return DataLoader(
             data,
@@ -294,14 +295,19 @@ def deal(module: nn.Module, settings: Training, accelerator: Accelerator) -> Par
     Raises:
         UserError: it cannot be done evenly, or not without changing the result.
     """
-    processes, micro_batches = accelerator.num_processes, accelerator.gradient_accumulation_steps
-    settings.rows(processes, micro_batches)
-    if micro_batches > 1 and any(isinstance(layer, BatchNorm) for layer in module.modules()):
+    processes, in_turn = accelerator.num_processes, accelerator.gradient_accumulation_steps
+    settings.rows(processes, in_turn)
+    refuse_batch_norm(module, in_turn)
+    return Parts(processes=processes, rank=accelerator.process_index, micro_batches=in_turn)
+
+
+def refuse_batch_norm(module: nn.Module, in_turn: int) -> None:
+    """Raises UserError where a module with batch norm is to see its batches in several micro-batches."""
+    if in_turn > 1 and any(isinstance(layer, _BatchNorm) for layer in module.modules()):
         raise UserError(
             "batch norm needs the whole batch at once, micro-batches would change the result: leave --micro-batches out, "
             "or take more processes, which share its moments"
         )
-    return Parts(processes=processes, rank=accelerator.process_index, micro_batches=micro_batches)
 
 
 def _same(known: list[list[Tensor]], recorded: list[list[Tensor]]) -> bool:
@@ -331,22 +337,22 @@ def compiled(module: nn.Module, wanted: bool) -> Iterator[None]:
             del backbone.trunk, backbone.decode
 
 
-def new_accelerator(micro_batches: int = 0) -> Accelerator:
+def new_accelerator(asked: int = 0) -> Accelerator:
     """One per stage, for the processes that the launcher started; precision is ours (`Training.precision`).
 
     Args:
-        micro_batches: parts of a batch that each process computes one after the other; 0: as the launcher says, else 1.
+        asked: micro-batches, as `harness.execution.micro_batches` takes them.
 
     Raises:
         UserError: a way of sharing the work that is not supported.
     """
     # A process that prepares data or scores cases is waited for, however long it takes.
     patient = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    number = micro_batches(asked)
     replicas = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    asked = micro_batches or int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or 1)
     accelerator = Accelerator(
         mixed_precision="no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=asked, sync_with_dataloader=False),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=number, sync_with_dataloader=False),
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[patient, replicas],
     )

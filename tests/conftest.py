@@ -55,6 +55,15 @@ def hippocampus_phantom(registry, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sixteen_cases(registry, tmp_path_factory) -> Path:
+    """Enough to train on and to test on while something happens."""
+    task = small(registry.task("msd_hippocampus"))
+    root = tmp_path_factory.mktemp("phantom") / task.folder
+    write_phantom(task, root, 16, seed=0)
+    return root
+
+
+@pytest.fixture(scope="session")
 def real_hippocampus() -> Path:
     root = SHARED / "Task04_Hippocampus"
     if not root.is_dir():

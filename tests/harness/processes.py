@@ -9,6 +9,18 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["harness.run", "harness.evaluation", "monai.networks.nets.basic_unet"])
 
 
+def run_words(method, settings, data, runs, *more) -> list:
+    """The command of a run of a phantom's hippocampi."""
+    given = [word for pair in settings for word in ("--set", pair)]
+    return ["run", "--method", method, "--task", "msd_hippocampus", "--data", data, "--runs", runs, *given, *more]
+
+
+def only_run(runs) -> Path:
+    """The folder of the one finished run."""
+    (record,) = runs.glob("*/record.json")
+    return record.parent
+
+
 def start(words, log: Path, **environment) -> multiprocessing.Process:
     """`harness WORDS`, both of its streams into `log`."""
     process = CONTEXT.Process(target=_go, args=([str(word) for word in words], str(log), environment))

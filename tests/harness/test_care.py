@@ -8,9 +8,7 @@ import pytest
 
 from harness import UserError, doctor, hardware
 from harness.cli import main
-from harness.phantom import write_phantom
-from tests.conftest import small
-from tests.harness.processes import finish, start
+from tests.harness.processes import finish, run_words, start
 from tests.harness.test_locks import elsewhere
 
 BUDGET = [
@@ -20,15 +18,12 @@ BUDGET = [
 
 
 @pytest.fixture(scope="module")
-def data(registry, tmp_path_factory):
-    root = tmp_path_factory.mktemp("data") / "Task04_Hippocampus"
-    write_phantom(small(registry.task("msd_hippocampus")), root, 8, seed=0)
-    return root
+def data(sixteen_cases):
+    return sixteen_cases
 
 
 def words(data, runs, *more):
-    given = [word for pair in BUDGET for word in ("--set", pair)]
-    return ["run", "--method", "simmim", "--task", "msd_hippocampus", "--data", data, "--runs", runs, *given, *more]
+    return run_words("simmim", BUDGET, data, runs, *more)
 
 
 def harness(*given) -> int:
@@ -57,7 +52,7 @@ def findings(capsys, *more, status=0):
 def test_a_healthy_place(runs, capsys):
     found = findings(capsys, "--runs", runs)
     assert {each["status"] for each in found.values()} <= {"ok", "note"}
-    assert found["prepared volumes"]["detail"] == "8, all as they were written"
+    assert found["prepared volumes"]["detail"] == "16, all as they were written"
     assert found["pre-trainings"]["detail"] == "1 finished, all as they were written"
     assert found["methods"]["detail"].endswith("load")
     assert found["torch"]["detail"]
@@ -77,7 +72,7 @@ def test_what_a_crash_left_is_found_and_removed(runs, capsys):
     os.utime(partial, (0, 0))
     elsewhere(run / "run.lock.1", age=1000)
     found = findings(capsys, "--runs", runs, status=2)
-    assert "1 of 8 volumes are not as they were written" in found["prepared volumes"]["detail"]
+    assert "1 of 16 volumes are not as they were written" in found["prepared volumes"]["detail"]
     assert "1 of 1 are damaged" in found["pre-trainings"]["detail"]
     assert "1 of processes that are gone" in found["locks"]["detail"]
     assert "1 files" in found["left by a crash"]["detail"]
@@ -89,7 +84,7 @@ def test_what_a_crash_left_is_found_and_removed(runs, capsys):
     after = findings(capsys, "--runs", runs)
     assert "left by a crash" not in after
     assert "locks" not in after
-    assert after["prepared volumes"]["detail"] == "7, all as they were written"
+    assert after["prepared volumes"]["detail"] == "15, all as they were written"
 
 
 def test_what_is_at_work_is_left_alone(runs, capsys):
@@ -149,7 +144,7 @@ def test_runs_are_listed_with_where_they_are(runs, capsys):
     for name in ("record.json", "finetune.json"):
         (run / name).unlink()
     assert harness("runs", "list", "--runs", runs) == 0
-    assert "finetune step 4" in capsys.readouterr().out
+    assert "finetune, 4 steps" in capsys.readouterr().out
     assert harness("runs", "list", "--runs", runs / "no") == 2
 
 
@@ -214,6 +209,16 @@ def test_the_launchers_precision_is_followed_unless_the_run_says_otherwise(monke
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(UserError, match="launch with bf16 or no"):
         hardware.precision("auto", cpu)
+
+
+@pytest.mark.parametrize(
+    ("method", "backbone"), [("transvw", "unet"), ("simmim", "genesis_unet3d"), ("scratch", "genesis_unet3d")]
+)
+def test_micro_batches_of_batch_norm_are_refused_before_data_is_read(method, backbone, data, tmp_path, capsys):
+    asked = ["run", "--method", method, "--backbone", backbone, "--task", "msd_hippocampus", "--data", data]
+    assert harness(*asked, "--runs", tmp_path / "runs", "--micro-batches", 2) == 2
+    assert "batch norm needs the whole batch at once" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "cache").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from harness import locks
 from harness.locks import LostLockError, Owner, acquire, dead_locks, held, holders
-from tests.harness.processes import CONTEXT
+from tests.harness.processes import CONTEXT, finish
 
 
 def count(path, times):
@@ -21,15 +21,17 @@ def count(path, times):
             path.write_text(str(number + 1))
 
 
+def count_together(path, times, processes):
+    started = [CONTEXT.Process(target=count, args=(path, times)) for _ in range(processes)]
+    for process in started:
+        process.start()
+    assert [finish(process) for process in started] == [0] * processes
+
+
 def test_nothing_is_lost_between_processes(tmp_path):
     path = tmp_path / "number"
     path.write_text("0")
-    processes = [CONTEXT.Process(target=count, args=(path, 20)) for _ in range(8)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
+    count_together(path, 20, processes=8)
     assert path.read_text() == "160"
     assert not list(tmp_path.glob("*.lock.*"))
 
@@ -49,12 +51,7 @@ def test_dead_owners_are_followed_by_one_at_a_time(tmp_path):
         dying.start()
         dying.join(60)
         assert dead_locks(tmp_path)
-        processes = [CONTEXT.Process(target=count, args=(path, 5)) for _ in range(6)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(120)
-            assert process.exitcode == 0
+        count_together(path, 5, processes=6)
         assert not list(tmp_path.glob("*.lock.*"))
     assert path.read_text() == "150"
 

@@ -8,47 +8,29 @@ import shutil
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
 from harness import loop
 from harness.cli import main
 from harness.files import below
-from harness.phantom import write_phantom
-from tests.conftest import small
-from tests.harness.processes import finish, start
+from tests.harness.processes import finish, only_run, run_words, start
 
 STEPS = {"pretrain": 12, "finetune": 8}
 BUDGET = [
     *("pretrain.steps=12", "pretrain.warmup_steps=2", "pretrain.crop=32,32,32", "backbone.features=4,4,8,8,8"),
     *("finetune.steps=8", "finetune.warmup_steps=2", "finetune.crop=32,32,32", "method.sub_volume=32"),
 ]
-SETTINGS = [word for pair in BUDGET for word in ("--set", pair)]
 KILLS = 5
 
 
 @pytest.fixture(scope="module")
-def data(registry, tmp_path_factory):
-    root = tmp_path_factory.mktemp("data") / "Task04_Hippocampus"
-    write_phantom(small(registry.task("msd_hippocampus")), root, 16, seed=0)
-    return root
+def data(sixteen_cases):
+    return sixteen_cases
 
 
 def words(data, runs, *more):
-    return [
-        "run",
-        "--method",
-        "hybridmim",
-        "--task",
-        "msd_hippocampus",
-        "--data",
-        data,
-        "--runs",
-        runs,
-        *SETTINGS,
-        *more,
-    ]
+    return run_words("hybridmim", BUDGET, data, runs, *more)
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +39,6 @@ def whole(data, tmp_path_factory):
     runs = tmp_path_factory.mktemp("whole")
     assert finish(start(words(data, runs), runs / "log")) == 0, (runs / "log").read_text()
     return only_run(runs)
-
-
-def only_run(runs) -> Path:
-    (record,) = runs.glob("*/record.json")
-    return record.parent
 
 
 def assert_same(run, whole):
@@ -146,6 +123,26 @@ def test_a_signal_leaves_a_checkpoint_and_status_75(name, data, whole, tmp_path)
     assert not list(tmp_path.rglob("*.lock.*"))
     assert finish(start(words(data, tmp_path), tmp_path / "log")) == 0
     assert f"pretrain goes on after step {int(checkpoint.stem[5:])} of 12" in (tmp_path / "log").read_text()
+    assert_same(only_run(tmp_path), whole)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("stage", "step"), [("pretrain", 1), ("pretrain", 12), ("finetune", 8)])
+def test_a_signal_in_any_step_loses_none(stage, step, data, whole, tmp_path, monkeypatch, capsys):
+    """The last step of a stage too, after which there is nothing to go on with but to finish it."""
+    keep = loop.Stage._keep_or_stop
+
+    def hook(self, lines):
+        if (self.name, self.step) == (stage, step):
+            os.kill(os.getpid(), signal.SIGTERM)
+        keep(self, lines)
+
+    monkeypatch.setattr(loop.Stage, "_keep_or_stop", hook)
+    assert run(*words(data, tmp_path)) == 75
+    assert f"stopped by SIGTERM, {stage} step {step} of {STEPS[stage]}" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run(*words(data, tmp_path)) == 0
+    assert f"{stage} goes on after step {step} of {STEPS[stage]}" in capsys.readouterr().err
     assert_same(only_run(tmp_path), whole)
 
 

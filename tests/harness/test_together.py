@@ -12,11 +12,9 @@ import pytest
 from harness.config import Training
 from harness.equality import check_processes
 from harness.errors import UserError
-from harness.phantom import write_phantom
 from harness.registry import Registry
 from harness.training import deal
-from tests.conftest import small
-from tests.harness.processes import finish, start
+from tests.harness.processes import finish, only_run, run_words, start
 
 METHODS = [name for name in Registry().names("method") if Registry().load("method", name).trains]
 BUDGET = [
@@ -27,15 +25,12 @@ BUDGET = [
 
 
 @pytest.fixture(scope="module")
-def data(registry, tmp_path_factory):
-    root = tmp_path_factory.mktemp("data") / "Task04_Hippocampus"
-    write_phantom(small(registry.task("msd_hippocampus")), root, 16, seed=0)
-    return root
+def data(sixteen_cases):
+    return sixteen_cases
 
 
 def words(data, runs, *more):
-    given = [word for pair in BUDGET for word in ("--set", pair)]
-    return ["run", "--method", "hybridmim", "--task", "msd_hippocampus", "--data", data, "--runs", runs, *given, *more]
+    return run_words("hybridmim", BUDGET, data, runs, *more)
 
 
 def launch(number, data, runs, *more):
@@ -51,11 +46,6 @@ def launch(number, data, runs, *more):
         for rank in range(number)
     ]
     return [finish(process) for process in processes]
-
-
-def only_run(runs):
-    (record,) = runs.glob("*/record.json")
-    return record.parent
 
 
 def history(run):

@@ -12,6 +12,7 @@ from harness.checkpoints import read
 from harness.config import Training, resolve
 from harness.execution import Execution
 from harness.loop import train
+from harness.parts import gather
 from harness.team import Carried
 from harness.training import new_accelerator
 from harness.transfer import transfer
@@ -100,6 +101,9 @@ class Hungry(torch.nn.Module):
     def forward(self, batch):
         if batch["image"].numel() > 1000:
             raise torch.OutOfMemoryError("out of memory")
+        # As contrasts do: a single crop, or one part of a batch alone, has nothing to compare.
+        if len(gather(batch["image"].flatten(1))) < 2:
+            raise ValueError("no negatives")
         return {"fit": (self.weight - batch["image"].mean()).square().sum()}
 
 
@@ -107,6 +111,7 @@ class Hungry(torch.nn.Module):
     ("edge", "advice"),
     [
         (7, r"tried and found to fit: --micro-batches 2 \(the same result\)"),
+        (9, r"tried and found to fit: --micro-batches 4 \(the same result\)"),
         (12, r"tried and found to fit: --set pretrain.crop=6,6,6 --set pretrain.batch_size=4"),
         (30, "nor with a single crop of half the edges: choose a smaller network"),
     ],
@@ -117,6 +122,22 @@ def test_what_would_fit_the_memory_is_tried(edge, advice, tmp_path):
         UserError, match=f"does not fit the memory of cpu with crops of {edge}x.*, 4 a step, in fp32.*{advice}"
     ):
         train(Hungry(), data, given, 20, 2, new_accelerator(), tmp_path / "history.jsonl", "pretrain")
+
+
+def test_micro_batches_are_no_advice_for_batch_norm(tmp_path):
+    module, data = Hungry(), [{"image": torch.ones(1, 7, 7, 7)}] * 80
+    module.norm = nn.BatchNorm3d(1, affine=False)
+    with pytest.raises(UserError, match=r"found to fit: --set pretrain.batch_size=2"):
+        train(
+            module,
+            data,
+            settings(crop=7, batch_size=4),
+            20,
+            2,
+            new_accelerator(),
+            tmp_path / "history.jsonl",
+            "pretrain",
+        )
 
 
 def unet(first=4):
