@@ -8,65 +8,64 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from harness.arrays import cut
-    from harness.contracts import (
-        Backbone,
-        Batch,
-        Method,
-        Preparation,
-        Pyramid,
-        Source,
-        Transform,
-        VolumeSource,
-        crop,
-    )
-    from harness.corpus import Corpus
-    from harness.errors import UserError
-    from harness.files import slug
-    from harness.masking import any_box, inside_boxes, num_masked, random_integers, random_patches, to_voxels
-    from harness.parts import gather, previous, rand, randn, total
-    from harness.settings import Settings, Size3
-    from harness.task import Archive, Case, ImageSet, Percentiles, PhantomShape, Task, Window
-    from harness.transfer import inflate
+    from harness.api.backbone import Backbone, Pyramid, crop, inflate
+    from harness.api.global_batch import gather, previous, rand, randn, total
+    from harness.api.losses import dice_loss
+    from harness.api.masks import any_box, inside_boxes, num_masked, random_integers, random_patches, to_voxels
+    from harness.api.method import Batch, Method, Preparation, Source, Transform, VolumeSource
+    from harness.api.settings import Settings, Size3
+    from harness.api.task import Archive, Case, ImageSet, Percentiles, PhantomShape, Task, Window
+    from harness.data.arrays import cut
+    from harness.data.corpus import Corpus
+    from harness.data.image_files import read_header, write_image
+    from harness.data.image_names import IMAGE_ENDINGS, stem
+    from harness.system.errors import UserError
+    from harness.system.files import slug
 
 _HOME = {
-    "Backbone": "harness.contracts",
-    "Batch": "harness.contracts",
-    "Method": "harness.contracts",
-    "Preparation": "harness.contracts",
-    "Pyramid": "harness.contracts",
-    "Source": "harness.contracts",
-    "Transform": "harness.contracts",
-    "VolumeSource": "harness.contracts",
-    "crop": "harness.contracts",
-    "gather": "harness.parts",
-    "previous": "harness.parts",
-    "rand": "harness.parts",
-    "randn": "harness.parts",
-    "total": "harness.parts",
-    "Corpus": "harness.corpus",
-    "UserError": "harness.errors",
-    "slug": "harness.files",
-    "Settings": "harness.settings",
-    "Size3": "harness.settings",
-    "cut": "harness.arrays",
-    "any_box": "harness.masking",
-    "inside_boxes": "harness.masking",
-    "num_masked": "harness.masking",
-    "random_integers": "harness.masking",
-    "random_patches": "harness.masking",
-    "to_voxels": "harness.masking",
-    "Archive": "harness.task",
-    "inflate": "harness.transfer",
-    "Case": "harness.task",
-    "ImageSet": "harness.task",
-    "Percentiles": "harness.task",
-    "PhantomShape": "harness.task",
-    "Task": "harness.task",
-    "Window": "harness.task",
+    "IMAGE_ENDINGS": "harness.data.image_names",
+    "Archive": "harness.api.task",
+    "Backbone": "harness.api.backbone",
+    "Batch": "harness.api.method",
+    "Case": "harness.api.task",
+    "Corpus": "harness.data.corpus",
+    "ImageSet": "harness.api.task",
+    "Method": "harness.api.method",
+    "Percentiles": "harness.api.task",
+    "PhantomShape": "harness.api.task",
+    "Preparation": "harness.api.method",
+    "Pyramid": "harness.api.backbone",
+    "Settings": "harness.api.settings",
+    "Size3": "harness.api.settings",
+    "Source": "harness.api.method",
+    "Task": "harness.api.task",
+    "Transform": "harness.api.method",
+    "UserError": "harness.system.errors",
+    "VolumeSource": "harness.api.method",
+    "Window": "harness.api.task",
+    "any_box": "harness.api.masks",
+    "crop": "harness.api.backbone",
+    "cut": "harness.data.arrays",
+    "dice_loss": "harness.api.losses",
+    "gather": "harness.api.global_batch",
+    "inflate": "harness.api.backbone",
+    "inside_boxes": "harness.api.masks",
+    "num_masked": "harness.api.masks",
+    "previous": "harness.api.global_batch",
+    "rand": "harness.api.global_batch",
+    "randn": "harness.api.global_batch",
+    "random_integers": "harness.api.masks",
+    "random_patches": "harness.api.masks",
+    "read_header": "harness.data.image_files",
+    "slug": "harness.system.files",
+    "stem": "harness.data.image_names",
+    "to_voxels": "harness.api.masks",
+    "total": "harness.api.global_batch",
+    "write_image": "harness.data.image_files",
 }
 
 __all__ = [
+    "IMAGE_ENDINGS",
     "Archive",
     "Backbone",
     "Batch",
@@ -89,6 +88,7 @@ __all__ = [
     "any_box",
     "crop",
     "cut",
+    "dice_loss",
     "gather",
     "inflate",
     "inside_boxes",
@@ -98,9 +98,12 @@ __all__ = [
     "randn",
     "random_integers",
     "random_patches",
+    "read_header",
     "slug",
+    "stem",
     "to_voxels",
     "total",
+    "write_image",
 ]
 
 

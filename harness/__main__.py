@@ -1,7 +1,8 @@
-"""`python -m harness` is the `harness` command."""
+"""`python -m harness`, the same as the command `harness`."""
 
 import sys
 
-from harness.cli import main
+from harness.cli.main import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

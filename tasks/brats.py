@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+import harness
 from harness import Case, Percentiles, PhantomShape, Task, UserError
 
 ODD_LABEL = "W39_1998.09.19_Segm.nii"  # what case 355 of 2020 calls its label, as released
@@ -79,12 +80,9 @@ class BraTSTask(Task):
     def write_case(
         self, root: Path, number: int, images: NDArray[Any], label: NDArray[np.uint8], affine: NDArray[Any]
     ) -> None:
-        import nibabel as nib
-
         folder = root / f"BraTS20_Training_{number:03d}"
-        folder.mkdir(parents=True, exist_ok=True)
         for channel, voxels in zip((*self.channels, "seg"), (*images, label), strict=True):
-            nib.save(nib.Nifti1Image(voxels, affine), folder / f"{folder.name}_{channel}.nii.gz")
+            harness.write_image(folder / f"{folder.name}_{channel}.nii.gz", voxels, affine)
 
 
 def _case_folders(root: Path) -> list[tuple[Release, Path]]:

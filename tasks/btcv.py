@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+import harness
 from harness import Case, PhantomShape, Task, UserError, Window
 
 # As unpacked, then as MONAI's tutorials rename it; below the folder that the archive is unpacked in.
@@ -66,12 +67,9 @@ class BTCVTask(Task):
     def write_case(
         self, root: Path, number: int, images: NDArray[Any], label: NDArray[np.uint8], affine: NDArray[Any]
     ) -> None:
-        import nibabel as nib
-
         for folder, name, voxels in (("img", "img", images[0]), ("label", "label", label)):
             path = root / "RawData" / "Training" / folder / f"{name}{number:04d}.nii.gz"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            nib.save(nib.Nifti1Image(voxels, affine), path)
+            harness.write_image(path, voxels, affine)
 
 
 def _layout(root: Path) -> tuple[Path, Path] | None:

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
-from harness import Case, Percentiles, Task, UserError, Window, slug
-from harness.formats import ENDINGS, read_header, stem
+import harness
+from harness import IMAGE_ENDINGS, Case, Percentiles, Task, UserError, Window, slug, stem
 
 FOLDER_NAME = re.compile(r"(?:Task|Dataset)\d+_(.+)")
 WHOLE_CT = Window(-1000, 1000)  # nothing but dense bone is cut off; `--set task.window` narrows it
@@ -115,15 +115,12 @@ class FolderTask(Task):
     def write_case(
         self, root: Path, number: int, images: NDArray[Any], label: NDArray[np.uint8], affine: NDArray[Any]
     ) -> None:
-        import nibabel as nib
-
         name = f"{_title(self.folder).lower()}_{number:03d}.nii.gz"
         for sub, voxels in (
             ("imagesTr", np.moveaxis(images, 0, -1) if len(images) > 1 else images[0]),
             ("labelsTr", label),
         ):
-            (root / sub).mkdir(parents=True, exist_ok=True)
-            nib.save(nib.Nifti1Image(voxels, affine), root / sub / name)
+            harness.write_image(root / sub / name, voxels, affine)
         path = root / "dataset.json"
         described: dict[str, Any] = json.loads(path.read_text()) if path.exists() else self._description()
         described["training"].append({"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"})
@@ -294,8 +291,10 @@ def _nnunet_cases(root: Path, described: _NNUNet) -> list[Case]:
             for name, listed in described.dataset.items()
         ]
     ending = described.file_ending
-    if ending not in ENDINGS:
-        raise UserError(f"{root / 'dataset.json'}: file_ending {ending!r} is not read here: use {', '.join(ENDINGS)}")
+    if ending not in IMAGE_ENDINGS:
+        raise UserError(
+            f"{root / 'dataset.json'}: file_ending {ending!r} is not read here: use {', '.join(IMAGE_ENDINGS)}"
+        )
     images, number = root / "imagesTr", len(described.channel_names)
     if not images.is_dir():
         raise UserError(
@@ -334,16 +333,14 @@ def _inside(root: Path, named: str) -> Path:
 
 def _with_geometry(task: FolderTask, folder: Path) -> FolderTask:
     """Median spacing and extent along the canonical axes; headers that cannot be read are reported when the case is."""
-    import nibabel as nib
-
     spacings, extents, problem = [], [], None
     for case in task.cases(folder):
         try:
-            header = read_header(case.images[0])
+            header = harness.read_header(case.images[0])
         except UserError as error:
             problem = problem or error
             continue
-        order = nib.orientations.io_orientation(header.affine)[:, 0].astype(int).argsort()
+        order = header.canonical_axes
         spacings.append(header.spacing[order])
         extents.append(np.asarray(header.shape[:3])[order] * header.spacing[order])
     if problem is not None and not spacings:

@@ -11,8 +11,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from harness import Task
-from harness.phantom import write_phantom
-from harness.registry import Registry
+from harness.api.registry import Registry
+from harness.data.phantom import write_phantom
 
 SHARED = Path(os.environ.get("HARNESS_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

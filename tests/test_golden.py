@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.phantom import write_phantom
+from harness.data.phantom import write_phantom
 from tests.conftest import small
 from tests.harness.processes import finish, only_run, run_words, start
 

@@ -14,8 +14,8 @@ from backbones.swinunetr import SwinUNETR
 from backbones.unet import UNet
 from backbones.unetr import UNETR
 from harness import crop
-from harness.registry import Registry
-from harness.settings import build
+from harness.api.registry import Registry
+from harness.api.settings import build
 
 SMALL = {
     "unet": {"features": (4, 4, 8, 8, 16)},

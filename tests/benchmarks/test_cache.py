@@ -19,11 +19,12 @@ from monai.data import PersistentDataset
 from monai.transforms import Compose, RandSpatialCropd, ToTensord
 from scipy import ndimage
 
-from harness.hardware import memory
-from harness.phantom import make_phantom
-from harness.registry import Registry
-from harness.task import Case
-from harness.volumes import STEPS, Volume, prepare, quantise
+from harness.api.registry import Registry
+from harness.api.task import Case
+from harness.compute.memory import peak_memory
+from harness.data.phantom import make_phantom
+from harness.data.preprocessing import STEPS, quantise
+from harness.data.volumes import Volume, preprocess_cases
 from tests.benchmarks.test_speed import fastest
 
 pytestmark = pytest.mark.benchmark
@@ -222,8 +223,8 @@ def _prepare_many(folder, pipe):
     task = replace(Registry().task("btcv"), name="many")
     before = resource.getrusage(resource.RUSAGE_SELF)
     began = time.perf_counter()
-    prepare(task, cases, {case.id: case.id.ljust(20, "x") for case in cases}, root / "cache")
+    preprocess_cases(task, cases, {case.id: case.id.ljust(20, "x") for case in cases}, root / "cache")
     seconds = time.perf_counter() - began
     after = resource.getrusage(resource.RUSAGE_SELF)
     busy = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-    pipe.send((seconds, busy / seconds, memory(torch.device("cpu"))["host_peak_gib"]))
+    pipe.send((seconds, busy / seconds, peak_memory(torch.device("cpu"))["host_peak_gib"]))

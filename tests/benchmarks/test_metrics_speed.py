@@ -10,7 +10,7 @@ import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance
 from monai.networks.utils import one_hot
 
-from harness.metrics import score_labels
+from harness.evaluation.metrics import score_labels
 
 pytestmark = pytest.mark.benchmark
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from harness.geometry import resample
+from harness.data.geometry import resample
 from methods.models_genesis import Distort, ModelsGenesis
 from tests.benchmarks import plain_genesis
 

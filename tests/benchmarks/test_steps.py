@@ -11,13 +11,12 @@ from torch import nn
 
 from backbones.swinunetr import SwinUNETR
 from backbones.unet import UNet
-from harness.config import Evaluate, Training
-from harness.evaluation import predict
-from harness.hardware import keep_memory
-from harness.layers import InstanceNorm3d, place
-from harness.loop import train
-from harness.registry import Registry
-from harness.training import new_accelerator
+from harness.api.registry import Registry
+from harness.compute.devices import keep_memory, new_accelerator
+from harness.compute.layers import InstanceNorm3d, prepare_module
+from harness.config.schema import Evaluate, Training
+from harness.evaluation.sliding_window import predict
+from harness.training.loop import train
 from methods.hybridmim import HybridMIM
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(1200)]
@@ -49,7 +48,7 @@ def hybridmim(backbone, **settings):
     torch.manual_seed(0)
     method = HybridMIM(HybridMIM.Config(**settings), backbone)
     method.generator = torch.Generator().manual_seed(0)
-    return place(method, CPU, channels_last=True)
+    return prepare_module(method, CPU, channels_last=True)
 
 
 def images(number, channels, edge):
@@ -90,8 +89,8 @@ SWIN = """
 import sys, time, torch
 from monai.networks.nets import SwinUNETR as Monai
 from backbones.swinunetr import SwinUNETR
-from harness.hardware import keep_memory
-from harness.layers import place
+from harness.compute.devices import keep_memory
+from harness.compute.layers import prepare_module
 which, size = sys.argv[1], int(sys.argv[2])
 keep_memory()
 torch.manual_seed(0)
@@ -101,7 +100,7 @@ if which == "monai":
 else:
     network = SwinUNETR(SwinUNETR.Config(feature_size=size, dropout=0.0), 1)
     network.set_head(2)
-    network, image = place(network, torch.device("cpu"), True), image.to(memory_format=torch.channels_last_3d)
+    network, image = prepare_module(network, torch.device("cpu"), True), image.to(memory_format=torch.channels_last_3d)
 times = []
 for _ in range(4):
     began = time.perf_counter()
@@ -195,12 +194,12 @@ def test_the_loop_costs_no_more_than_a_bare_one(over, claim, tmp_path):
 KEEPING = """
 import os, time, torch
 from backbones.unet import UNet
-from harness.hardware import keep_memory
-from harness.layers import place
+from harness.compute.devices import keep_memory
+from harness.compute.layers import prepare_module
 keep_memory()
 network = UNet(UNet.Config(features=(16, 16, 32, 64, 128)), 1)
 network.set_head(2)
-place(network, torch.device("cpu"), True)
+prepare_module(network, torch.device("cpu"), True)
 image = torch.rand(1, 1, 96, 96, 96)
 times = []
 for _ in range(6):

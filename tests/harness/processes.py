@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["harness.run", "harness.evaluation", "monai.networks.nets.basic_unet"])
+CONTEXT.set_forkserver_preload(["harness.runs.execute", "harness.runs.plan", "monai.networks.nets.basic_unet"])
 
 
 def run_words(method, settings, data, runs, *more) -> list:
@@ -42,7 +42,7 @@ def _go(words, log, environment):
     os.dup2(file, 2)
     import torch
 
-    from harness.cli import main
+    from harness.cli.main import main
 
     torch.set_num_threads(1)
     status = main(words)

@@ -16,11 +16,11 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 
 from harness import UserError
-from harness.cli import main
-from harness.formats import read_header, read_image
-from harness.images import load_case
-from harness.phantom import write_phantom
-from harness.task import Case
+from harness.api.task import Case
+from harness.cli.main import main
+from harness.data.cases import load_case
+from harness.data.image_files import read_header, read_image
+from harness.data.phantom import write_phantom
 from tests.conftest import small
 
 SPOILS, LOOK, FINE = "spoils a run", "deserves a look", "fine"

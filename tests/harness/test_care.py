@@ -6,8 +6,10 @@ import shutil
 
 import pytest
 
-from harness import UserError, doctor, hardware
-from harness.cli import main
+from harness.cli.main import main
+from harness.compute import devices
+from harness.runs import cleanup, doctor
+from harness.system.errors import UserError
 from tests.harness.processes import finish, run_words, start
 from tests.harness.test_locks import elsewhere
 
@@ -96,7 +98,7 @@ def test_what_is_at_work_is_left_alone(runs, capsys):
     assert "process 1 on another-host" in found["at work"]["detail"]
     assert (run / ".x.partial").exists()
     assert (run / "run.lock.1").exists()
-    assert not [each for each in doctor.removable(runs) if each.path.parent == run]
+    assert not [each for each in cleanup.removable(runs) if each.path.parent == run]
 
 
 def test_packages_that_do_not_import_are_said(monkeypatch):
@@ -193,7 +195,7 @@ def test_a_tracker_that_fails_never_stops_a_run(data, tmp_path, monkeypatch, cap
 
 
 def test_a_tracker_that_is_not_installed_is_known_before_the_run(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("harness.tracking.find_spec", lambda name: None)
+    monkeypatch.setattr("harness.training.trackers.find_spec", lambda name: None)
     assert harness(*words(data, tmp_path, "--tracker", "mlflow")) == 2
     assert "pip install 'ssl-seg-harness[mlflow]'" in capsys.readouterr().err
     assert not tmp_path.joinpath("cache").exists()
@@ -204,11 +206,11 @@ def test_the_launchers_precision_is_followed_unless_the_run_says_otherwise(monke
 
     cpu = torch.device("cpu")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert hardware.precision("auto", cpu) == "bf16"
-    assert hardware.precision("fp32", cpu) == "fp32"
+    assert devices.precision("auto", cpu) == "bf16"
+    assert devices.precision("fp32", cpu) == "fp32"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(UserError, match="launch with bf16 or no"):
-        hardware.precision("auto", cpu)
+        devices.precision("auto", cpu)
 
 
 @pytest.mark.parametrize(

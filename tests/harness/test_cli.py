@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from harness.cli import main
+from harness.cli.main import main
 
 BUDGET = [
     *("--set", "pretrain.steps=2", "--set", "pretrain.warmup_steps=0", "--set", "pretrain.crop=32,32,64"),
@@ -161,7 +161,7 @@ def test_a_finished_run_answers_before_torch_is_needed(runs, data, capsys, monke
     def never(*_):
         raise AssertionError("the run was resolved again, which imports torch and MONAI")
 
-    monkeypatch.setattr("harness.run.plan", never)
+    monkeypatch.setattr("harness.runs.execute.plan", never)
     harness(*run_words("hybridmim", data), "--runs", runs)
     assert "finished before" in capsys.readouterr().out
 

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from harness import UserError
-from harness.cli import main
-from harness.conformance import CHECKS, STEPS, TWO, assert_conforms, check_method
-from harness.registry import Registry
+from harness.api.registry import Registry
+from harness.cli.main import main
+from harness.conformance.checks import CHECKS
+from harness.conformance.fixture import STEPS
+from harness.conformance.suite import TWO, assert_conforms, check_method
 
 METHODS = Registry().names("method")
 BACKBONES = Registry().names("backbone")

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness import profiling, subject
-from harness.cli import main
-from harness.estimating import Estimator, render
-from harness.planning import Request
-from harness.profiling import measure, summarise
-from harness.subject import FLASH_ON_CPU, OUT_OF_MEMORY, Cell, Measured, resolve_cell, sdpa_flops
+from harness.cli.main import main
+from harness.config.request import Request
+from harness.costs import profile, trial
+from harness.costs.estimate import Estimator, render
+from harness.costs.profile import measure, summarise
+from harness.costs.trial import FLASH_ON_CPU, OUT_OF_MEMORY, TrialResult, TrialSpec, resolve_trial, sdpa_flops
 from leaderboards import profiles
 from tests.conftest import TINY, TINY_BUDGET
 
@@ -25,15 +25,15 @@ SMALL = ("backbone.features=4,4,8,8,8", "pretrain.crop=32,32,32", "finetune.crop
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """Milliseconds of steps instead of seconds, and no process for the peak of memory."""
-    monkeypatch.setattr(profiling, "ROUND_SECONDS", 0.02)
-    monkeypatch.setattr(profiling, "LOOP_SECONDS", 0.1)
+    monkeypatch.setattr(profile, "ROUND_SECONDS", 0.02)
+    monkeypatch.setattr(profile, "LOOP_SECONDS", 0.1)
 
-    def here(each: Measured) -> None:
-        answer = subject._two_steps(each.cell.request, each.cell.stage, torch.get_num_threads())
+    def here(each: TrialResult) -> None:
+        answer = trial._two_steps(each.cell.request, each.cell.stage, torch.get_num_threads())
         each.flops, each.parameters, each.memory = answer
 
-    monkeypatch.setattr(profiling, "measure_apart", here)
-    monkeypatch.setattr("harness.estimating.measure_apart", here)
+    monkeypatch.setattr(profile, "measure_apart", here)
+    monkeypatch.setattr("harness.costs.estimate.measure_apart", here)
 
 
 def request(method="hybridmim", *settings, **changes) -> Request:
@@ -96,7 +96,7 @@ def test_a_sweep_is_profiled_without_its_controls(tmp_path, capsys):
 
 
 def test_fine_tuning_can_be_profiled(tmp_path):
-    cell = resolve_cell(request("scratch"), "finetune")
+    cell = resolve_trial(request("scratch"), "finetune")
     found, rates = measure([cell], rounds=1)
     (row,) = summarise(found, rates)
     assert row["stage"] == "finetune"
@@ -135,8 +135,8 @@ def test_flops_are_counted_with_attention_on_a_cpu():
 
 def test_flops_of_a_step_are_those_of_its_convolutions():
     """The first convolution's backward pass makes no gradient of the image: 2 times its forward, 3 times for the others."""
-    cell = resolve_cell(request("scratch"), "finetune")
-    flops, parameters, _ = subject._two_steps(cell.request, "finetune", torch.get_num_threads())
+    cell = resolve_trial(request("scratch"), "finetune")
+    flops, parameters, _ = trial._two_steps(cell.request, "finetune", torch.get_num_threads())
     network = cell.plugins.new_backbone(cell.config, 1)
     network.set_head(cell.task.num_outputs)
     assert parameters == sum(parameter.numel() for parameter in network.parameters())
@@ -159,26 +159,26 @@ def test_noise_is_named():
 
 
 def test_spread_of_rounds():
-    assert profiling._spread([[1.0, 1.0], [1.1, 1.1], [0.9, 5.0, 0.9]]) == pytest.approx(0.2)
+    assert profile._spread([[1.0, 1.0], [1.1, 1.1], [0.9, 5.0, 0.9]]) == pytest.approx(0.2)
 
 
 def test_what_does_not_fit_the_memory_is_a_row(monkeypatch, capsys):
-    def full(each: Measured) -> None:
+    def full(each: TrialResult) -> None:
         each.problem = OUT_OF_MEMORY if each.cell.settings.batch_size == 3 else ""
 
-    monkeypatch.setattr(profiling, "measure_apart", full)
-    cells = [resolve_cell(request("simmim", f"pretrain.batch_size={size}")) for size in (2, 3)]
+    monkeypatch.setattr(profile, "measure_apart", full)
+    cells = [resolve_trial(request("simmim", f"pretrain.batch_size={size}")) for size in (2, 3)]
     rows = summarise(*measure(cells, rounds=1))
     assert [row["problem"] for row in rows] == ["", "out of memory"]
     assert "out of memory" in profiles.render(rows)
 
 
 def test_a_torch_allocation_that_fails_is_out_of_memory():
-    each = Measured(resolve_cell(request()))
-    with subject.out_of_memory(each):
+    each = TrialResult(resolve_trial(request()))
+    with trial.out_of_memory(each):
         torch.empty(2**60, dtype=torch.uint8)
     assert each.problem == OUT_OF_MEMORY
-    with pytest.raises(RuntimeError, match="other"), subject.out_of_memory(each):
+    with pytest.raises(RuntimeError, match="other"), trial.out_of_memory(each):
         raise RuntimeError("other")
 
 
@@ -239,13 +239,13 @@ def test_variants_are_settings_of_the_method(registry):
     """What `--compare` offers must be accepted by every method that states it."""
     for name in registry.names("method"):
         for variant in registry.load("method", name).variants:
-            assert isinstance(resolve_cell(request(name, "pretrain.batch_size=2"), variant=variant), Cell)
+            assert isinstance(resolve_trial(request(name, "pretrain.batch_size=2"), variant=variant), TrialSpec)
 
 
 MEASURE = """
-from harness.hardware import memory
+from harness.compute.memory import peak_memory
 import torch
-print(memory(torch.device("cpu"))["host_peak_gib"])
+print(peak_memory(torch.device("cpu"))["host_peak_gib"])
 """
 
 
@@ -261,7 +261,7 @@ def test_peak_memory_is_the_process_own():
 
 
 def test_estimate_of_what_does_not_fit_says_so_in_json_too(tmp_path, capsys, monkeypatch, hippocampus_phantom):
-    monkeypatch.setattr("harness.estimating.measure_apart", lambda each: setattr(each, "problem", OUT_OF_MEMORY))
+    monkeypatch.setattr("harness.costs.estimate.measure_apart", lambda each: setattr(each, "problem", OUT_OF_MEMORY))
     settings = [word for pair in (*TINY["unet"], *TINY_BUDGET) for word in ("--set", pair)]
     words = [
         "estimate",

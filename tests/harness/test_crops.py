@@ -5,18 +5,19 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from harness.arrays import cut
-from harness.config import Finetune
-from harness.crops import Augment, CropDataset
-from harness.identity import digest_cases
-from harness.volumes import prepare
+from harness.config.schema import Finetune
+from harness.data.arrays import cut
+from harness.data.crops import CropDataset
+from harness.data.inventory import digest_cases
+from harness.data.volumes import preprocess_cases
+from harness.training.finetune import Augment
 
 
 @pytest.fixture
 def volumes(phantom, tmp_path):
     task, root = phantom
     cases = task.cases(root)
-    return task, prepare(task, cases, digest_cases(cases, tmp_path)[0], tmp_path)
+    return task, preprocess_cases(task, cases, digest_cases(cases, tmp_path)[0], tmp_path)
 
 
 def augment(**probabilities) -> Augment:

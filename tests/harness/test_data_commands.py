@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk  # noqa: N813
 
-from harness.cli import main
-from harness.phantom import write_phantom
-from harness.registry import Registry
+from harness.api.registry import Registry
+from harness.cli.main import main
+from harness.data.phantom import write_phantom
+from harness.evaluation import metrics
 from tests.conftest import SHARED, small
 
 BUDGET = [
@@ -96,7 +97,7 @@ def test_scratch_in_generic_mode_is_the_run_that_is_there(runs, data, capsys):
 
 def smuggle(data, folder, name="innocent.nii.gz"):
     """A test case of the task among the scans: another name, type, orientation and header."""
-    from harness.splits import split_cases
+    from harness.data.splits import split_cases
 
     shutil.copytree(data / "scans", folder)
     task = Registry().task("msd_hippocampus")
@@ -160,7 +161,7 @@ def test_one_channel_serves_four_and_says_so(data, tmp_path, capsys):
 
 def test_named_corpora_without_data_are_phantoms(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("harness.data.CORPUS_CASES", 2)
-    monkeypatch.setattr("harness.phantom.CORPUS_SIZE", (30, 30, 30))
+    monkeypatch.setattr("harness.data.phantom.CORPUS_SIZE", (30, 30, 30))
     words = ["run", "--method", "simmim", "--task", "msd_spleen", "--mode", "generic", "--corpus", "luna16=-900,300"]
     harness(*words, "--corpus", "flare21", "--runs", tmp_path, *BUDGET, "--set", "task.spacing=4,4,4")
     record = record_of(tmp_path, "simmim")
@@ -292,7 +293,6 @@ def test_two_windows_of_one_corpus_are_two_methods(data, tmp_path, capsys):
 
 
 def test_saved_predictions_are_what_was_scored(runs, data):
-    from harness import metrics
 
     (folder,) = runs.glob("*-scratch-*")
     task = Registry().task("msd_hippocampus")
@@ -397,7 +397,7 @@ def test_prepare_verifies_and_mends(data, tmp_path, capsys):
 
 def test_a_full_disk_is_known_before_anything_is_written(data, tmp_path, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("harness.volumes.shutil.disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr("harness.data.volumes.shutil.disk_usage", lambda path: usage._replace(free=1000))
     harness("data", "prepare", "btcv", "--data", data / "btcv", "--runs", tmp_path, status=2)
     assert re.search(r"preparing 5 cases of 'btcv' takes up to 0\.\d\d GiB in .*, 0\.00 GiB are free", error(capsys))
     assert not list((tmp_path / "cache" / "prepared").rglob("*.npy"))

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from harness import evaluation as evaluation_stage
-from harness.config import Evaluate
-from harness.picture import Panel
+from harness.config.schema import Evaluate
+from harness.data.pictures import Panel
+from harness.evaluation import evaluate as stage
+from harness.evaluation.evaluate import Scored
 
 CASES = 6
 
@@ -21,7 +22,7 @@ class Probabilities(np.ndarray):
 
 @pytest.fixture
 def evaluation(monkeypatch, tmp_path):
-    """`evaluation_stage.evaluate` over six cases whose reading, prediction and scoring are made up; what happened is kept."""
+    """`evaluate` over six cases whose reading, prediction and scoring are made up; what happened is kept."""
     seen = SimpleNamespace(read=[], scored=[], alive=0, most=0, threads=set(), fail=None)
 
     class Volume:
@@ -58,14 +59,14 @@ def evaluation(monkeypatch, tmp_path):
         rows = [{"case": volume.case.id, "target": "t", "dice": 1.0}]
         small = np.zeros((2, 2), np.uint8)
         panel = Panel(volume.case.id, 1.0, np.full((2, 2), volume.number, np.float32), small, small, 1.0)
-        scores.write(volume.case.id, evaluation_stage.Scored(rows, panel, seconds))
+        scores.write(volume.case.id, Scored(rows, panel, seconds))
 
-    monkeypatch.setattr(evaluation_stage, "predict", predict)
-    monkeypatch.setattr(evaluation_stage, "_score", score)
+    monkeypatch.setattr(stage, "predict", predict)
+    monkeypatch.setattr(stage, "_score", score)
     monkeypatch.setattr(
-        evaluation_stage.picture, "segmentation", lambda task, panels, path, title: seen.__setattr__("panels", panels)
+        stage.pictures, "segmentation", lambda task, panels, path, title: seen.__setattr__("panels", panels)
     )
-    monkeypatch.setattr(evaluation_stage, "summarise", lambda task, rows: rows)
+    monkeypatch.setattr(stage, "summarise", lambda task, rows: rows)
     config = SimpleNamespace(finetune=None, evaluate=Evaluate())
     volumes = [Volume(number) for number in range(CASES)]
 
@@ -73,7 +74,7 @@ def evaluation(monkeypatch, tmp_path):
         team = SimpleNamespace(
             rank=rank, size=size, main=rank == 0, wait=lambda: None, decide=lambda compute: compute()
         )
-        return evaluation_stage.evaluate(config, None, None, weights, volumes, tmp_path, "", team)[0]
+        return stage.evaluate(config, None, None, weights, volumes, tmp_path, "", team)[0]
 
     return seen, evaluate
 

@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 
 from harness import UserError
-from harness.cli import main
-from harness.files import check_name, digest_tree
-from harness.formats import read_image
-from harness.phantom import write_phantom
-from harness.registry import Registry
+from harness.api.registry import Registry
+from harness.cli.main import main
+from harness.data.image_files import read_image
+from harness.data.phantom import write_phantom
+from harness.system.files import check_name, digest_tree
 from tests.conftest import small
 from tests.harness.test_data_commands import BUDGET, error, harness
 

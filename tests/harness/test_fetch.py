@@ -9,10 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from harness import UserError
-from harness.cli import main
-from harness.fetch import fetch
-from harness.registry import Registry
-from harness.task import Archive
+from harness.api.registry import Registry
+from harness.api.task import Archive
+from harness.cli.main import main
+from harness.data.download import fetch
 
 NAME = "Task04_Hippocampus"
 

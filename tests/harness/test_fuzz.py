@@ -14,12 +14,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from harness.config import Evaluate, Finetune, TaskSettings, Training, change_task, parse_overrides, resolve
-from harness.data import open_task
-from harness.errors import UserError
-from harness.planning import Request
-from harness.registry import Registry
-from harness.sweep import read
+from harness.api.registry import Registry
+from harness.config.request import Request
+from harness.config.resolve import change_task, parse_overrides, resolve
+from harness.config.schema import Evaluate, Finetune, TaskSettings, Training
+from harness.data.datasets import open_task
+from harness.sweeps.cells import read
+from harness.system.errors import UserError
 from leaderboards import board, table, validate
 from leaderboards.records import load_runs
 from tests.leaderboards.made import write_run

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from harness.geometry import Geometry, resample, resample_label
-from harness.images import Loaded
-from harness.registry import Registry
-from harness.volumes import prepare_arrays
+from harness.api.registry import Registry
+from harness.data.cases import Loaded
+from harness.data.geometry import Geometry, resample, resample_label
+from harness.data.preprocessing import preprocess
 
 EXTENTS = [(30, 50, 25), (21, 17, 60), (40, 37, 25), (80, 12, 3)]
 
@@ -46,7 +46,7 @@ def test_slabs_decide_as_the_whole_does(name, monkeypatch):
     affine = nib.orientations.inv_ornt_aff(np.array([[1, -1], [0, 1], [2, -1]]), (27, 30, 17))
     geometry = Geometry((30, 27, 17), affine.tolist(), ((2, 26), (1, 29), (0, 17)), (1.0, 1.0, 1.0))
     whole = geometry.decide(task, probabilities)
-    monkeypatch.setattr("harness.geometry.SLAB_BYTES", 1)
+    monkeypatch.setattr("harness.data.geometry.SLAB_BYTES", 1)
     assert np.array_equal(geometry.decide(task, probabilities), whole)
     box = [(2, 26), (1, 29), (0, 17)]
     native = np.stack([resample(channel, [b - a for a, b in box], 1) for channel in probabilities])
@@ -77,7 +77,7 @@ def test_label_maps_go_there_and_back(axes, flips):
     label = blobs(rng, shape)
     image = rng.uniform(-100, 200, (1, *shape)).astype(np.float32)
     task = replace(Registry().task("btcv"), spacing=None)
-    _, prepared, geometry = prepare_arrays(task, Loaded(image, label, affine), "x")
+    _, prepared, geometry = preprocess(task, Loaded(image, label, affine), "x")
     assert prepared is not None
     probabilities = np.stack([prepared == value for value in task.labels]).astype(np.float32)
     masks = geometry.decide(task, probabilities)
@@ -97,7 +97,7 @@ def test_compose_writes_the_datas_own_numbering():
 
 
 def test_a_tilted_gantry_is_written_so_that_it_can_be_read(tmp_path):
-    from harness.formats import read_image, write_label
+    from harness.data.image_files import read_image, write_label
 
     affine = np.diag([1.0, 1, 5, 1])
     affine[1, 2] = 1.5

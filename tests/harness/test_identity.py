@@ -7,11 +7,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from harness.errors import UserError
-from harness.geometry import resample
-from harness.identity import ALIKE, SAME, same_scans, signature, take_inventory, twins
-from harness.phantom import make_phantom
-from harness.registry import Registry
+from harness.api.registry import Registry
+from harness.data.duplicates import ALIKE, SAME, same_scans, signature, twins
+from harness.data.geometry import resample
+from harness.data.inventory import take_inventory
+from harness.data.phantom import make_phantom
+from harness.system.errors import UserError
 
 TASKS = ["brats", "btcv"]
 
@@ -112,8 +113,8 @@ def test_inventory_is_taken_once(phantom, tmp_path, monkeypatch):
     def never(*_):
         raise AssertionError("read again")
 
-    monkeypatch.setattr("harness.identity.load_case", never)
-    monkeypatch.setattr("harness.identity.digest_file", never)
+    monkeypatch.setattr("harness.data.inventory.load_case", never)
+    monkeypatch.setattr("harness.data.inventory.digest_file", never)
     again = take_inventory(task, cases, tmp_path)
     assert again.digests == first.digests
     assert all(np.array_equal(again.signatures[name], first.signatures[name]) for name in first.signatures)

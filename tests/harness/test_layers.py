@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from harness.layers import Conv3d, InstanceNorm3d, place
-from harness.registry import Registry
+from harness.api.registry import Registry
+from harness.compute.layers import Conv3d, InstanceNorm3d, prepare_module
 
 LAST = torch.channels_last_3d
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ def test_placing_keeps_parameters_keys_and_outputs():
     network = nn.Sequential(nn.Conv3d(2, 4, 3, padding=1), nn.InstanceNorm3d(4, affine=True), nn.LeakyReLU(0.1))
     image = torch.randn(2, 2, 8, 8, 8)
     before, state, held = network(image), network.state_dict(), list(network.parameters())
-    placed = place(network, CPU, channels_last=True)
+    placed = prepare_module(network, CPU, channels_last=True)
     assert [type(layer) for layer in placed] == [Conv3d, InstanceNorm3d, nn.LeakyReLU]
     assert list(placed.state_dict()) == list(state)
     assert all(a is b for a, b in zip(placed.parameters(), held, strict=True))
@@ -94,7 +94,7 @@ def test_a_step_in_bf16_has_the_gradients_of_fp32(backbone):
     torch.manual_seed(0)
     network = cls(cls.Config(**settings[backbone], dropout=0.0), 1)
     network.set_head(2)
-    place(network, CPU, channels_last=True)
+    prepare_module(network, CPU, channels_last=True)
     image, wanted = torch.rand(2, 1, 64, 64, 32), torch.rand(2, 2, 64, 64, 32)
     found = {}
     for bf16 in (False, True):

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from harness import locks
-from harness.locks import LostLockError, Owner, acquire, dead_locks, held, holders
+from harness.system import locks
+from harness.system.locks import LostLockError, Owner, acquire, dead_locks, held, holders
 from tests.harness.processes import CONTEXT, finish
 
 

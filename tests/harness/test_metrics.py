@@ -9,8 +9,8 @@ import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
 from scipy import ndimage
 
-from harness import surfaces
-from harness.metrics import Scoring, hausdorff95, score, score_labels
+from harness.evaluation import surfaces
+from harness.evaluation.metrics import Scoring, hausdorff95, score, score_labels
 
 SPACINGS = [(1, 1, 1), (0.7, 1.3, 2.5)]
 

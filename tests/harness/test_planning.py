@@ -7,9 +7,9 @@ import pytest
 
 from backbones.unet import UNet
 from harness import UserError
-from harness.config import resolve
-from harness.planning import check_fit
-from harness.stages import Plugins
+from harness.config.resolve import resolve
+from harness.training.compatibility import check_fit
+from harness.training.models import Plugins
 
 
 def fits(registry, method="scratch", backbone="unet", **settings):
@@ -47,7 +47,7 @@ def test_weights_that_no_memory_holds_are_refused(registry, method, backbone, se
 def test_nothing_is_made_that_does_not_fit(registry, backbone, monkeypatch):
     fits(registry, backbone=backbone)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
-    monkeypatch.setattr("harness.planning._check_parts", None)
+    monkeypatch.setattr("harness.training.compatibility._check_parts", None)
     with pytest.raises(UserError, match=r"with these settings do not fit the 0\.0 GiB that are free"):
         fits(registry, backbone=backbone)
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from harness.cli import main
-from harness.protocols import LinearProbe, digest_modules, fixed, with_head
-from harness.registry import Registry
-from harness.settings import build
-from harness.stages import Segmenter
+from harness.api.registry import Registry
+from harness.api.settings import build
+from harness.cli.main import main
+from harness.training.protocols import LinearProbe, digest_modules, fixed, with_head
+from harness.training.segmenter import Segmenter
 
 BACKBONES = ("unet", "swinunetr", "segresnet", "unetr", "genesis_unet3d")
 BUDGET = [

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from harness import UserError
-from harness.registry import Registry
-from harness.settings import build
+from harness.api.registry import Registry
+from harness.api.settings import build
 
 
 def test_built_in_plugins_state_their_entry_points_name(registry):

@@ -11,9 +11,12 @@ import time
 
 import pytest
 
-from harness import loop
-from harness.cli import main
-from harness.files import below
+from harness.cli.main import main
+from harness.evaluation import evaluate
+from harness.runs import execute
+from harness.system import files
+from harness.system.files import find_below
+from harness.training import finetune, loop, pretrain, stage_files
 from tests.harness.processes import finish, only_run, run_words, start
 
 STEPS = {"pretrain": 12, "finetune": 8}
@@ -61,12 +64,12 @@ def lines_in(pattern, runs) -> int:
 def seen(stage, runs) -> float:
     """How far a stage is."""
     if stage == "prepare":
-        return len(below(runs / "cache" / "prepared", "*.json"))
+        return len(find_below(runs / "cache" / "prepared", "*.json"))
     if stage == "pretrain":
         return lines_in("cache/pretrain/*/history.jsonl", runs)
     if stage == "finetune":
         return max(0, lines_in("*/history.jsonl", runs) - STEPS["pretrain"])
-    return sum(len(below(folder / "evaluation", "*.npz")) for folder in runs.iterdir())
+    return sum(len(find_below(folder / "evaluation", "*.npz")) for folder in runs.iterdir())
 
 
 LENGTH = {"prepare": 16, **STEPS, "evaluate": 4}
@@ -130,14 +133,14 @@ def test_a_signal_leaves_a_checkpoint_and_status_75(name, data, whole, tmp_path)
 @pytest.mark.parametrize(("stage", "step"), [("pretrain", 1), ("pretrain", 12), ("finetune", 8)])
 def test_a_signal_in_any_step_loses_none(stage, step, data, whole, tmp_path, monkeypatch, capsys):
     """The last step of a stage too, after which there is nothing to go on with but to finish it."""
-    keep = loop.Stage._keep_or_stop
+    keep = loop.TrainingLoop._keep_or_stop
 
     def hook(self, lines):
         if (self.name, self.step) == (stage, step):
             os.kill(os.getpid(), signal.SIGTERM)
         keep(self, lines)
 
-    monkeypatch.setattr(loop.Stage, "_keep_or_stop", hook)
+    monkeypatch.setattr(loop.TrainingLoop, "_keep_or_stop", hook)
     assert run(*words(data, tmp_path)) == 75
     assert f"stopped by SIGTERM, {stage} step {step} of {STEPS[stage]}" in capsys.readouterr().err
     monkeypatch.undo()
@@ -169,7 +172,7 @@ def run(*words) -> int:
 
 def after_steps(monkeypatch, number, do):
     """`do(stage)` once, when a stage has done so many steps."""
-    keep = loop.Stage._keep_or_stop
+    keep = loop.TrainingLoop._keep_or_stop
 
     def hook(stage, lines):
         keep(stage, lines)
@@ -179,7 +182,7 @@ def after_steps(monkeypatch, number, do):
                 action(stage)
 
     do = [do]
-    monkeypatch.setattr(loop.Stage, "_keep_or_stop", hook)
+    monkeypatch.setattr(loop.TrainingLoop, "_keep_or_stop", hook)
 
 
 @pytest.fixture
@@ -288,26 +291,22 @@ def test_a_disk_that_becomes_read_only(data, whole, full_disk, tmp_path):
 def test_a_full_disk(at, data, whole, full_disk, monkeypatch, capsys):
     runs, fill = full_disk
     if at in STEPS:
-        keep = loop.Stage._keep_or_stop
+        keep = loop.TrainingLoop._keep_or_stop
 
         def hook(stage, lines):
             if stage.name == at and stage.step == 4:
                 fill()
             keep(stage, lines)
 
-        monkeypatch.setattr(loop.Stage, "_keep_or_stop", hook)
+        monkeypatch.setattr(loop.TrainingLoop, "_keep_or_stop", hook)
     else:
-        import harness.evaluation
-        import harness.files
-        import harness.run
-        import harness.stages
 
         def write(path, *content):
             if path.name == at:
                 fill()
-            harness.files.write_atomic(path, *content)
+            files.write_atomic(path, *content)
 
-        for module in (harness.evaluation, harness.run, harness.stages):
+        for module in (evaluate, execute, finetune, pretrain, stage_files):
             monkeypatch.setattr(module, "write_atomic", write)
     assert run(*words(data, runs, "--checkpoint-minutes", 0)) == 2
     assert "No space left on device" in one_error(capsys)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.cli import main
+from harness.cli.main import main
 
 BUDGET = [
     *("--set", "pretrain.steps=2", "--set", "pretrain.warmup_steps=0", "--set", "pretrain.crop=32,32,64"),
@@ -61,8 +61,8 @@ def run_of(runs, method):
 
 @pytest.mark.parametrize("backbone", SMALL)
 def test_monai_alone_gives_the_same_output(backbone, hippocampus_phantom, tmp_path):
-    from harness.inference import read_run, restore
-    from harness.registry import Registry
+    from harness.api.registry import Registry
+    from harness.runs.restore import read_run, restore
 
     folder = made(tmp_path / "runs", hippocampus_phantom, "scratch", backbone)
     out = tmp_path / "export"
@@ -80,8 +80,8 @@ def test_monai_alone_gives_the_same_output(backbone, hippocampus_phantom, tmp_pa
 def test_onnx_gives_the_same_output(runs, tmp_path):
     import onnxruntime
 
-    from harness.inference import read_run, restore
-    from harness.registry import Registry
+    from harness.api.registry import Registry
+    from harness.runs.restore import read_run, restore
 
     folder = run_of(runs, "simmim")
     out = tmp_path / "graph"
@@ -138,7 +138,7 @@ def test_export_believes_no_record(field, runs, tmp_path, capsys):
 
 
 def test_what_a_record_need_not_state_is_not_needed(runs, tmp_path, capsys):
-    from harness.reproduce import compare
+    from harness.runs.reproduce import compare
 
     folder = tmp_path / "run"
     shutil.copytree(run_of(runs, "scratch"), folder)

@@ -10,8 +10,8 @@ import time
 import psutil
 import pytest
 
-from harness import jobs
-from harness.files import read_json
+from harness.sweeps.slurm import queue
+from harness.system.files import read_json
 from tests.harness.slurm import missing, slurm
 
 if os.geteuid() != 0 or missing():
@@ -81,7 +81,7 @@ class Sweep:
             if noted is None:
                 continue  # it has just ended
             name = path.name.removesuffix(".job.json")
-            if name.endswith("-pretrain") == pretrain and (jobs.queue() or {}).get(noted["job"]) == "RUNNING":
+            if name.endswith("-pretrain") == pretrain and (queue() or {}).get(noted["job"]) == "RUNNING":
                 history = self.runs.glob(f"cache/pretrain/{name.split('-')[1]}-*/history.jsonl")
                 if not pretrain or any(path.stat().st_size for path in history):
                     return noted["job"], name

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.errors import UserError
-from harness.registry import Registry
-from harness.splits import check_how, split_cases
-from harness.task import Case
+from harness.api.registry import Registry
+from harness.api.task import Case
+from harness.data.splits import check_how, split_cases
+from harness.system.errors import UserError
 
 TASK = replace(Registry().task("msd_hippocampus"), test_ids=None)
 
@@ -33,7 +33,9 @@ def test_the_rule_gives_a_fifth_and_depends_on_names_alone(number):
 
 
 def test_label_fractions_are_nested(hippocampus_phantom, tmp_path):
-    from harness.planning import Request, locate, plan
+    from harness.config.request import Request
+    from harness.runs.locate import locate
+    from harness.runs.plan import plan
 
     used = []
     for fraction in (0.1, 0.5, 0.7, 1.0):

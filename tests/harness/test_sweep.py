@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from harness import UserError
-from harness.cli import main
-from harness.jobs import Local, execute, last_words
-from harness.run import Request
-from harness.sweep import Cell, read, sort_out
-from harness.sweep_actions import progress_of
+from harness.cli.main import main
+from harness.config.request import Request
+from harness.sweeps.cells import SweepCell, read, sort_out
+from harness.sweeps.live_table import progress_of
+from harness.sweeps.local import Local
+from harness.sweeps.schedule import execute, last_words
 
 TINY = """
 [defaults]
@@ -26,7 +27,7 @@ task = "msd_hippocampus"
 """
 
 
-def cells(tmp_path, text, **base) -> list[Cell]:
+def cells(tmp_path, text, **base) -> list[SweepCell]:
     path = tmp_path / "sweep.toml"
     path.write_text(text)
     return read(path, Request(method="", task="", **base))
@@ -265,7 +266,7 @@ def test_gpus_are_handed_out(tmp_path, monkeypatch):
         def poll(self):
             return None
 
-    monkeypatch.setattr("harness.jobs.subprocess.Popen", Started)
+    monkeypatch.setattr("harness.sweeps.local.subprocess.Popen", Started)
     launcher = Local(tmp_path, 2, 2)
 
     class Job:

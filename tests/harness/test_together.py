@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from harness.config import Training
-from harness.equality import check_processes
-from harness.errors import UserError
-from harness.registry import Registry
-from harness.training import deal
+from harness.api.registry import Registry
+from harness.config.schema import Training
+from harness.conformance.consistency import check_processes
+from harness.system.errors import UserError
+from harness.training.trainer import deal
 from tests.harness.processes import finish, only_run, run_words, start
 
 METHODS = [name for name in Registry().names("method") if Registry().load("method", name).trains]

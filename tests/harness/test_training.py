@@ -8,14 +8,14 @@ from torch import nn
 
 from backbones.unet import UNet
 from harness import UserError
-from harness.checkpoints import read
-from harness.config import Training, resolve
-from harness.execution import Execution
-from harness.loop import train
-from harness.parts import gather
-from harness.team import Carried
-from harness.training import new_accelerator
-from harness.transfer import transfer
+from harness.api.global_batch import gather
+from harness.compute.devices import new_accelerator
+from harness.config.request import Execution
+from harness.config.resolve import resolve
+from harness.config.schema import Training
+from harness.training.checkpoints import read
+from harness.training.loop import StageContext, train
+from harness.training.transfer import transfer
 
 
 class Slope(nn.Module):
@@ -77,7 +77,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, capsys):
     module, history = Slope(), tmp_path / "history.jsonl"
     with pytest.raises(UserError, match="go on with --on-nonfinite skip"):
         train(module, Crops(), settings(), 20, 2, new_accelerator(), history, "pretrain")
-    again, skip = Slope(), Carried(how=Execution(on_nonfinite="skip"))
+    again, skip = Slope(), StageContext(how=Execution(on_nonfinite="skip"))
     done = train(again, Crops(), settings(), 20, 2, new_accelerator(), history, "pretrain", carried=skip)
     assert (done.skipped, done.resumed) == ([5], 1)
     assert "left out, 1 so far" in capsys.readouterr().err

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from harness import Percentiles, UserError, Window
-from harness.identity import digest_cases, fingerprint
-from harness.images import Loaded
-from harness.registry import Registry
-from harness.volumes import normalise, prepare, prepare_arrays
+from harness.api.registry import Registry
+from harness.data.cases import Loaded
+from harness.data.inventory import digest_cases, fingerprint
+from harness.data.preprocessing import normalise, preprocess
+from harness.data.volumes import preprocess_cases
 
 TASK = Registry().task("msd_hippocampus")
 ORIENTATIONS = [(axes, flips) for axes in permutations(range(3)) for flips in product((1, -1), repeat=3)]
@@ -35,7 +36,7 @@ def test_native_round_trip_in_every_orientation(axes, flips):
     for axis, (world, flip) in enumerate(zip(axes, flips, strict=True)):
         affine[world, axis] = flip
     affine[:, 3] = [7, -3, 2, 1]
-    prepared, prepared_label, geometry = prepare_arrays(TASK, Loaded(image, label, affine), "x")
+    prepared, prepared_label, geometry = preprocess(TASK, Loaded(image, label, affine), "x")
     assert prepared.shape[1:] == prepared_label.shape
     probabilities = np.stack([prepared_label == value for value in (0, 1, 2)]).astype(np.float32)
     back = geometry.decide(TASK, probabilities)
@@ -47,8 +48,8 @@ def test_prepared_orientation_is_canonical():
     turned = nib.orientations.apply_orientation(image[0], [[1, -1], [0, 1], [2, -1]])
     turned_label = nib.orientations.apply_orientation(label, [[1, -1], [0, 1], [2, -1]])
     affine = nib.orientations.inv_ornt_aff(np.array([[1, -1], [0, 1], [2, -1]]), image.shape[1:])
-    straight, *_ = prepare_arrays(TASK, Loaded(image, label, np.eye(4)), "x")
-    other, *_ = prepare_arrays(TASK, Loaded(turned[None], turned_label, affine), "x")
+    straight, *_ = preprocess(TASK, Loaded(image, label, np.eye(4)), "x")
+    other, *_ = preprocess(TASK, Loaded(turned[None], turned_label, affine), "x")
     # The inverse affine belongs to the turned array, so both describe the same anatomy.
     assert np.allclose(straight, other)
 
@@ -61,7 +62,7 @@ def test_resampled_round_trip_keeps_the_structures():
     )
     label = (r < 9).astype(np.uint8) + (r < 5).astype(np.uint8)
     image = (100 + 50 * label + np.random.default_rng(0).uniform(0, 5, label.shape)).astype(np.float32)[None]
-    prepared, prepared_label, geometry = prepare_arrays(task, Loaded(image, label, np.diag([1, 1, 2, 1])), "x")
+    prepared, prepared_label, geometry = preprocess(task, Loaded(image, label, np.diag([1, 1, 2, 1])), "x")
     assert prepared.shape == (1, 30, 40, 48)
     probabilities = np.stack([prepared_label == value for value in (0, 1, 2)]).astype(np.float32)
     back = geometry.decide(task, probabilities)
@@ -71,7 +72,7 @@ def test_resampled_round_trip_keeps_the_structures():
 
 def test_foreground_is_cropped_and_scaled_to_the_unit_interval():
     image, label = anatomy()
-    prepared, _, geometry = prepare_arrays(TASK, Loaded(image, label, np.eye(4)), "x")
+    prepared, _, geometry = preprocess(TASK, Loaded(image, label, np.eye(4)), "x")
     assert geometry.box == ((3, 20), (0, 22), (0, 16))
     assert prepared.min() >= 0.001
     assert prepared.max() == 1
@@ -102,7 +103,7 @@ def prepared(phantom, tmp_path):
     task, root = phantom
     cases = task.cases(root)
     digests = digest_cases(cases, tmp_path)[0]
-    return task, cases, digests, prepare(task, cases, digests, tmp_path), tmp_path
+    return task, cases, digests, preprocess_cases(task, cases, digests, tmp_path), tmp_path
 
 
 def test_cache_is_memory_mapped_and_not_made_twice(prepared):
@@ -111,7 +112,7 @@ def test_cache_is_memory_mapped_and_not_made_twice(prepared):
     assert isinstance(volumes[0]._stored, np.memmap)
     assert volumes[0].shape == volumes[0].label.shape
     written = {path: path.stat().st_mtime_ns for path in Path(cache).rglob("*.npy")}
-    again = prepare(task, cases, digests, cache)
+    again = preprocess_cases(task, cases, digests, cache)
     assert {path: path.stat().st_mtime_ns for path in Path(cache).rglob("*.npy")} == written
     assert np.array_equal(again[0].image, volumes[0].image)
 
@@ -121,7 +122,7 @@ def test_an_interrupted_prepare_goes_on(prepared):
     Path(f"{volumes[1].stem}.json").unlink()
     Path(f"{volumes[1].stem}.image.npy").write_bytes(b"half")
     before = volumes[0].image.copy()
-    again = prepare(task, cases, digests, cache)
+    again = preprocess_cases(task, cases, digests, cache)
     assert again[1].shape == again[1].label.shape
     assert np.array_equal(again[0].image, before)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from harness.cli import main
+from harness.cli.main import main
 from leaderboards import records, table, validate
 from tests.leaderboards.made import built, write_run
 

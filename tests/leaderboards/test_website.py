@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from harness.cli import main
+from harness.cli.main import main
 from leaderboards import board, curves, figures, records, table, website
 from tests.leaderboards.made import tables, write_run
 

@@ -7,9 +7,10 @@ from monai.losses import DiceLoss
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from backbones.unet import UNet
-from harness.bench import Bench
-from harness.registry import Registry
-from harness.stages import Segmenter, dice_loss
+from harness.api.losses import dice_loss
+from harness.api.registry import Registry
+from harness.conformance.fixture import MethodFixture
+from harness.training.segmenter import Segmenter
 
 REGISTRY = Registry()
 METHODS = [name for name in REGISTRY.names("method") if REGISTRY.load("method", name).trains]
@@ -19,7 +20,7 @@ METHODS = [name for name in REGISTRY.names("method") if REGISTRY.load("method", 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_never_waits_for_the_device(name, backbone, tmp_path):
     """Fake tensors have no values: whatever reads one on the host (item, a branch, a mask's size) raises."""
-    built = Bench(REGISTRY.load("method", name), REGISTRY.load("backbone", backbone), tmp_path).new()
+    built = MethodFixture(REGISTRY.load("method", name), REGISTRY.load("backbone", backbone), tmp_path).new()
     (batch,) = built.batches(1)
     # What networks keep from step to step is made in the first one.
     built.method(batch)
@@ -69,7 +70,7 @@ def test_every_setting_states_its_source(name):
 @pytest.mark.slow  # without bf16 instructions a step takes many seconds
 @pytest.mark.parametrize("name", METHODS)
 def test_bf16_autocast_gives_nearly_the_same_losses(name, tmp_path):
-    built = Bench(REGISTRY.load("method", name), REGISTRY.load("backbone", "segresnet"), tmp_path).new()
+    built = MethodFixture(REGISTRY.load("method", name), REGISTRY.load("backbone", "segresnet"), tmp_path).new()
     (batch,) = built.batches(1)
     losses = []
     for low in (False, True):

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from backbones import genesis_unet3d, segresnet, swinunetr, unet, unetr
 from harness import UserError, inflate
-from harness.transfer import transfer
+from harness.training.transfer import transfer
 from methods.official import Official, read_state_dict
 
 

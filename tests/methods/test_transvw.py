@@ -8,7 +8,7 @@ import torch
 from scipy import ndimage
 
 from harness import UserError, cut
-from harness.bench import Bench, PhantomVolume
+from harness.conformance.fixture import MethodFixture, PhantomVolume
 from methods.models_genesis import paint_in
 from methods.transvw import Instance, Perturb, TransVW, Whole, deform, discover_words, resize
 from tests.methods.parts import image, unet
@@ -140,17 +140,17 @@ def test_exactly_one_distortion_with_equal_probability():
 
 
 def test_discovery_is_remembered_timed_and_shared(tmp_path, registry, capsys):
-    bench = Bench(TransVW, registry.load("backbone", "unet"), tmp_path)
+    bench = MethodFixture(TransVW, registry.load("backbone", "unet"), tmp_path)
     first = bench.new()
     capsys.readouterr()
-    other = Bench(TransVW, registry.load("backbone", "segresnet"), tmp_path).new()
+    other = MethodFixture(TransVW, registry.load("backbone", "segresnet"), tmp_path).new()
     assert "words found in" in capsys.readouterr().err
     assert [source.coordinate for source in first.sources] == [source.coordinate for source in other.sources]
     assert list(tmp_path.glob("words-*.json"))
 
 
 def test_what_follows_does_not_depend_on_whether_words_were_found_or_computed(tmp_path, registry):
-    bench = Bench(TransVW, registry.load("backbone", "unet"), tmp_path, {"words": "300"})
+    bench = MethodFixture(TransVW, registry.load("backbone", "unet"), tmp_path, {"words": "300"})
     computed, found = bench.new().method.state_dict(), bench.new().method.state_dict()
     assert all(torch.equal(value, found[key]) for key, value in computed.items())
 
@@ -169,7 +169,7 @@ def test_larger_cubes_stay_inside_where_they_fit():
 
 
 def test_the_head_has_as_many_classes_as_there_are_words(tmp_path, registry):
-    built = Bench(TransVW, registry.load("backbone", "unet"), tmp_path, {"words": "300"}).new()
+    built = MethodFixture(TransVW, registry.load("backbone", "unet"), tmp_path, {"words": "300"}).new()
     number = 1 + max(source.word for source in built.sources)
     assert 2 <= number < 300
     assert built.method.classify.linear.out_features == number

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from harness import Percentiles, UserError, Window
-from harness.images import load_case
-from harness.registry import Registry
-from harness.splits import split_cases
+from harness.api.registry import Registry
+from harness.data.cases import load_case
+from harness.data.splits import split_cases
 from tasks.folders import crops
 
 LABELS = {"background": 0, "Anterior": 1, "Posterior": 2}

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from harness import Percentiles, UserError, Window
-from harness.corpus import folder_corpus, parse_spec
-from harness.images import load_case
-from harness.phantom import write_phantom
-from harness.registry import Registry
+from harness.api.registry import Registry
+from harness.data.cases import load_case
+from harness.data.corpus import folder_corpus, parse_spec
+from harness.data.phantom import write_phantom
 from tests.conftest import small
 
 NAMES = {
@@ -83,7 +83,7 @@ def test_the_odd_label_of_case_355(tmp_path):
 
 
 def test_the_brats_list_is_of_2020_only(tmp_path):
-    from harness.splits import split_cases
+    from harness.data.splits import split_cases
 
     task = Registry().task("brats")
     assert len(task.test_ids) == 74
@@ -130,8 +130,8 @@ def test_btcv_layouts(layout, outer, btcv_phantom, tmp_path):
 
 
 def test_btcv_tests_on_the_tutorials_six():
-    from harness.splits import split_cases
-    from harness.task import Case
+    from harness.api.task import Case
+    from harness.data.splits import split_cases
 
     task = Registry().task("btcv")
     cases = [Case(f"img{i:04d}", (), None) for i in [*range(1, 11), *range(21, 41)]]
@@ -227,7 +227,7 @@ def test_paper_presets_are_section_iv():
         ("msd_liver", 600, 4, 96, (1.5, 1.5, 2.0)),
         ("msd_spleen", 600, 4, 96, (1.5, 1.5, 2.0)),
     ]:
-        from harness.config import resolve
+        from harness.config.resolve import resolve
 
         task = registry.task(name)
         config = resolve(registry, task, method="scratch", backbone="unet", preset="paper", overrides={})

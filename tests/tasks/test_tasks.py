@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from harness import UserError, Window
-from harness.images import load_case
-from harness.phantom import make_phantom
-from harness.registry import Registry
-from harness.splits import split_cases
+from harness.api.registry import Registry
+from harness.data.cases import load_case
+from harness.data.phantom import make_phantom
+from harness.data.splits import split_cases
 
 TASKS = [Registry().task(name) for name in Registry().names("task")]
 

@@ -1,4 +1,4 @@
-from harness.conformance import assert_conforms
+from harness.conformance.suite import assert_conforms
 
 
 def test_denoise_keeps_the_contract():

@@ -1,0 +1,264 @@
+"""Plugins by name: entry points, and files or modules that the user names with `--plugin`.
+
+Listing reads the plugins' source without importing it, because importing them imports torch.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from harness.api.task import ImageSet, Task
+from harness.system.errors import UserError, unknown
+from harness.system.files import digest, digest_file, digest_tree, expand, is_folder
+
+PLURAL = {"method": "methods", "backbone": "backbones", "task": "tasks", "corpus": "corpora"}
+KINDS = tuple(PLURAL)
+STATED = ("version", "reference", "trains", "needs", "abilities", "variants", "presets")
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """Where a named plugin comes from: an entry point, or an object from a `--plugin` file or module."""
+
+    kind: str
+    name: str
+    origin: str
+    entry_point: EntryPoint | None = None
+    found: Any = None
+
+    @property
+    def source(self) -> Path | None:
+        """The file that defines it, found without importing it; None where there is no such file."""
+        if self.entry_point is None:
+            module = inspect.getmodule(type(self.found) if isinstance(self.found, ImageSet) else self.found)
+            return Path(module.__file__) if module is not None and module.__file__ else None
+        return _locate(self.entry_point.module)
+
+
+class Registry:
+    """All plugins that can be named.
+
+    Raises:
+        UserError: two plugins of one kind share a name, or a `--plugin` cannot be loaded.
+    """
+
+    def __init__(self, extra: Sequence[str] = ()) -> None:
+        self._plugins: dict[str, dict[str, Plugin]] = {kind: {} for kind in KINDS}
+        for kind in KINDS:
+            # One distribution can be found twice on sys.path (an editable install, seen from its own folder).
+            for entry in {(e.name, e.value): e for e in entry_points(group=f"harness.{PLURAL[kind]}")}.values():
+                package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown package"
+                self._add(Plugin(kind, entry.name, f"entry point {entry.value} of {package}", entry_point=entry))
+        for name in extra:
+            for kind, found in _objects(_import(name)):
+                self._add(Plugin(kind, found.name, f"--plugin {name}", found=found))
+
+    def _add(self, plugin: Plugin) -> None:
+        other = self._plugins[plugin.kind].setdefault(plugin.name, plugin)
+        if other is not plugin:
+            raise UserError(
+                f"two plugins are named {plugin.kind} {plugin.name!r}: {other.origin} and {plugin.origin}: "
+                "rename one or uninstall its package"
+            )
+
+    def names(self, kind: str) -> list[str]:
+        """Sorted names of one kind."""
+        return sorted(self._plugins[kind])
+
+    def plugin(self, kind: str, name: str) -> Plugin:
+        """The plugin of that name. Raises UserError with near matches where there is none."""
+        if name not in self._plugins[kind]:
+            raise unknown(kind, name, self.names(kind))
+        return self._plugins[kind][name]
+
+    def load(self, kind: str, name: str) -> Any:
+        """The method or backbone class, or the task object.
+
+        Raises:
+            UserError: unknown name; or the plugin fails to load, with the file at which its package was found.
+        """
+        plugin = self.plugin(kind, name)
+        if plugin.entry_point is None:
+            return plugin.found
+        try:
+            return plugin.entry_point.load()
+        # A plugin runs foreign code on import: whatever it raises is reported with where it was found.
+        except Exception as error:
+            place = _locate(plugin.entry_point.module) or _locate(plugin.entry_point.module.split(".")[0])
+            raise UserError(
+                f"{kind} {name!r} ({plugin.origin}) cannot be loaded, {type(error).__name__}: {error}; its package was "
+                f"found at {place or 'no place on sys.path'}: mend, reinstall or remove what lies there"
+            ) from error
+
+    def task(self, name: str) -> Task:
+        """A task by name, or by the path of a folder that describes itself (a Decathlon folder)."""
+        folder = self.task_folder(name)
+        if folder is None:
+            found = self.load("task", name)
+            assert isinstance(found, Task), f"task {name!r} is a {type(found).__name__}, not a harness.Task"
+            return found
+        if not is_folder(folder):
+            raise UserError(
+                f"task folder {folder} does not exist: give a folder or one of {', '.join(self.names('task'))}"
+            )
+        for family in dict.fromkeys(type(self.load("task", known)) for known in self.names("task")):
+            made: Task | None = family.from_folder(folder)
+            if made is not None:
+                return made
+        raise UserError(
+            f"no task family recognises {folder}: a folder that is a task has a dataset.json, as the Medical Segmentation "
+            "Decathlon ('modality', 'labels', 'training') or nnU-Net v2 ('channel_names', 'labels', 'file_ending') write it"
+        )
+
+    def task_folder(self, name: str) -> Path | None:
+        """The folder that `name` stands for, where it is not the name of a task."""
+        if not name:
+            raise UserError("the task's name is empty: give a name (`harness list tasks`) or a folder")
+        folder = expand(name)
+        return folder if name not in self._plugins["task"] and (is_folder(folder) or "/" in name) else None
+
+    def describe(self, kind: str) -> list[dict[str, Any]]:
+        """One row per plugin: name, description, and what the class states about itself."""
+        rows = []
+        for name in self.names(kind):
+            plugin = self.plugin(kind, name)
+            row = {"name": name, "origin": plugin.origin}
+            described = kind in ("task", "corpus")
+            rows.append(row | (_describe_images(self.load(kind, name)) if described else _describe_class(plugin)))
+        return rows
+
+    def digest_sources(self) -> str:
+        """Digest of the files of all plugins: whole packages of installed ones, which may share modules and lists."""
+        sources = {plugin.source for plugins in self._plugins.values() for plugin in plugins.values()} - {None}
+        installed = {
+            plugin.source.parent
+            for plugins in self._plugins.values()
+            for plugin in plugins.values()
+            if plugin.entry_point is not None and plugin.source is not None
+        }
+        loose = [digest_file(source) for source in sources if source is not None and source.parent not in installed]
+        return digest([sorted(loose), sorted(digest_tree(folder) for folder in installed)])
+
+    def digest(self, kind: str, name: str) -> str:
+        """Digest of the plugin's source file: tells whether it changed, without importing it."""
+        source = self.plugin(kind, name).source
+        return hashlib.blake2b(source.read_bytes() if source else b"", digest_size=16).hexdigest()
+
+
+def _describe_images(images: ImageSet) -> dict[str, Any]:
+    how = images.normalisation
+    return {
+        "description": images.description,
+        "targets": list(images.targets),
+        "channels": list(images.channels),
+        "spacing": list(images.spacing or ()),
+        "intensities": f"{type(how).__name__.lower()} {how.low:g}..{how.high:g}",
+        "version": images.version,
+        "licence": images.licence,
+        "reference": images.reference,
+        "registration": images.registration,
+        "layout": images.layout,
+        "presets": dict(images.presets) if isinstance(images, Task) else {},
+    }
+
+
+def _describe_class(plugin: Plugin) -> dict[str, Any]:
+    """First line of the docstring and the literal class attributes, read from the source."""
+    source = plugin.source
+    wanted = plugin.entry_point.attr if plugin.entry_point else plugin.found.__name__
+    tree = ast.parse(source.read_text()) if source and source.is_file() else ast.Module([], [])
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == wanted:
+            described: dict[str, Any] = {"description": (ast.get_docstring(node) or "").partition("\n")[0]}
+            for statement in node.body:
+                if not isinstance(statement, ast.Assign | ast.AnnAssign) or statement.value is None:
+                    continue
+                target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
+                if isinstance(target, ast.Name) and target.id in STATED:
+                    described[target.id] = _literal(statement.value)
+            # What a class does not state it inherits from the contract.
+            inherited = (
+                {"trains": ["encoder", "decoder"], "needs": []} if plugin.kind == "method" else {"abilities": []}
+            )
+            return {"version": "1", "reference": "", **inherited} | described
+    return {"description": f"cannot be read: {wanted} is not defined in {source}", "version": "", "reference": ""}
+
+
+def _literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "frozenset":
+        return sorted(ast.literal_eval(node.args[0])) if node.args else []
+    value = ast.literal_eval(node)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _locate(module: str) -> Path | None:
+    """The file of a dotted module, found on sys.path without importing anything."""
+    path: list[str] | None = None
+    spec = None
+    for number, _ in enumerate(parts := module.split(".")):
+        spec = PathFinder.find_spec(".".join(parts[: number + 1]), path)
+        if spec is None:
+            # Editable installs may use finders of their own, which only know top-level names.
+            spec = importlib.util.find_spec(parts[0]) if number == 0 else None
+        if spec is None:
+            return None
+        path = list(spec.submodule_search_locations or [])
+    return Path(spec.origin) if spec is not None and spec.origin else None
+
+
+def _import(name: str) -> ModuleType:
+    path, module_name = expand(name), ""
+    try:
+        if not name.endswith(".py"):
+            return importlib.import_module(name)
+        if not path.is_file():
+            raise UserError(f"--plugin {name}: there is no such file")
+        module_name = f"harness_plugin_{path.stem}_{hashlib.blake2b(bytes(path.resolve()), digest_size=4).hexdigest()}"
+        if module_name in sys.modules:
+            return sys.modules[module_name]
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        assert spec is not None, f"{path} ends in .py"
+        assert spec.loader is not None, f"{path} ends in .py"
+        module = importlib.util.module_from_spec(spec)
+        # Registered, so that its transforms can be pickled into loader workers.
+        sys.modules[module_name] = module
+        spec.loader.exec_module(module)
+        return module
+    except UserError:
+        raise
+    # A plugin runs foreign code on import: whatever it raises is the user's to see.
+    except Exception as error:
+        sys.modules.pop(module_name, None)
+        raise UserError(f"--plugin {name} cannot be loaded, {type(error).__name__}: {error}") from error
+
+
+def _objects(module: ModuleType) -> list[tuple[str, Any]]:
+    """Method and Backbone classes that the module defines, and its Task and Corpus objects."""
+    found: list[tuple[str, Any]] = []
+    for value in vars(module).values():
+        if isinstance(value, ImageSet):
+            found.append(("task" if isinstance(value, Task) else "corpus", value))
+            continue
+        # Methods and backbones say which they are: their base classes are not imported here, since they need torch.
+        kind = getattr(value, "plugin_kind", None) if inspect.isclass(value) else None
+        if kind in KINDS and value.__module__ == module.__name__ and "name" in vars(value):
+            if not isinstance(value.name, str) or not value.name:
+                raise UserError(
+                    f"--plugin {module.__name__}: {value.__name__}.name = {value.name!r} is no name: give a string"
+                )
+            found.append((str(kind), value))
+    if not found:
+        raise UserError(
+            f"--plugin {module.__name__} defines no plugin: it needs a subclass of harness.Method or harness.Backbone "
+            "with a `name`, or a harness.Task or harness.Corpus object"
+        )
+    return found

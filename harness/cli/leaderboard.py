@@ -1,0 +1,331 @@
+"""`harness leaderboard`: tables, statistics and pages of finished runs."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.cli.options import Parser, add_options
+from harness.system.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from leaderboards.records import Run
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def add_parser(commands: Any) -> None:
+    """The options of `harness leaderboard` and its verbs."""
+    group = commands.add_parser("leaderboard", help="tables from records", allow_abbrev=False)
+    verbs = group.add_subparsers(required=True, metavar="VERB", parser_class=Parser)
+    table = verbs.add_parser("build", help="one CSV and a table from all finished runs", allow_abbrev=False)
+    table.add_argument(
+        "--out",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help=".csv, .md or .tex, also several (default: leaderboard.csv in the runs folder)",
+    )
+    table.add_argument("--json", action="store_true")
+    _add_reported_option(table)
+    pair = verbs.add_parser("compare", help="two methods, or two runs, case by case", allow_abbrev=False)
+    pair.add_argument("first", metavar="A", help="a method as the tables name it, or a run id")
+    pair.add_argument("second", metavar="B")
+    pair.add_argument("--out", type=Path, metavar="CSV", help="every case and target")
+    ranking = verbs.add_parser("ranks", help="how often each method holds each rank", allow_abbrev=False)
+    curve = verbs.add_parser("efficiency", help="Dice over label fractions, and its area", allow_abbrev=False)
+    validation = verbs.add_parser("validate", help="check records and CSVs from anywhere", allow_abbrev=False)
+    validation.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="CSVs, records, run folders, folders of runs, sites"
+    )
+    add_options(validation, "runs")
+    validation.set_defaults(command=check)
+    for parser, command in ((table, build), (pair, compare_two), (ranking, ranks), (curve, efficiency)):
+        _add_records(parser, command)
+    _add_publish(verbs)
+    _add_panels(verbs)
+
+
+def _add_publish(verbs: Any) -> None:
+    site = verbs.add_parser("publish", help="a static site that opens from disk", allow_abbrev=False)
+    site.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or one published before")
+    site.add_argument("--title", default="Leaderboard", metavar="TEXT")
+    site.add_argument("--note", type=Path, metavar="FILE", help="a text that stands above the tables")
+    site.add_argument(
+        "--without-scans",
+        action="store_false",
+        dest="pictures",
+        help="leave out pictures of scans, where the licence of the data forbids to pass them on",
+    )
+    _add_reported_option(site)
+    _add_records(site, publish)
+
+
+def _add_panels(verbs: Any) -> None:
+    figure = verbs.add_parser("panels", help="cases side by side, as several runs segment them", allow_abbrev=False)
+    figure.add_argument("names", nargs="+", metavar="RUN", help="run ids; runs that kept their predictions")
+    figure.add_argument("--case", action="append", default=[], metavar="CASE", dest="cases", help="default: three")
+    figure.add_argument("--out", type=Path, required=True, metavar="PNG|SVG")
+    add_options(figure, "data", "plugins")
+    _add_records(figure, panels)
+
+
+def _add_records(parser: argparse.ArgumentParser, command: Command) -> None:
+    """Where the records come from, and what is done with them."""
+    add_options(parser, "runs")
+    parser.add_argument(
+        "--from",
+        action="append",
+        type=Path,
+        metavar="DIR",
+        dest="folders",
+        help="a folder of runs to merge, also several, of other labs too (default: the runs folder)",
+    )
+    parser.set_defaults(command=command)
+
+
+def _add_reported_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--with-reported",
+        action="store_true",
+        help="show what papers report for these tasks beside the measured rows, never ranked with them",
+    )
+
+
+def build(arguments: argparse.Namespace) -> int:
+    """All finished runs as files and a table."""
+    import pandas as pd
+
+    from leaderboards import board, table
+
+    runs, problems = load(arguments)
+    tables = board.gather(runs)
+    frame, beside = table.build(tables), None
+    if arguments.with_reported:
+        beside = _reported(runs)
+        frame = pd.concat([frame, beside], ignore_index=True) if len(beside) else frame
+    places = arguments.out or [(Path() if arguments.folders else arguments.runs) / "leaderboard.csv"]
+    for place in places:
+        try:
+            table.write(frame, place)
+        except table.EndingError as error:
+            raise UserError(f"--out {place}: {error}: give a name that ends so") from None
+    if arguments.json:
+        print(frame.to_json(orient="records", indent=1))
+    else:
+        print(f"{table.render(tables, beside)}\n\n{len(runs)} runs, {len(frame)} rows:")
+        print(*(f"  {place}" for place in places), sep="\n")
+    return _finish(problems)
+
+
+def compare_two(arguments: argparse.Namespace) -> int:
+    """Two methods wherever they share a table, or two runs, case by case."""
+    import pandas as pd
+
+    from leaderboards import board, compare, table
+
+    runs, problems = load(arguments)
+    if arguments.first == arguments.second:
+        raise UserError(f"{arguments.first} is compared with itself: give two methods, or two runs")
+    single = [_named_run(name, runs) for name in (arguments.first, arguments.second)]
+    try:
+        if single[0] is not None and single[1] is not None:
+            found = [compare.compare_runs(single[0], single[1])]
+        else:
+            known = sorted({run.method for run in runs})
+            for name in (arguments.first, arguments.second):
+                if name not in known:
+                    raise unknown("method among these runs", name, known)
+            found = compare.compare_methods(board.gather(runs), arguments.first, arguments.second)
+    except board.NotComparableError as error:
+        raise UserError(
+            f"{error}: compare results that share all of it, `harness leaderboard build` shows which do"
+        ) from None
+    print(*map(_lines, found), sep="\n\n")
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        frames = [each.cases.assign(table=each.title, a=each.names[0], b=each.names[1]) for each in found]
+        whole = pd.concat(frames, ignore_index=True)
+        for column in ("case", "target", "table", "a", "b"):
+            whole[column] = whole[column].map(table.escape)
+        whole.to_csv(arguments.out, index=False, float_format="%.6g")
+        print(f"\nevery case:\n  {arguments.out}")
+    return _finish(problems)
+
+
+def ranks(arguments: argparse.Namespace) -> int:
+    """How firm the ranks are."""
+    from leaderboards import board, table
+
+    runs, problems = load(arguments)
+    for each in board.gather(runs):
+        if len(each.groups) < 2:
+            continue
+        stability = each.stability()
+        order = sorted(range(len(each.groups)), key=lambda number: each.ranks()[number] or len(each.groups) + 1)
+        shown = min(len(order), 12)
+        lines = [["method", "backbone", *(f"#{rank + 1}" for rank in range(shown))]]
+        for number in order[:50]:
+            group = each.groups[number]
+            shares = [f"{share:.0%}" for share in stability.shares[number, :shown]]
+            lines.append([group.method, group.backbone, *shares])
+        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+        print(table.printable(each.title))
+        for line in lines:
+            print(table.printable("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()))
+        print(f"Kendall's tau between resampled ranks and these: {stability.tau:.2f}\n")
+    return _finish(problems)
+
+
+def efficiency(arguments: argparse.Namespace) -> int:
+    """Dice over label fractions, and the area under it."""
+    from leaderboards import board, curves
+
+    runs, problems = load(arguments)
+    found = curves.find(board.gather(runs))
+    if not found:
+        raise UserError(
+            "no method was run at two label fractions or more: run it with `--label-fraction 0.1`, 0.2, 0.5 as well"
+        )
+    print(*map(_lines, found), sep="\n\n")
+    return _finish(problems)
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Records, CSVs and sites from anywhere."""
+    from leaderboards import records, table, validate
+
+    problems: list[str] = []
+    files = [each for path in arguments.files for each in _parts(path)]
+    folders = [folder for path in files if not _is_board(path) for folder in _run_folders(path)]
+    places = {folder.parent for folder in folders} | {arguments.runs}
+    known, _ = records.load_runs(place for place in places if place.is_dir())
+    for path in files:
+        if _is_board(path):
+            found, recomputed = validate.check_csv(path, known)
+            print(f"{path}: {'NOT VALID' if found else 'valid'}{f', {recomputed}' if recomputed else ''}")
+        else:
+            mine = _run_folders(path)
+            found = [problem for folder in mine for problem in validate.check_run(folder)]
+            found += [] if mine else [f"{path}: no record.json in it: an unfinished run, or no folder of runs"]
+            print(f"{path}: {len(mine)} runs, {f'{len(found)} problems' if found else 'valid'}")
+        problems += found
+    for problem in problems:
+        print(f"harness: error: {table.printable(problem)}", file=sys.stderr)
+    return 2 if problems else 0
+
+
+def publish(arguments: argparse.Namespace) -> int:
+    """The site: one static folder."""
+    from leaderboards import website
+
+    runs, problems = load(arguments)
+    beside = _reported(runs) if arguments.with_reported else None
+    try:
+        pages = website.publish(
+            runs,
+            arguments.out,
+            title=arguments.title,
+            note=arguments.note,
+            pictures=arguments.pictures,
+            reported=beside,
+        )
+    except website.PublishError as error:
+        raise UserError(str(error)) from None
+    print(f"{len(runs)} runs, {pages} pages:\n  {arguments.out / 'index.html'}")
+    return _finish(problems)
+
+
+def panels(arguments: argparse.Namespace) -> int:
+    """Cases side by side."""
+    from harness.evaluation.panels import draw
+
+    runs, problems = load(arguments)
+    chosen = []
+    for name in arguments.names:
+        run = _named_run(name, runs)
+        if run is None:
+            raise unknown("run", name, [run.run_id for run in runs])
+        chosen.append(run)
+    if arguments.out.suffix not in (".png", ".svg"):
+        raise UserError(f"--out {arguments.out}: figures are written as .png or .svg: give such a name")
+    shown = draw(chosen, arguments.data, arguments.out, arguments.cases, arguments.plugins, arguments.runs)
+    print(f"{', '.join(shown)}:\n  {arguments.out}")
+    return _finish(problems)
+
+
+def load(arguments: argparse.Namespace) -> "tuple[list[Run], list[str]]":
+    """The runs of all folders that were named. Raises UserError where there is none."""
+    from leaderboards import records
+
+    folders = arguments.folders or [arguments.runs]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder: give the folder that holds the runs, with --runs or by name")
+    runs, problems = records.load_runs(folders)
+    if not runs and not problems:
+        raise UserError(f"no finished run in {', '.join(map(str, folders))}: `harness run` makes one")
+    return runs, problems
+
+
+def _lines(found: object) -> str:
+    """Text in lines that move no terminal's cursor."""
+    from leaderboards.table import printable
+
+    return "\n".join(map(printable, str(found).splitlines()))
+
+
+def _finish(problems: Sequence[str]) -> int:
+    from leaderboards.table import printable
+
+    for problem in problems:
+        print(f"harness: error: left out: {printable(problem)}", file=sys.stderr)
+    return 2 if problems else 0
+
+
+def _reported(runs: "Sequence[Run]") -> "pd.DataFrame":
+    from leaderboards import reported
+
+    tasks = sorted({str(run.record["task"]) for run in runs})
+    found = reported.rows(tasks)
+    if found.empty:
+        print(
+            f"harness: nothing is reported for {', '.join(tasks)}; there is for {', '.join(reported.known_tasks())}",
+            file=sys.stderr,
+        )
+    return found
+
+
+def _named_run(name: str, runs: "Sequence[Run]") -> "Run | None":
+    """The run with this id, or the one whose id begins so, or whose folder it is; None where none or several are."""
+    exact = [run for run in runs if run.run_id == name or run.folder == Path(name).resolve()]
+    found = exact or [run for run in runs if run.run_id.startswith(name)]
+    return found[0] if len(found) == 1 else None
+
+
+def _parts(path: Path) -> list[Path]:
+    """What there is to check: of a published site its runs and its table, else the path itself."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a record.json, a run folder, a folder of runs, a CSV or a site")
+    site = path.is_dir() and (path / "runs").is_dir() and (path / "leaderboard.csv").is_file()
+    return [path / "runs", path / "leaderboard.csv"] if site else [path]
+
+
+def _is_board(path: Path) -> bool:
+    return path.suffix == ".csv" and path.name != "cases.csv"
+
+
+def _run_folders(path: Path) -> list[Path]:
+    """A record's folder, a run folder, or the run folders below a folder (those without a record are unfinished)."""
+    from leaderboards import records
+
+    if path.name in ("record.json", "cases.csv"):
+        return [path.parent]
+    if not path.is_dir():
+        raise UserError(
+            f"{path} is neither a record.json nor a .csv: give one of these, a run folder or a folder of runs"
+        )
+    return [path] if (path / "record.json").exists() else records.run_folders(path)

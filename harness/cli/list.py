@@ -1,0 +1,48 @@
+"""`harness list`: plugins and presets, without importing torch."""
+
+import argparse
+import json
+from typing import Any
+
+from harness.cli.options import add_options
+from harness.cli.output import inline
+from harness.system.errors import unknown
+
+
+def add_parser(commands: Any) -> None:
+    """The options of `harness list`."""
+    parser = commands.add_parser("list", help="methods, backbones, tasks, presets", allow_abbrev=False)
+    parser.add_argument(
+        "kind", nargs="?", metavar="KIND", help="methods, backbones, tasks, corpora or presets; all if left out"
+    )
+    add_options(parser, "plugins")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(command=list_plugins)
+
+
+def list_plugins(arguments: argparse.Namespace) -> None:
+    """Name, description and what each plugin states about itself."""
+    from harness.api.registry import PLURAL, Registry
+    from harness.config.presets import preset_names, read_preset
+
+    registry = Registry(arguments.plugins)
+    kinds = [*PLURAL.values(), "presets"]
+    if arguments.kind is not None and arguments.kind not in kinds:
+        raise unknown("kind to list", arguments.kind, kinds)
+    listed = {}
+    for kind in kinds if arguments.kind is None else [arguments.kind]:
+        if kind == "presets":
+            listed[kind] = [{"name": name, **read_preset(name)} for name in preset_names()]
+        else:
+            listed[kind] = registry.describe(next(one for one, many in PLURAL.items() if many == kind))
+    if arguments.json:
+        print(json.dumps(listed, indent=1))
+        return
+    for kind, rows in listed.items():
+        print(f"{kind}:")
+        for row in rows:
+            print(f"  {row['name']}: {row['description']}")
+            rest = {key: value for key, value in row.items() if key not in ("name", "description", "origin")}
+            for key, value in rest.items():
+                if value not in ("", [], (), {}) or key in ("trains", "needs"):
+                    print(f"      {key}: {inline(value) or 'nothing'}")

@@ -1,0 +1,88 @@
+"""The `harness` command: its parser and its exit status."""
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+
+from harness.cli import (
+    check_method,
+    data,
+    doctor,
+    estimate,
+    export,
+    leaderboard,
+    predict,
+    profile,
+    reproduce,
+    run,
+    runs,
+    show,
+    sweep,
+)
+from harness.cli import list as listing
+from harness.cli.options import Parser
+from harness.system.errors import UserError
+from harness.system.signals import STOPPED, Interrupted, catching
+
+# In the order in which `harness --help` lists them.
+COMMANDS = (
+    run,
+    sweep,
+    check_method,
+    profile,
+    estimate,
+    listing,
+    show,
+    predict,
+    export,
+    reproduce,
+    leaderboard,
+    data,
+    runs,
+    doctor,
+)
+# Errors of the file system that are the user's to mend: no permission, read-only, full, a file where a folder is due, a
+# name that is too long or a link to itself.
+MENDABLE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY),
+}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 2 the user can mend it, 75 stopped by a signal; a fault of ours raises (status 1)."""
+    try:
+        arguments = _parser().parse_args(words)
+        with catching():
+            status: int | None = arguments.command(arguments)
+        return status or 0
+    except UserError as error:
+        print("harness: error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"harness: stopped by {error or 'Ctrl-C'}; the same command goes on from there", file=sys.stderr)
+        return STOPPED
+    except BrokenPipeError:
+        # The reader (`head`, a pager) has left; nothing is wrong with the run.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        print(
+            f"harness: error: {error.strerror}: {error.filename or 'writing'}; mend it and ask again", file=sys.stderr
+        )
+        return 2
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="harness",
+        description="Does this self-supervised pre-training help my 3D segmentation, by how much, and at what cost?",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser

@@ -1,0 +1,24 @@
+"""Nested values as lines of text."""
+
+from typing import Any
+
+
+def as_lines(values: dict[str, Any], indent: int = 0) -> str:
+    """Nested values, one a line."""
+    pad, lines = " " * indent, []
+    for key, item in values.items():
+        if isinstance(item, dict) and item and any(isinstance(inner, dict) for inner in item.values()):
+            lines += [f"{pad}{key}:", as_lines(item, indent + 2)]
+        else:
+            lines.append(f"{pad}{key}: {inline(item)}")
+    return "\n".join(lines)
+
+
+def inline(value: Any) -> str:
+    """One value in one line; long lists are cut."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={inline(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        text = ", ".join(map(inline, value))
+        return text if len(text) <= 160 else f"{len(value)} entries, {text[:120]} ..."
+    return str(value)

@@ -1,0 +1,133 @@
+"""`harness profile`: what a training step costs."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from harness.cli.options import add_options, argument
+from harness.config.request import Request, positive
+from harness.system.errors import UserError
+
+
+def add_parser(commands: Any) -> None:
+    """The options of `harness profile`."""
+    parser = commands.add_parser("profile", help="what a training step costs", allow_abbrev=False)
+    parser.add_argument("--sweep", type=Path, metavar="FILE.toml", help="the cells of a sweep file, see sweeps/")
+    for name, many, metavar, text in (
+        ("method", "methods", "M", "`harness list methods`"),
+        ("backbone", "backbones", "B", "`harness list backbones` (default: unet)"),
+        ("crop", "crops", "X,Y,Z", "extent of a crop (default: the preset's)"),
+        ("batch", "batches", "N", "crops per step (default: the preset's)"),
+        ("precision", "precisions", "fp32|bf16", "default: auto"),
+    ):
+        parser.add_argument(
+            f"--{name}", action="append", default=[], metavar=metavar, dest=many, help=f"{text}; also several"
+        )
+    add_options(parser, "task", text="gives channels, crop and batch: `harness list tasks`")
+    add_options(parser, "preset")
+    parser.add_argument("--stage", default="pretrain", choices=["pretrain", "finetune"])
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="VARIANT",
+        help="settings that the method has a name for, side by side, for instance whole partial",
+    )
+    parser.add_argument(
+        "--rounds", type=argument(positive), default=5, metavar="N", help="of all cells in turn (default: 5)"
+    )
+    add_options(parser, "settings", text="as in `harness run`")
+    parser.add_argument("--out", type=Path, metavar="CSV", help="default: profiles/NAME.csv in the runs folder")
+    add_options(parser, "runs", "plugins")
+    parser.add_argument("--json", action="store_true", help="print the rows as one JSON document")
+    parser.set_defaults(command=profile)
+
+
+def profile(arguments: argparse.Namespace) -> int:
+    """Time steps side by side; a table, a CSV and a figure."""
+    requests = list(_requests(arguments))
+    from harness.costs.profile import measure, summarise
+    from harness.costs.trial import resolve_trial
+    from harness.runs.locate import writable
+    from leaderboards import profiles
+
+    variants = arguments.compare or [""]
+    # A sweep lists fine-tuned controls too; they have no step of pre-training to time.
+    trials, left_out = [], []
+    for request in requests:
+        try:
+            trials += [resolve_trial(request, arguments.stage, variant) for variant in variants]
+        except UserError as error:
+            if arguments.sweep is None:
+                raise
+            left_out.append(str(error))
+    if not trials:
+        raise UserError(f"{arguments.sweep} has nothing to profile: {left_out[0]}")
+    for problem in left_out:
+        print(f"left out: {problem}", file=sys.stderr)
+    out = arguments.out or writable(arguments.runs) / "profiles" / f"{_name(arguments)}.csv"
+    _check_out(out)
+    results, rates = measure(trials, arguments.rounds)
+    rows = summarise(results, rates)
+    profiles.write(rows, out)
+    profiles.draw(rows, out)
+    if arguments.json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    print(f"\n{profiles.render(rows)}\n\n{out}\n{out.with_suffix('.png')}")
+    return 0 if any(not row["problem"] for row in rows) else 2
+
+
+def _requests(arguments: argparse.Namespace) -> Iterator[Request]:
+    """The product of what the command line lists, on top of each cell of a sweep or of the named method."""
+    base = Request(
+        task=arguments.task,
+        preset=arguments.preset,
+        runs=arguments.runs,
+        settings=tuple(arguments.settings),
+        plugins=tuple(arguments.plugins),
+    )
+    if arguments.sweep is not None:
+        if arguments.methods or arguments.task or arguments.backbones:
+            raise UserError(
+                "a sweep file names methods, backbones and tasks: leave out --method, --backbone and --task"
+            )
+        from harness.sweeps.cells import read
+
+        chosen = [cell.request for cell in read(arguments.sweep, base)]
+    else:
+        if not arguments.methods or not arguments.task:
+            raise UserError("profile needs --method and --task, or --sweep FILE: give them")
+        pairs = product(arguments.methods, arguments.backbones or ["unet"])
+        chosen = [replace(base, method=method, backbone=backbone) for method, backbone in pairs]
+    axes: list[list[str | None]] = [
+        [f"{arguments.stage}.{key}={value}" for value in values] or [None]
+        for key, values in (
+            ("crop", arguments.crops),
+            ("batch_size", arguments.batches),
+            ("precision", arguments.precisions),
+        )
+    ]
+    for request in chosen:
+        for settings in product(*axes):
+            yield replace(request, settings=(*request.settings, *(each for each in settings if each)))
+
+
+def _name(arguments: argparse.Namespace) -> str:
+    if arguments.sweep is not None:
+        return str(arguments.sweep.stem)
+    return "-".join([*arguments.methods, *(arguments.backbones or ["unet"]), Path(arguments.task).name])
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix != ".csv":
+        raise UserError(f"--out {out}: a profile is a table: give a name that ends in .csv")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: give a file")
+    from harness.runs.locate import writable
+
+    writable(out.parent)

@@ -1,0 +1,46 @@
+"""`harness reproduce`: the command of a run, what differs here, and the run again."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from harness.cli.options import add_options
+from harness.system.errors import UserError
+
+
+def add_parser(commands: Any) -> None:
+    """The options of `harness reproduce`."""
+    parser = commands.add_parser(
+        "reproduce", help="the command of a run, what differs here, and the run again", allow_abbrev=False
+    )
+    parser.add_argument("run", metavar="RUN_ID|RECORD", help="run id, its beginning, a run folder or a record.json")
+    parser.add_argument("--go", action="store_true", help="run it, and compare every case")
+    parser.add_argument(
+        "--into", type=Path, default=Path("reproduced"), metavar="DIR", help="its runs folder (default: ./reproduced)"
+    )
+    add_options(parser, "corpora", text="where it is here")
+    add_options(parser, "data", "runs", "plugins")
+    parser.set_defaults(command=reproduce)
+
+
+def reproduce(arguments: argparse.Namespace) -> None:
+    """Print the command and the differences; with --go carry it out and compare every case."""
+    from harness.runs.status import find_run
+    from leaderboards.records import RecordError, read_record
+    from leaderboards.table import printable
+
+    named = Path(arguments.run)
+    path = named if named.is_file() else find_run(arguments.run, arguments.runs) / "record.json"
+    try:
+        record = read_record(path)
+    except RecordError as error:
+        raise UserError(str(error)) from None
+    from harness.runs.reproduce import compare, inspect
+
+    reproduction = inspect(record, arguments.data, arguments.into, arguments.plugins, arguments.corpora)
+    print(*map(printable, str(reproduction).splitlines()), sep="\n", flush=True)
+    if arguments.go:
+        from harness.runs.execute import run
+
+        finished = run(reproduction.request)
+        print(compare(record, path.parent / "cases.csv", finished.record, finished.folder / "cases.csv"))

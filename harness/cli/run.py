@@ -1,0 +1,92 @@
+"""`harness run`: pre-train, fine-tune, evaluate, record."""
+
+import argparse
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from harness.cli.options import EXECUTION, add_options, add_request_options, request_of
+from harness.cli.output import as_lines
+
+if TYPE_CHECKING:
+    from harness.config.request import Request
+    from harness.runs.finished import FinishedRun
+
+
+def add_parser(commands: Any) -> None:
+    """The options of `harness run`."""
+    parser = commands.add_parser("run", help="pre-train, fine-tune, evaluate, record", allow_abbrev=False)
+    add_request_options(parser, required=True)
+    add_options(parser, "save_predictions", *EXECUTION, "until")
+    parser.add_argument("--dry-run", action="store_true", help="resolve and check everything, compute nothing")
+    parser.add_argument("--json", action="store_true", help="print the record as one JSON document")
+    parser.set_defaults(command=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """One run, then its table and its files."""
+    request = request_of(arguments)
+    if arguments.dry_run:
+        _dry_run(request, arguments.json)
+        return
+    if request.how.trackers:
+        from harness.training.trackers import check_trackers
+
+        check_trackers(request.how.trackers)
+    if request.how.until:
+        from harness.runs.execute import pretrain_only
+
+        print(f"pre-trained:\n  {pretrain_only(request)}")
+        return
+    finished = _carry_out(request)
+    if int(os.environ.get("RANK") or 0) > 0:
+        return  # one of several processes speaks for all
+    if arguments.json:
+        print(json.dumps(finished.record, indent=1))
+        return
+    _print_tables(request, finished)
+
+
+def _carry_out(request: "Request") -> "FinishedRun":
+    """The run, or the finished one that answered the same request; that answer needs no torch."""
+    from harness.runs.finished import finished_before
+
+    finished = finished_before(request)
+    if finished is not None:
+        return finished
+    from harness.runs.execute import run as execute
+
+    return execute(request)
+
+
+def _print_tables(request: "Request", finished: "FinishedRun") -> None:
+    from leaderboards import board, records, table
+
+    runs, problems = records.load_runs([request.runs])
+    for problem in problems:
+        print(f"harness: left out of the table: {problem}", file=sys.stderr)
+    csv = request.runs / "leaderboard.csv"
+    tables = board.gather(runs)
+    table.write(table.build(tables), csv)
+    mine = board.without_mode(records.load_run(finished.folder).table)
+    print(f"\n{table.render([each for each in tables if board.without_mode(each.key) == mine])}\n")
+    print("this run was finished before, nothing was computed" if finished.again else "files of this run:")
+    for path in sorted(path for path in finished.folder.rglob("*") if path.is_file()):
+        print(f"  {path}")
+    print(f"leaderboard of all runs:\n  {csv}")
+
+
+def _dry_run(request: "Request", as_json: bool) -> None:
+    from harness.runs.plan import plan_without_data
+
+    config, plan = plan_without_data(request)
+    answer: dict[str, Any] = {"config": config.model_dump(mode="json"), "data": "phantom, written when it runs"}
+    if plan is not None:
+        answer["config"] = plan.config.model_dump(mode="json")
+        answer["data"] = f"{len(plan.train)} training cases ({len(plan.label_cases)} with labels used), "
+        answer["data"] += f"{len(plan.test)} test cases, fingerprint {plan.data.fingerprint}"
+        answer["pretrain_on"] = f"{plan.num_pretrain} scans" if plan.plugins.method.trains else "nothing"
+        answer["run_id"] = plan.run_id
+        answer["finished"] = (request.runs / plan.run_id / "record.json").exists()
+    print(json.dumps(answer, indent=1) if as_json else as_lines(answer))

@@ -1,0 +1,47 @@
+"""`harness show`: one finished run."""
+
+import argparse
+import json
+from typing import Any
+
+from harness.cli.options import add_options
+from harness.cli.output import as_lines
+from harness.system.errors import UserError
+
+SECTIONS = (
+    "run_id",
+    "config",
+    "data",
+    "transfer",
+    "timing",
+    "memory",
+    "computed_with",
+    "environment",
+    "metric_policy",
+)
+
+
+def add_parser(commands: Any) -> None:
+    """The options of `harness show`."""
+    parser = commands.add_parser("show", help="a finished run", allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", help="run id, its beginning, or a run folder")
+    add_options(parser, "runs")
+    parser.add_argument("--json", action="store_true")
+    parser.set_defaults(command=show)
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Its table, and what its record says."""
+    from harness.runs.status import find_run
+    from leaderboards import board, records, table
+
+    try:
+        run = records.load_run(find_run(arguments.run, arguments.runs))
+    except records.RecordError as error:
+        raise UserError(str(error)) from None
+    if arguments.json:
+        print(json.dumps(run.record, indent=1))
+        return
+    print(table.render(board.gather([run])))
+    lines = as_lines({name: run.record.get(name) for name in SECTIONS}).splitlines()
+    print(*map(table.printable, lines), sep="\n")

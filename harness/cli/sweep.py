@@ -1,0 +1,117 @@
+"""`harness sweep`: many runs from one file."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.cli.estimate import print_estimates
+from harness.cli.options import EXECUTION, add_options, argument, execution_of
+from harness.config.request import Request, positive
+from harness.system.console import say
+from harness.system.errors import UserError
+from harness.system.signals import Interrupted
+
+if TYPE_CHECKING:
+    from harness.sweeps.cells import Outcome, Planned
+    from harness.sweeps.job import Launcher
+
+
+def add_parser(commands: Any) -> None:
+    """The options of `harness sweep`."""
+    parser = commands.add_parser("sweep", help="many runs from one file", allow_abbrev=False)
+    parser.add_argument("file", type=Path, metavar="FILE.toml", help="see sweeps/ for examples")
+    parser.add_argument("--jobs", type=argument(positive), default=1, metavar="N", help="runs at a time (default: 1)")
+    parser.add_argument(
+        "--launcher",
+        default="local",
+        choices=["local", "slurm"],
+        help="where they run (default: local, on this machine)",
+    )
+    parser.add_argument(
+        "--slurm",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of submitit: partition, timeout_min, mem_gb, cpus_per_task, gpus_per_node, ...; also several",
+    )
+    parser.add_argument(
+        "--processes", type=argument(positive), default=1, metavar="N", help="that share each run (default: 1)"
+    )
+    parser.add_argument("--retry", action="store_true", help="run again what failed in an earlier sweep of this file")
+    add_options(parser, *EXECUTION, "data", "runs", "plugins")
+    parser.add_argument("--dry-run", action="store_true", help="list the cells, with what each takes; run none")
+    parser.set_defaults(command=sweep)
+
+
+def sweep(arguments: argparse.Namespace) -> int:
+    """Read, sort out, run, show. Status 2 where a cell has no record in the end."""
+    from harness.sweeps import cells
+    from harness.sweeps.live_table import watch
+
+    how = execution_of(arguments)
+    if how.trackers:
+        from harness.training.trackers import check_trackers
+
+        check_trackers(how.trackers)
+    base = Request(data=arguments.data, runs=arguments.runs, plugins=tuple(arguments.plugins), how=how)
+    listed = cells.read(arguments.file, base)
+    notes = arguments.runs / "sweeps" / arguments.file.stem
+    # A launcher that cannot be had is known before phantoms are written and data is read.
+    launcher = None if arguments.dry_run else _launcher(arguments, notes)
+    todo, outcomes = cells.sort_out(listed, notes, arguments.retry)
+    _print_sorted(len(listed), todo, outcomes)
+    if launcher is None:
+        print(*(f"  to run: {each.cell}" for each in todo), sep="\n", flush=True)
+        print_estimates([each.cell.request for each in todo], arguments.jobs)
+        return 2 if any(outcome.folder is None for outcome in outcomes) else 0
+    try:
+        outcomes += watch(todo, launcher) if todo else []
+    except (Interrupted, KeyboardInterrupt) as error:
+        raise Interrupted(f"{error or 'Ctrl-C'}: {launcher.stop()}") from None
+    return _report(outcomes, arguments.runs / "sweeps" / f"{arguments.file.stem}.csv")
+
+
+def _launcher(arguments: argparse.Namespace, notes: Path) -> "Launcher":
+    from harness.sweeps.local import Local
+    from harness.sweeps.slurm import Slurm
+
+    if arguments.launcher == "local":
+        if arguments.slurm:
+            raise UserError(f"--slurm {arguments.slurm[0]} is for --launcher slurm: add it, or leave --slurm out")
+        return Local(notes, arguments.processes, arguments.jobs)
+    pairs = [pair.partition("=") for pair in arguments.slurm]
+    for key, sign, value in pairs:
+        if not (key and sign and value):
+            raise UserError(f"--slurm {key}{sign}{value} is not of the form KEY=VALUE, for instance partition=gpu")
+    return Slurm(notes, arguments.processes, arguments.jobs, {key.strip(): value for key, _, value in pairs})
+
+
+def _print_sorted(number: int, todo: "Sequence[Planned]", outcomes: "Sequence[Outcome]") -> None:
+    finished = sum(outcome.folder is not None for outcome in outcomes)
+    failed = [outcome for outcome in outcomes if outcome.before]
+    refused = [outcome for outcome in outcomes if outcome.folder is None and not outcome.before]
+    before = f", {len(failed)} that failed before (--retry runs them again)" if failed else ""
+    print(
+        f"{number} cells: {finished} finished before, {len(todo)} to run{before}, {len(refused)} that cannot run",
+        flush=True,
+    )
+    for kind, some in (("failed before", failed), ("cannot run", refused)):
+        for outcome in some:
+            print(f"  {kind}: {outcome.cell}: {outcome.problem}", flush=True)
+
+
+def _report(outcomes: "Sequence[Outcome]", csv: Path) -> int:
+    from leaderboards import board, records, table
+
+    runs = [records.load_run(outcome.folder) for outcome in outcomes if outcome.folder is not None]
+    tables = board.gather(runs)
+    table.write(table.build(tables), csv)
+    print(f"\n{table.render(tables)}\n\nleaderboard of this sweep:\n  {csv}")
+    failed = [outcome for outcome in outcomes if outcome.folder is None]
+    for outcome in failed:
+        print(f"harness: error: no record of {outcome.cell}: {outcome.problem}", file=sys.stderr)
+    if failed:
+        say("harness sweep --retry runs what failed once more")
+    return 2 if failed else 0

@@ -1,0 +1,61 @@
+"""Versions, hardware and revision, for the record of a run."""
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.system.files import ENGINE
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware of a run, for its record."""
+    cuda = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "gpu": torch.cuda.get_device_name(device) if cuda else None,
+        "packages": {name: _version(name) for name in ("monai", "accelerate", "timm", "nibabel", "numpy", "scipy")},
+        "harness": _version("ssl-seg-harness"),
+        "git": git_state(),
+    }
+
+
+def git_state() -> dict[str, Any]:
+    """Revision of the source tree and whether it has uncommitted changes; both None outside a checkout."""
+    root = ENGINE.parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # A package that lies in site-packages below some other repository is not that repository.
+    if not (root / "pyproject.toml").exists():
+        return {"revision": None, "dirty": None}
+    status = git("status", "--porcelain")
+    return {"revision": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

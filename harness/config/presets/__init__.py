@@ -1,0 +1,22 @@
+"""The shipped presets: one TOML file each, read as data."""
+
+import tomllib
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from harness.system.errors import unknown
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets."""
+    folder = resources.files("harness.config.presets")
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+@cache
+def read_preset(name: str) -> dict[str, Any]:
+    """A preset as written: `description` and a table per section."""
+    if name not in preset_names():
+        raise unknown("preset", name, preset_names())
+    return tomllib.loads((resources.files("harness.config.presets") / f"{name}.toml").read_text())

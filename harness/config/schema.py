@@ -1,0 +1,135 @@
+"""Every setting of a run, validated: budgets, fine-tuning, evaluation, and the configuration of the whole."""
+
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, SerializeAsAny, model_validator
+
+from harness.api.settings import Settings, Size3
+from harness.api.task import SPACINGS, Window
+from harness.config.request import FinetuneProtocol, Mode
+from harness.system.errors import UserError
+
+Definition = Literal["max-directed", "pooled", "area-weighted"]
+Empty = Literal["worst", "skipped", "perfect"]
+
+
+class Training(Settings):
+    """Budget and optimizer of a training stage: AdamW, cosine schedule with linear warm-up (section IV-C)."""
+
+    steps: PositiveInt | None = Field(None, description="optimizer steps; give steps or epochs")
+    epochs: PositiveInt | None = Field(None, description="passes over the training cases; give steps or epochs")
+    crop: Size3 = Field(description="extent of a training crop in voxels")
+    batch_size: PositiveInt = Field(description="crops per step, over all processes and micro-batches")
+    lr: float = Field(gt=0, description="peak learning rate of AdamW")
+    weight_decay: float = Field(ge=0, description="of AdamW; biases and norms are left out")
+    warmup_steps: NonNegativeInt = Field(0, description="linear warm-up in steps")
+    warmup_epochs: NonNegativeInt = Field(0, description="linear warm-up in passes over the training cases")
+    clip_norm: float = Field(0.0, ge=0, description="largest gradient norm; 0 does not clip, as in the paper")
+    workers: NonNegativeInt = Field(0, description="loader processes; 0 loads in the main process")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 where the hardware computes in it"
+    )
+    channels_last: bool = Field(True, description="channels-last memory layout of the network")
+    compile: bool = Field(False, description="torch.compile for the backbone; needs a C++ compiler on a CPU")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "Training":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs, and set the other to none")
+        return self
+
+    def rows(self, processes: int, micro_batches: int) -> int:
+        """Crops of a batch that each process computes at a time.
+
+        Raises:
+            UserError: the batch cannot be dealt out evenly.
+        """
+        number = processes * micro_batches
+        if self.batch_size % number:
+            raise UserError(
+                f"a batch of {self.batch_size} crops cannot be dealt out evenly over {processes} processes with "
+                f"{micro_batches} micro-batches each: set pretrain.batch_size and finetune.batch_size to multiples of "
+                f"{number}, or take fewer"
+            )
+        return self.batch_size // number
+
+    def schedule(self, num_cases: int) -> tuple[int, int]:
+        """Total steps and warm-up steps for a number of training cases.
+
+        Raises:
+            UserError: the warm-up is longer than the training.
+        """
+        per_epoch = -(-num_cases // self.batch_size)
+        steps = self.steps if self.steps is not None else (self.epochs or 0) * per_epoch
+        warmup = self.warmup_steps + self.warmup_epochs * per_epoch
+        if warmup >= steps:
+            raise UserError(
+                f"a warm-up of {warmup} steps does not fit {steps} training steps ({num_cases} cases, {per_epoch} steps "
+                "an epoch): set fewer warmup_steps or warmup_epochs, or more steps"
+            )
+        return steps, warmup
+
+
+class Finetune(Training):
+    """Fine-tuning: DiceCE and the paper's light augmentation (section IV-C)."""
+
+    foreground: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of crops centred on a labelled voxel; not in the paper, which says random crops",
+    )
+    flip: float = Field(0.2, ge=0, le=1, description="probability of a flip, per axis; section IV-C")
+    rotate: float = Field(0.2, ge=0, le=1, description="probability of a rotation by 90 degrees; section IV-C")
+    scale: float = Field(0.1, ge=0, le=1, description="probability of an intensity scaling by 0.9..1.1; section IV-C")
+    shift: float = Field(0.1, ge=0, le=1, description="probability of an intensity shift by -0.1..0.1; section IV-C")
+
+
+class Evaluate(Settings):
+    """Sliding-window inference."""
+
+    overlap: float = Field(0.5, ge=0, lt=1, description="of neighbouring windows, as a share of the window")
+    hd95: Definition = Field(
+        "max-directed", description="definition of HD95: MONAI's, medpy's or surface-distance's (harness/metrics.py)"
+    )
+    empty: Empty = Field("worst", description="policy for empty masks (harness/metrics.py)")
+    tolerance: float = Field(1.0, ge=0, description="of surface Dice, in mm")
+
+
+class TaskSettings(Settings):
+    """What `--set task.FIELD` changes of a task."""
+
+    spacing: tuple[float, float, float] | None = Field(None, description="of the prepared volumes in mm")
+    window: tuple[float, float] | None = Field(None, description="intensities that are told apart, in Hounsfield units")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "TaskSettings":
+        if self.spacing is not None and not all(SPACINGS[0] <= edge <= SPACINGS[1] for edge in self.spacing):
+            raise ValueError(f"each spacing must be more than 0 mm, within {SPACINGS[0]:g} to {SPACINGS[1]:g} mm")
+        if self.window is not None and self.window[0] >= self.window[1]:
+            raise ValueError("give the lower end of the window first, for instance -175,250")
+        if self.window is not None and not Window(*self.window).usable:
+            raise ValueError("float32 must hold both ends of the window and tell them apart, for instance -175,250")
+        return self
+
+
+class RunConfig(Settings):
+    """Everything that determines a run's result, but for the data itself."""
+
+    method: str
+    backbone: str
+    task: str
+    mode: Mode = "task-specific"
+    corpora: tuple[str, ...] = ()
+    split: str = "fixed"
+    prepared: dict[str, Any] = Field(default_factory=dict, description="spacing and intensities of the task's volumes")
+    protocol: FinetuneProtocol = "finetune"
+    preset: str
+    overrides: dict[str, str]
+    label_fraction: float = Field(1.0, gt=0, le=1, description="share of the training labels used in fine-tuning")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="of all randomness in the run")
+    method_settings: SerializeAsAny[Settings]
+    backbone_settings: SerializeAsAny[Settings]
+    pretrain: Training
+    finetune: Finetune
+    evaluate: Evaluate

@@ -1,0 +1,12 @@
+"""Does a method keep the contract? The checks behind `harness check-method`, and the same ones for a plugin's own tests.
+
+from harness.conformance import assert_conforms
+
+def test_my_method():
+    assert_conforms("my_method")            # an installed plugin, or plugins=["my_method.py"]
+"""
+
+from harness.conformance.checks import CHECKS
+from harness.conformance.suite import Result, assert_conforms, check_method, report
+
+__all__ = ["CHECKS", "Result", "assert_conforms", "check_method", "report"]

@@ -1,0 +1,257 @@
+"""The checks of one method on one backbone: gradients, seeds, state, shapes, cost."""
+
+import io
+import pickle
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+from harness.api.backbone import Backbone
+from harness.api.method import Batch
+from harness.conformance.consistency import check_micro_batches, check_resume
+from harness.conformance.fixture import STEPS, CheckError, MethodFixture, sum_of_terms
+from harness.system.errors import UserError
+
+
+def check_losses(bench: MethodFixture) -> str:
+    built = bench.new()
+    terms = built.method(built.batches(1)[0])
+    sum_of_terms(terms)
+    return ", ".join(f"{name} {term.item():.3g}" for name, term in terms.items())
+
+
+def check_gradients(bench: MethodFixture) -> str:
+    method = (built := bench.new()).method
+    before = {key: value.clone() for key, value in method.backbone.named_parameters() if not value.requires_grad}
+    reached: set[str] = set()
+    for batch in built.batches(3):
+        sum_of_terms(method(batch)).backward()
+        reached |= {key for key, value in method.named_parameters() if value.grad is not None and value.grad.any()}
+    trainable = [key for key, value in method.named_parameters() if value.requires_grad]
+    dead = [key for key in trainable if key not in reached]
+    if dead:
+        raise CheckError(
+            f"no gradient reaches {_some(dead)}: use them in forward, take them out, or name fewer parts in trains"
+        )
+    frozen = [
+        key for key, value in method.backbone.named_parameters() if not value.requires_grad and value.grad is not None
+    ]
+    if frozen:
+        raise CheckError(f"frozen parameters {_some(frozen)} have a gradient: do not switch requires_grad on")
+    built.train(built.batches(1))
+    moved = [key for key, value in method.backbone.named_parameters() if key in before and not before[key].equal(value)]
+    if moved:
+        raise CheckError(f"frozen parameters {_some(moved)} have changed: trains is {method.trains}")
+    return f"{len(trainable)} parameters trained, {len(before)} frozen"
+
+
+def check_learns(bench: MethodFixture) -> str:
+    built = bench.new()
+    # A few batches with the same masks and dropout, again and again, each against its own mean: what one batch is harder
+    # than another would drown thirty steps of learning.
+    batches, losses = built.batches(STEPS // 10), []
+    optimizer = built.optimizer()
+    for _ in range(10):
+        built.reseed()
+        losses.append(built.train(batches, optimizer=optimizer))
+    turns = np.asarray(losses)
+    first, last = float(turns[:2].mean()), float(turns[-2:].mean())
+    # Rank correlation with the step: noise without a trend passes once in a hundred times, a steady fall always.
+    apart = (turns - turns.mean(axis=0)).ravel()
+    chance = spearmanr(np.arange(STEPS), apart, alternative="less").pvalue if np.ptp(apart) else 1.0
+    if not (last < first and chance < 0.01):
+        raise CheckError(
+            f"the loss went from {first:.4g} to {last:.4g} in {STEPS} steps (p = {chance:.2g} that this is noise): it does "
+            "not fall on a phantom"
+        )
+    return f"{first:.4g} to {last:.4g}"
+
+
+def check_same_seed(bench: MethodFixture) -> str:
+    states = []
+    for number in range(2):
+        # An empty folder each: what a method keeps from preparing must not change what comes after.
+        folder = bench.folder / f"same-seed-{number}"
+        folder.mkdir(exist_ok=True)
+        built = replace(bench, folder=folder).new()
+        built.train(built.batches(2))
+        states.append({key: value.clone() for key, value in built.method.state_dict().items()})
+    other = [key for key, value in states[0].items() if not torch.equal(value, states[1][key])]
+    if other:
+        raise CheckError(
+            f"two runs of one seed differ in {_some(other)}: draw from self.generator and the transform's rng only"
+        )
+    return "equal after 2 steps"
+
+
+def check_state(bench: MethodFixture) -> str:
+    built, other = bench.new(), bench.new(seed=1)
+    batches = built.batches(2)
+    built.train(batches[:1])
+    path = bench.folder / "state.safetensors"
+    save_file({key: value.contiguous().clone() for key, value in built.method.state_dict().items()}, path)
+    other.method.load_state_dict(load_file(path))
+    losses = []
+    for method in (built.method, other.method):
+        method.eval()
+        method.generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            losses.append({name: term.item() for name, term in method(batches[1]).items()})
+    if losses[0] != losses[1]:
+        raise CheckError(
+            f"a loaded state gives {losses[1]}, the saved one {losses[0]}: keep what counts in parameters or buffers"
+        )
+    return f"{path.stat().st_size / 2**20:.1f} MiB"
+
+
+class _NoModels(pickle.Pickler):
+    def persistent_id(self, value: Any) -> None:
+        if isinstance(value, nn.Module | Tensor):
+            raise CheckError(
+                f"the transform holds a {type(value).__name__}: it runs in loader workers, keep models out of it"
+            )
+
+
+def check_transform(bench: MethodFixture) -> str:
+    built = bench.new()
+    if built.transform is None:
+        return "none: plain crops"
+    buffer = io.BytesIO()
+    try:
+        _NoModels(buffer).dump(built.transform)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise CheckError(
+            f"the transform cannot be pickled ({error}): make it a module-level class or function"
+        ) from None
+    sample = built.sources[0].sample(built.crop, np.random.default_rng(0))
+    before = {key: np.array(value) for key, value in sample.items()}
+    times = []
+    for number in range(5):
+        copy = {key: value.copy() for key, value in before.items()}
+        began = time.perf_counter()
+        built.transform(copy, np.random.default_rng(number))
+        times.append(time.perf_counter() - began)
+    return f"{len(buffer.getvalue())} bytes, {1000 * float(np.median(times)):.1f} ms a sample"
+
+
+def check_worker(bench: MethodFixture) -> str:
+    built = bench.new()
+    here, there = built.batches(2), built.batches(2, workers=1)
+    for mine, other in zip(here, there, strict=True):
+        unlike = [key for key, value in mine.items() if not torch.equal(value, other[key])]
+        if unlike:
+            raise CheckError(
+                f"a loader worker gives another {_some(unlike)}: draw from the rng that the transform is given only"
+            )
+    return "as in the main process"
+
+
+def check_batches(bench: MethodFixture) -> str:
+    return _sizes(bench, {"1": {"batch": 1}, "3": {"batch": 3}})
+
+
+def check_channels(bench: MethodFixture) -> str:
+    return _sizes(bench, {"2": {"channels": 2}, "4": {"channels": 4}})
+
+
+def check_crops(bench: MethodFixture) -> str:
+    x, y, z = bench.crop
+    return _sizes(bench, {f"{y}x{x}x{z}": {"crop": (y, x, z)}, f"{x}x{y}x{y}": {"crop": (x, y, y)}})
+
+
+def _sizes(bench: MethodFixture, variants: Mapping[str, Mapping[str, Any]]) -> str:
+    said = []
+    for name, changed in variants.items():
+        try:
+            built = bench.new(**changed)
+        except UserError as error:
+            # A method may refuse a size, in words; it may not fail on it.
+            said.append(f"{name} refused: {error}")
+            continue
+        try:
+            built.train(built.batches(1))
+        # Whatever it raises is what the author has to look at.
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise CheckError(f"{name}: {type(error).__name__}: {error}; mend it, or refuse it in check") from error
+        said.append(f"{name} works")
+    if not any(text.endswith("works") for text in said):
+        raise CheckError("; ".join(said))
+    return "; ".join(said)
+
+
+class _Plain(nn.Module):
+    """What any method at least does: encode, decode, compare."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone, self.restore = backbone, nn.Conv3d(backbone.width, backbone.in_channels, kernel_size=1)
+
+    def forward(self, batch: Batch) -> Tensor:
+        features = self.backbone.decode(self.backbone.encode(batch["image"]))
+        return (self.restore(features) - batch["image"]).square().mean()
+
+
+def check_cost(bench: MethodFixture) -> str:
+    built, plain = bench.new(), _Plain(bench.new_backbone(1))
+    (batch,) = built.batches(1)
+    image = {"image": batch["image"]}
+    seconds: dict[str, list[float]] = {"method": [], "plain": []}
+    # Turn by turn, so that what else the machine does falls on both.
+    for _ in range(4):
+        for name, loss in (("method", lambda: sum_of_terms(built.method(batch))), ("plain", lambda: plain(image))):
+            began = time.perf_counter()
+            loss().backward()
+            seconds[name].append(time.perf_counter() - began)
+    ratio = min(seconds["method"]) / min(seconds["plain"])
+    return f"{ratio:.2f} x a plain autoencoding step"
+
+
+def check_weights(bench: MethodFixture) -> str:
+    method = bench.new().method
+    state, weights = method.backbone.state_dict(), method.weights()
+    foreign = [key for key, value in weights.items() if method.trains and state[key].shape != value.shape]
+    if foreign:
+        raise CheckError(f"weights gives {_some(foreign)}, which do not fit the backbone")
+    return f"{len(weights)} tensors handed over"
+
+
+@torch.inference_mode()
+def check_picture(bench: MethodFixture) -> str:
+    built = bench.new()
+    built.reseed()
+    (batch,) = built.batches(1)
+    shown = built.method.eval().show(batch)
+    for name, image in shown.items():
+        if image.ndim != 5 or image.shape[2:] != batch["image"].shape[2:] or not image.float().isfinite().all():
+            raise CheckError(f"show gives {name!r} of shape {tuple(image.shape)}: due are finite (N, C, x, y, z)")
+    return ", ".join(shown) or "nothing to show"
+
+
+CHECKS: dict[str, Callable[[MethodFixture], str]] = {
+    "finite losses": check_losses,
+    "gradients": check_gradients,
+    f"loss falls, {STEPS} steps": check_learns,
+    "same seed": check_same_seed,
+    "state": check_state,
+    "transform": check_transform,
+    "loader worker": check_worker,
+    "batch sizes": check_batches,
+    "micro-batches": check_micro_batches,
+    "resume": check_resume,
+    "channels": check_channels,
+    "crops": check_crops,
+    "weights": check_weights,
+    "picture": check_picture,
+    "step time": check_cost,
+}
+
+
+def _some(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

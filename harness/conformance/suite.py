@@ -1,0 +1,139 @@
+"""Does a method keep the contract? The checks behind `harness check-method`, and the same ones for a plugin's own tests.
+
+from harness.conformance import assert_conforms
+
+def test_my_method():
+    assert_conforms("my_method")            # an installed plugin, or plugins=["my_method.py"]
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from harness.api.method import Method
+from harness.api.registry import Registry
+from harness.conformance.checks import CHECKS
+from harness.conformance.consistency import check_processes
+from harness.conformance.fixture import CheckError, MethodFixture
+from harness.system.errors import UserError
+
+TWO = "two processes"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One check of one method on one backbone.
+
+    Attributes:
+        status: pass, FAIL, refused (the method or the backbone says no, in words), or n/a.
+        detail: what was measured, or what to mend.
+    """
+
+    check: str
+    backbone: str
+    status: str
+    detail: str
+
+
+def check_method(
+    name: str,
+    plugins: Sequence[str] = (),
+    backbones: Sequence[str] | None = None,
+    settings: Mapping[str, str] | None = None,
+    checks: Sequence[str] | None = None,
+    done: Callable[[Result], None] = lambda result: None,
+) -> list[Result]:
+    """Every check of a method (or those in `checks`) on every backbone that can serve it (or those in `backbones`).
+
+    `done` hears of each result as it comes.
+
+    Raises:
+        UserError: an unknown name, or a plugin that does not load.
+    """
+    registry = Registry(plugins)
+    method: type[Method] = registry.load("method", name)
+    results: list[Result] = []
+
+    def add(result: Result) -> None:
+        results.append(result)
+        done(result)
+
+    for backbone in backbones or registry.names("backbone"):
+        with tempfile.TemporaryDirectory() as folder:
+            bench = MethodFixture(method, registry.load("backbone", backbone), Path(folder), settings or {})
+            try:
+                lacking = method.needs - bench.backbone.abilities
+                if lacking:
+                    raise UserError(f"it needs {', '.join(sorted(lacking))}")
+                trains = bench.new().method.trains
+            except UserError as error:
+                add(Result("fits", backbone, "refused", str(error)))
+                continue
+            # A plugin is foreign code: what it raises while it is built is its author's to see.
+            except Exception as error:
+                text = " ".join(str(error).split())[:300]
+                add(
+                    Result(
+                        "builds",
+                        backbone,
+                        "FAIL",
+                        f"{type(error).__name__} in __init__, transform, check or prepare: {text}",
+                    )
+                )
+                continue
+            for check, function in CHECKS.items():
+                if checks is not None and check not in checks:
+                    continue
+                if trains or check == "weights":
+                    add(_result(check, backbone, partial(function, bench)))
+                else:
+                    add(Result(check, backbone, "n/a", "trains nothing"))
+            if trains and (checks is None or TWO in checks):
+                add(_result(TWO, backbone, partial(check_processes, 2, name, plugins, backbone, settings or {})))
+    return results
+
+
+def _result(check: str, backbone: str, function: Callable[[], str]) -> Result:
+    try:
+        return Result(check, backbone, "pass", function())
+    except CheckError as error:
+        return Result(check, backbone, "FAIL", str(error))
+    # A plugin is foreign code: whatever it raises is its author's to see, and the other checks go on.
+    except Exception as error:
+        return Result(check, backbone, "FAIL", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def assert_conforms(
+    name: str,
+    plugins: Sequence[str] = (),
+    backbones: Sequence[str] | None = None,
+    checks: Sequence[str] | None = None,
+) -> None:
+    """For a plugin's own tests: every check passes on every backbone that can serve. Raises AssertionError."""
+    results = check_method(name, plugins, backbones, checks=checks)
+    failed = [f"{result.check} on {result.backbone}: {result.detail}" for result in results if result.status == "FAIL"]
+    assert not failed, "\n".join([f"method {name!r} does not keep the contract:", *failed])
+    assert any(result.status == "pass" for result in results), f"no backbone can serve method {name!r}: {results}"
+
+
+def report(results: Sequence[Result]) -> str:
+    """A table, checks by backbones, and below it what to mend and what was measured."""
+    backbones = list(dict.fromkeys(result.backbone for result in results))
+    checks = list(dict.fromkeys(result.check for result in results))
+    found = {(result.check, result.backbone): result for result in results}
+    rows = [["", *backbones]]
+    for check in checks:
+        cells = [found.get((check, backbone)) for backbone in backbones]
+        rows.append([check, *(cell.status if cell else "-" for cell in cells)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    details: dict[tuple[str, str, str], list[str]] = {}
+    for result in results:
+        if result.status != "n/a":
+            details.setdefault((result.status, result.check, result.detail), []).append(result.backbone)
+    order = {"FAIL": 0, "refused": 1, "pass": 2}
+    for (status, check, detail), where in sorted(details.items(), key=lambda item: order[item[0][0]]):
+        lines.append(f"{status:7} {check} ({', '.join(where)}): {detail}")
+    return "\n".join(lines)

@@ -1,0 +1,286 @@
+"""A stage of a run, ready to step on made-up data: what profiles time and estimates watch."""
+
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from harness.api.method import Batch, Source
+from harness.api.registry import Registry
+from harness.api.task import Case, Task
+from harness.compute import memory
+from harness.compute.devices import new_accelerator
+from harness.compute.memory import is_out_of_memory
+from harness.config.request import Request
+from harness.config.resolve import change_task, parse_overrides, resolve
+from harness.config.schema import RunConfig, Training
+from harness.data.preprocessing import STEPS
+from harness.data.volumes import Volume
+from harness.system.errors import UserError, unknown
+from harness.training.clock import UPDATE
+from harness.training.compatibility import check_fit
+from harness.training.finetune import finetune_data
+from harness.training.method_preparation import PreparationContext
+from harness.training.models import Plugins, freeze
+from harness.training.pretrain import pretrain_data
+from harness.training.protocols import fixed, with_head
+from harness.training.segmenter import Segmenter
+from harness.training.trainer import Trainer
+
+OUT_OF_MEMORY = "out of memory"
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """What is timed: a request, resolved; `variant` is how the method names its settings."""
+
+    request: Request
+    config: RunConfig
+    task: Task
+    plugins: Plugins
+    stage: str
+    variant: str = ""
+
+    @property
+    def settings(self) -> Training:
+        """Of the stage that is timed."""
+        return self.config.pretrain if self.stage == "pretrain" else self.config.finetune
+
+    def __str__(self) -> str:
+        settings = self.settings
+        crop = "x".join(map(str, settings.crop))
+        own = [pair for pair in self.request.settings if pair.startswith(("method.", "backbone."))]
+        named = self.variant or ", ".join(own)
+        return (
+            f"{self.config.method}{f' ({named})' if named else ''} {self.config.backbone} {crop} batch "
+            f"{settings.batch_size} {settings.precision}"
+        )
+
+
+@dataclass
+class TrialResult:
+    """A cell's numbers; times in seconds, one entry per step, round by round.
+
+    Attributes:
+        problem: why there are none.
+        rounds: per round, phase -> seconds of each step.
+        waits: of the loop with its loader, phase -> seconds of each step.
+        sample_seconds: to make one sample in one process.
+    """
+
+    cell: TrialSpec
+    problem: str = ""
+    flops: int = 0
+    parameters: int = 0
+    memory: dict[str, float | None] = field(default_factory=dict)
+    used: dict[str, Any] = field(default_factory=dict)
+    batch_bytes: int = 0
+    prepare_seconds: float = 0.0
+    sample_seconds: float = 0.0
+    rounds: list[dict[str, list[float]]] = field(default_factory=list)
+    waits: dict[str, list[float]] = field(default_factory=dict)
+
+    def steps(self) -> list[list[float]]:
+        """Seconds of each step (`UPDATE`), per round."""
+        return [list(np.sum([phases[phase] for phase in UPDATE], axis=0)) for phases in self.rounds]
+
+
+def resolve_trial(request: Request, stage: str = "pretrain", variant: str = "") -> TrialSpec:
+    """Names and settings of a request, checked as a run does it; no data is read.
+
+    Raises:
+        UserError: as `harness.planning.plan`; an unknown variant; or a method that does not pre-train.
+    """
+    registry = Registry(request.plugins)
+    method = registry.load("method", request.method)
+    if variant:
+        if variant not in method.variants:
+            raise unknown(f"variant of method {request.method!r}", variant, method.variants)
+        chosen = tuple(f"{key}={value}" for key, value in method.variants[variant].items())
+        request = replace(request, settings=(*request.settings, *chosen))
+    if stage == "pretrain" and not method.trains:
+        raise UserError(f"method {request.method!r} pre-trains nothing: choose another, or give --stage finetune")
+    task = change_task(registry.task(request.task), parse_overrides(request.settings))
+    config = resolve(request, registry, task)
+    plugins = Plugins(method, registry.load("backbone", request.backbone))
+    check_fit(registry, config, plugins, len(task.channels), len(task.channels))
+    return TrialSpec(request, config, task, plugins, stage, variant)
+
+
+class Trial:
+    """A cell ready to step: its module under the engine's own trainer, and its data."""
+
+    def __init__(self, cell: TrialSpec, volumes: Sequence[Any], folder: Path) -> None:
+        self.cell, settings = cell, cell.settings
+        torch.manual_seed(0)
+        module, sources, self.prepare_seconds = _module(cell, volumes, folder)
+        self.after_step = getattr(module, "after_step", None)
+        self.trainer = Trainer(module, settings, 10**6, 0, new_accelerator())
+        if cell.stage == "pretrain":
+            module.generator = torch.Generator(self.trainer.device)
+            self.data = pretrain_data(cell.config, cell.plugins, sources, 10**6, 0)
+        else:
+            self.data = finetune_data(cell.config, cell.task, volumes, 10**6, 0)
+        samples = [self.data[number] for number in range(settings.batch_size)]
+        self.batch: Batch = torch.utils.data.default_collate(samples)
+        if self.trainer.device.type == "cuda":
+            self.batch = {name: value.pin_memory() for name, value in self.batch.items()}
+        self.number, self.step_seconds = 0, float("inf")
+
+    def step(self) -> None:
+        """One step on the same batch, its phases on the clock; the wait for data is not part of it."""
+        self.number += 1
+        self.trainer.clock.start()
+        self.trainer.clock.lap("data")
+        self.trainer.step(self.number, [self.batch], self.after_step)
+
+    def timed(self, number: int) -> dict[str, list[float]]:
+        """Seconds per phase of so many steps; on a GPU the device is waited for after the last one only."""
+        clock = self.trainer.clock
+        clock.read()
+        for values in clock.seconds.values():
+            values.clear()
+        for _ in range(number):
+            self.step()
+        clock.read()
+        return {phase: list(values) for phase, values in clock.seconds.items()}
+
+    def sample_seconds(self) -> float:
+        """To make one sample in one process."""
+        number = self.cell.settings.batch_size
+        began = time.perf_counter()
+        for place in range(10**5, 10**5 + number):
+            self.data[place]
+        return (time.perf_counter() - began) / number
+
+    def loop(self, number: int) -> dict[str, list[float]]:
+        """As `timed`, with batches of the loader, after those that its workers make in advance."""
+        clock, ahead = self.trainer.clock, 2 * self.cell.settings.workers + 1
+        for values in clock.seconds.values():
+            values.clear()
+        clock.start()
+        for batch in islice(self.trainer.loader(self.data), number + ahead):
+            clock.lap("data")
+            self.number += 1
+            self.trainer.step(self.number, [batch], self.after_step)
+            clock.start()
+        clock.marks.pop()
+        clock.read()
+        return {phase: values[ahead:] for phase, values in clock.seconds.items()}
+
+
+def _module(cell: TrialSpec, volumes: Sequence[Any], folder: Path) -> tuple[Any, Sequence[Any], float]:
+    """What is trained, what to draw samples from, and the seconds that the method's preparation takes."""
+    config, channels = cell.config, len(cell.task.channels)
+    backbone = cell.plugins.new_backbone(config, channels)
+    if cell.stage == "finetune":
+        network = with_head(backbone, cell.task.num_outputs, config.protocol)
+        return Segmenter(network, cell.task.overlapping, fixed(network, config.protocol)), volumes, 0.0
+    method = cell.plugins.method(config.method_settings, backbone)
+    freeze(method)
+    device = new_accelerator().device
+    workshop = _ShortPreparation(0, device, config.pretrain.crop, config.pretrain, [str(cell), channels], folder)
+    began = time.perf_counter()
+    sources = method.prepare(volumes, workshop)
+    return method, sources, time.perf_counter() - began + workshop.left_out
+
+
+class _ShortPreparation(PreparationContext):
+    """Discoveries of a few steps: a step costs the same whatever was found. `left_out`: seconds that the others take."""
+
+    left_out = 0.0
+
+    def train(
+        self, module: nn.Module, sources: Sequence[Source], *, size: Any, steps: int, batch_size: int, lr: float
+    ) -> None:
+        some = min(steps, 4)
+        began = time.perf_counter()
+        super().train(module, sources, size=size, steps=some, batch_size=batch_size, lr=lr)
+        self.left_out += (time.perf_counter() - began) / some * (steps - some)
+
+    def report(self, message: str, **values: Any) -> None:
+        """What was found in noise is worth no line."""
+
+
+@contextmanager
+def out_of_memory(each: TrialResult) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        each.problem = OUT_OF_MEMORY
+
+
+def measure_apart(each: TrialResult) -> None:
+    """Memory and FLOPs of two steps, in a process of their own: a peak is a process's, and what is left over counts."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            answer = pool.submit(_two_steps, each.cell.request, each.cell.stage, torch.get_num_threads()).result()
+        except BrokenProcessPool:
+            answer = OUT_OF_MEMORY
+    if isinstance(answer, str):
+        each.problem = answer
+    else:
+        each.flops, each.parameters, each.memory = answer
+
+
+def _two_steps(request: Request, stage: str, threads: int) -> tuple[int, int, dict[str, float | None]] | str:
+    torch.set_num_threads(threads)
+    cell = resolve_trial(request, stage)
+    each = TrialResult(cell)
+    with tempfile.TemporaryDirectory(prefix="harness-profile-") as place, out_of_memory(each):
+        folder = Path(place)
+        subject = Trial(cell, made_up_volumes(cell, folder), folder)
+        device = subject.trainer.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        counter = FlopCounterMode(display=False, custom_mapping={FLASH_ON_CPU: sdpa_flops})
+        with counter:
+            subject.timed(1)
+        subject.timed(1)
+        parameters = sum(parameter.numel() for parameter in subject.trainer.module.parameters())
+        return counter.get_total_flops(), parameters, memory.peak_memory(device)
+    return each.problem
+
+
+FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def sdpa_flops(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **named: Any) -> int:
+    """FLOPs of torch's attention on a CPU, which its own counter does not know."""
+    flops: int = sdpa_flop_count(query, key, value)
+    return flops
+
+
+def made_up_volumes(cell: TrialSpec, folder: Path, number: int = 4) -> list[Volume]:
+    """Volumes of noise as the cache holds them, larger than the crop by half, with a block of every label."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = tuple(max(96, edge + edge // 2) for edge in cell.settings.crop)
+    rng, channels = np.random.default_rng(0), len(cell.task.channels)
+    name = f"{channels}-{'x'.join(map(str, shape))}-{cell.task.name}"
+    volumes = [Volume(Case(f"{name}-{n}", (), None), folder / f"{name}-{n}") for n in range(number)]
+    for volume in volumes:
+        if Path(f"{volume.stem}.points.npy").exists():
+            continue
+        np.save(f"{volume.stem}.image.npy", rng.integers(33, STEPS, (channels, *shape), dtype=np.int16))
+        label, rows = np.zeros(shape, np.uint8), []
+        for target, values in enumerate(cell.task.targets.values()):
+            start = (8 * target) % (shape[0] - 8)
+            label[start : start + 8, 20:60, 20:60] = values[0]
+            rows += [(target, start + 4, y, 40) for y in range(20, 60)]
+        np.save(f"{volume.stem}.label.npy", label)
+        np.save(f"{volume.stem}.points.npy", np.asarray(rows, np.int32))
+    return volumes

@@ -1,0 +1,170 @@
+"""Image files: NIfTI, NRRD and MetaImage, their headers checked before a voxel is read."""
+
+import re
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from harness.api.task import SPACINGS
+from harness.data.image_names import NIFTI
+from harness.system.errors import UserError
+from harness.system.files import file_size
+
+Affine = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself before its voxels are read: `shape` (x, y, z[, channels]) and voxel -> mm `affine`."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    affine: Affine
+
+    @property
+    def spacing(self) -> NDArray[np.float64]:
+        """Voxel edges in mm along the array axes."""
+        return np.linalg.norm(self.affine[:3, :3], axis=0)
+
+    @property
+    def canonical_axes(self) -> NDArray[np.int64]:
+        """The array axis that runs along each canonical one: left to right, posterior to anterior, inferior to superior."""
+        along: NDArray[np.int64] = nib.orientations.io_orientation(self.affine)[:, 0].astype(int).argsort()
+        return along
+
+
+def read_header(path: Path) -> Header:
+    """Shape, type and place of an image, checked; no voxel is read.
+
+    Raises:
+        UserError: missing, no image, not 3D or 4D, not of numbers, larger than the memory that is free, a spacing that
+            cannot be, an affine that cannot be inverted, or an sform and a qform that disagree.
+    """
+    file_size(path)
+    header = _nifti_header(path) if path.name.endswith(NIFTI) else _itk().read_header(path)
+    shape, dtype = header.shape, header.dtype
+    if len(shape) not in (3, 4) or 0 in shape or dtype.kind not in "iuf":
+        what = "colour or vector voxels" if dtype.kind == "V" else str(dtype)
+        raise UserError(f"{path}: expected a 3D or 4D image of numbers, it is {shape} of {what}: convert it")
+    if min(shape[:3]) < 2:
+        raise UserError(f"{path}: shape {shape} is a single slice: this harness segments volumes, take the case out")
+    spacing = header.spacing
+    if not np.isfinite(header.affine).all() or abs(np.linalg.det(header.affine[:3, :3])) <= 1e-9 * prod(spacing):
+        raise UserError(f"{path}: its affine cannot be inverted, so voxels have no place in space: mend the header")
+    if spacing.min() < SPACINGS[0] or spacing.max() > SPACINGS[1]:
+        raise UserError(
+            f"{path}: its header says a spacing of {', '.join(f'{edge:g}' for edge in spacing)} mm; each must be within "
+            f"{SPACINGS[0]:g} to {SPACINGS[1]:g} mm: mend the header"
+        )
+    _fits_in_memory(path, shape, dtype)
+    return header
+
+
+def read_image(path: Path) -> tuple[NDArray[Any], Affine]:
+    """Scaled voxels (x, y, z) or (x, y, z, channels), in the file's own type where it needs no scaling; and the affine.
+
+    Raises:
+        UserError: as `read_header`; or the voxels are truncated or cannot be decoded.
+    """
+    header = read_header(path)
+    try:
+        voxels = _nifti_voxels(path) if path.name.endswith(NIFTI) else _itk().read_voxels(path)
+    # Foreign bytes make the readers raise nearly anything; whatever it is, the file is what is wrong.
+    except Exception as error:
+        raise unreadable(path, error) from None
+    return voxels, header.affine
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    """What to say of a file that its reader refused, in the reader's own words."""
+    # ITK begins with places in its own source.
+    reason = " ".join(
+        re.sub(r"\S+\.[ch]xx\S*|Exception thrown in SimpleITK \w+:|sitk::ERROR:", "", str(error)).split()
+    )[:200]
+    return UserError(f"{path} cannot be read ({type(error).__name__}: {reason}): restore the file")
+
+
+def _itk() -> Any:
+    """The readers of NRRD and MetaImage. Imported where such a file is met: SimpleITK takes 0.2 s, most data is NIfTI."""
+    from harness.data import itk_files
+
+    return itk_files
+
+
+def _nifti_header(path: Path) -> Header:
+    try:
+        image: Any = nib.load(path)
+        # As it is in the file: nibabel itself turns a spacing of 0 into 1 and drops a sign.
+        with nib.openers.ImageOpener(str(path)) as file:
+            raw = image.header_class.from_fileobj(file, check=False)
+        spacing = np.asarray(raw["pixdim"][1:4], dtype=np.float64)
+        sform, qform = (get(coded=True)[0] for get in (image.header.get_sform, image.header.get_qform))
+    except Exception as error:
+        raise unreadable(path, error) from None
+    if not np.isfinite(spacing).all() or (spacing <= 0).any():
+        raise UserError(
+            f"{path}: its header says a spacing of {', '.join(f'{v:g}' for v in spacing)} mm; each must be more than 0: "
+            "mend pixdim"
+        )
+    shape = tuple(int(edge) for edge in image.shape)
+    if sform is not None and qform is not None and len(shape) >= 3:
+        off = corners_apart(shape, np.asarray(sform), np.asarray(qform))
+        if off > 0.5:
+            raise UserError(
+                f"{path}: its sform and qform place voxels up to {off:.3g} voxels apart, and programs differ in which they "
+                "take: keep the right one and set the code of the other to 0"
+            )
+    return Header(shape, np.dtype(image.get_data_dtype()), np.asarray(image.affine, dtype=np.float64))
+
+
+def _nifti_voxels(path: Path) -> NDArray[Any]:
+    image: Any = nib.load(path)
+    proxy = image.dataobj
+    if (proxy.slope, proxy.inter) == (1, 0):
+        return np.asarray(proxy.get_unscaled())
+    return np.asarray(proxy, dtype=np.float32)
+
+
+def _fits_in_memory(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    need, free = prod(shape) * (dtype.itemsize + 4), psutil.virtual_memory().available
+    if need > free:
+        raise UserError(
+            f"{path}: its header claims {' x '.join(map(str, shape))} voxels, which take {need / 2**30:.1f} GiB; "
+            f"{free / 2**30:.1f} GiB are free: mend the header, or use a machine with more memory"
+        )
+
+
+def write_image(path: Path, voxels: NDArray[Any], affine: Affine) -> None:
+    """Voxels as a new file: NIfTI, or by its ending NRRD or MetaImage (3D, with a diagonal affine)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.name.endswith(NIFTI):
+        nib.save(nib.Nifti1Image(voxels, affine), path)
+    else:
+        _itk().write_image(path, voxels, affine)
+
+
+def write_label(path: Path, label: NDArray[np.uint8], affine: Affine) -> None:
+    """A label map (x, y, z) as NIfTI, by rename."""
+    image = nib.Nifti1Image(label, affine)
+    image.set_qform(affine, code=1)
+    image.set_sform(affine, code=1)
+    if corners_apart(label.shape, affine, np.asarray(image.get_qform())) > 0.1:
+        image.set_qform(None, code=0)  # it cannot say a shear (a tilted gantry)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")
+    nib.save(image, partial)
+    partial.replace(path)
+
+
+def corners_apart(shape: tuple[int, ...], first: Affine, second: Affine) -> float:
+    """Largest distance, in voxels, of a corner of the grid under two affines."""
+    corners = np.array([[*corner, 1] for corner in product(*((0, edge - 1) for edge in shape[:3]))], dtype=np.float64)
+    distance = np.linalg.norm((corners @ first.T - corners @ second.T)[:, :3], axis=1).max()
+    return float(distance / max(1e-9, np.linalg.norm(first[:3, :3], axis=0).min()))

@@ -1,0 +1,131 @@
+"""NRRD and MetaImage through SimpleITK, which is imported here only; headers that would crash it are refused."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk  # noqa: N813 - its own documentation's name
+from numpy.typing import NDArray
+
+from harness.data.image_files import Affine, Header, unreadable
+from harness.data.image_names import NRRD
+from harness.system.errors import UserError
+from harness.system.files import file_size
+
+# What ITK calls the type of a voxel.
+PIXEL = re.compile(r"(\d+)-bit (signed integer|unsigned integer|float)")
+KINDS = {"signed integer": "i", "unsigned integer": "u", "float": "f"}
+# Where text headers name another file: a data file beside the header is read, nothing else.
+NAMED_FILE = re.compile(
+    rb"^[ \t]*(?:ElementDataFile[ \t]*[=:]|data[ \t]*file[ \t]*:)[ \t]*(.*?)[ \t\r]*$", re.MULTILINE | re.IGNORECASE
+)
+LONGEST_HEADER = 2**20
+LONGEST_LINE = 400  # of NRRD; the reader writes its complaint about a longer one past the end of an array
+CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+KEPT = re.compile(r"#|content: |[^:]+:=")  # but for these, which it keeps as they are
+FIELD = re.compile(r"[ \t]*((?:[A-Za-z_]|[0-9A-Fa-f]{4}\|)[^=:]*)[=:](.*)")  # tags of DICOM begin with a digit
+PLACES = {"transformmatrix", "orientation", "rotation", "centerofrotation", "elementspacing", "elementsize", "offset"}
+PLACES |= {"origin", "position", "spacedirections", "spaceorigin", "spacings"}
+FARTHEST = 1e6  # mm; the reader turns 1e308 over and over
+
+
+def read_header(path: Path) -> Header:
+    """Shape, type and place. Raises UserError where the header cannot be read, or would harm the reader."""
+    try:
+        reader = _reader(path)
+        reader.ReadImageInformation()
+        dimension, shape = reader.GetDimension(), tuple(int(edge) for edge in reader.GetSize())
+        name = sitk.GetPixelIDValueAsString(reader.GetPixelID())
+        direction = np.asarray(reader.GetDirection()).reshape(dimension, dimension)[:3, :3]
+        spacing, origin = np.asarray(reader.GetSpacing())[:3], np.asarray(reader.GetOrigin())[:3]
+    except UserError:
+        raise
+    except Exception as error:
+        raise unreadable(path, error) from None
+    match = PIXEL.fullmatch(name)
+    dtype = np.dtype(f"{KINDS[match[2]]}{int(match[1]) // 8}" if match else "V1")
+    affine = np.eye(4)
+    if dimension >= 3:
+        # ITK's world is left, posterior, superior; NIfTI's is right, anterior, superior.
+        affine[:3, :3], affine[:3, 3] = direction * spacing, origin
+        affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    return Header(shape, dtype, affine)
+
+
+def read_voxels(path: Path) -> NDArray[Any]:
+    """Voxels (x, y, z). Raises whatever ITK raises for voxels that cannot be read."""
+    voxels: NDArray[Any] = sitk.GetArrayFromImage(_reader(path).Execute())
+    return voxels.transpose()  # (z, y, x) -> (x, y, z), without a copy
+
+
+def write_image(path: Path, voxels: NDArray[Any], affine: Affine) -> None:
+    """Voxels (x, y, z) with a diagonal affine in mm."""
+    image = sitk.GetImageFromArray(np.ascontiguousarray(voxels.transpose()))
+    image.SetSpacing([float(value) for value in np.diag(affine)[:3]])
+    # ITK's world is left, posterior, superior.
+    image.SetDirection([-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0])
+    image.SetOrigin([float(value) for value in affine[:3, 3] * (-1, -1, 1)])
+    sitk.WriteImage(image, str(path))
+
+
+def _reader(path: Path) -> Any:
+    for name in _named_files(path):
+        if name.upper() == "LOCAL":
+            continue
+        if name != Path(name).name or name in ("", ".", "..") or "%" in name or name.upper().startswith("LIST"):
+            raise UserError(
+                f"{path}: its voxels are in {name!r}; only a single file beside the header is read: move it there"
+            )
+        file_size(path.with_name(name))  # a pipe or a device would never end
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    reader = sitk.ImageFileReader()
+    # Another reader would see other fields than those that were checked.
+    reader.SetImageIO("NrrdImageIO" if path.suffix in NRRD else "MetaImageIO")
+    reader.SetFileName(str(path))
+    return reader
+
+
+def _named_files(path: Path) -> list[str]:
+    """The files that a text header names, as written in it."""
+    with path.open("rb") as file:
+        text = file.read(LONGEST_HEADER + 1)
+    # The header of NRRD ends with an empty line, MetaImage's with the place of its voxels.
+    end = re.search(
+        rb"\r?\n\r?\n" if path.suffix in NRRD else rb"^[ \t]*ElementDataFile[ \t]*[=:][^\n]*", text, re.MULTILINE
+    )
+    if end is None and len(text) > LONGEST_HEADER:
+        raise UserError(f"{path}: its header is longer than {LONGEST_HEADER >> 20} MiB: is this an image?")
+    header = text[: end.end()] if end else text
+    _check_fields(path, header.decode("latin-1"))
+    return [name.decode(errors="replace") for name in NAMED_FILE.findall(header)]
+
+
+def _check_fields(path: Path, header: str) -> None:
+    """Raises UserError for what crashes the reader, or keeps it busy without end; anything else it refuses itself."""
+    nrrd, fields = path.suffix in NRRD, dict[str, str]()
+    for line in (each.removesuffix("\r") for each in header.split("\n")):
+        match = FIELD.fullmatch(line)
+        key, value = (match[1].replace(" ", "").strip().lower(), match[2].strip()) if match else ("", "")
+        fields[key] = value
+        problem = ""
+        if CONTROL.search(line) or not (nrrd or match or not line.strip()):
+            problem = f"a line that is no field, {line[:40]!r}"
+        elif nrrd and len(line) > LONGEST_LINE and not KEPT.match(line):
+            problem = f"a line of {len(line)} bytes, {line[:40]!r}; at most {LONGEST_LINE} are read"
+        elif key in ("ndims", "dimension") and not re.fullmatch("[1-9]", value):
+            problem = f"{value[:40]!r} dimensions"
+        elif key in PLACES and not all(_near(part, nrrd) for part in re.split(r"[\s(),]+", value) if part):
+            problem = f"a number that is not within {FARTHEST:g} mm, {line[:80]!r}"
+        if problem:
+            raise UserError(f"{path} cannot be read, its header has {problem}: mend it, or write the image again")
+    if fields.get("byteskip", "").startswith("-") and fields.get("encoding", "").lower() != "raw":
+        raise UserError(f"{path} cannot be read, its byte skip is negative, which is for raw voxels: mend the header")
+
+
+def _near(number: str, nrrd: bool) -> bool:
+    """Whether a number of a header is finite and plausible; NRRD says `none` and `nan` for axes that are not in space."""
+    try:
+        return (nrrd and number.lower() in ("none", "nan")) or abs(float(number)) <= FARTHEST
+    except ValueError:
+        return False

@@ -1,0 +1,125 @@
+"""Orientation, spacing, crop and intensities of one case, in memory."""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from math import prod
+
+import nibabel as nib
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from harness.api.task import ImageSet, Percentiles, Window
+from harness.data.cases import Loaded
+from harness.data.geometry import Geometry, resample, resample_label
+from harness.system.errors import UserError
+
+POINTS_PER_TARGET = 2000
+STEPS = 32767  # of [0, 1] in int16; a step is 3e-5, far below any noise
+
+
+def quantise(image: NDArray[np.float32]) -> NDArray[np.int16]:
+    """[0, 1] -> the whole numbers that the cache holds."""
+    return np.rint(image * np.float32(STEPS)).astype(np.int16)
+
+
+def preprocess(
+    images: ImageSet, loaded: Loaded, source: str
+) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None, Geometry]:
+    """Native arrays -> prepared image (C, x, y, z) in [0, 1], label (x, y, z) and geometry. No file is touched.
+
+    Raises:
+        UserError: a channel of `source` has no contrast.
+    """
+    orientation = nib.orientations.io_orientation(loaded.affine)
+    turn = partial(nib.orientations.apply_orientation, ornt=orientation)
+    channels = [turn(channel) for channel in loaded.image]
+    spacing = np.empty(3)
+    spacing[orientation[:, 0].astype(int)] = loaded.spacing
+    box = _foreground(channels, images)
+    spans = tuple(slice(start, stop) for start, stop in box)
+    target = spacing if images.spacing is None else np.asarray(images.spacing)
+    shape = [stop - start for start, stop in box]
+    extent = preprocessed_extent(shape, spacing, target, len(channels), source)
+    image = np.empty((len(channels), *extent), dtype=np.float32)
+    for place, channel in enumerate(channels):
+        # Cubic, as nnU-Net; it overshoots at edges, hence the clip.
+        scaled = normalise(channel[spans], images.normalisation, source)
+        image[place] = scaled if extent == shape else resample(scaled, extent, order=3).clip(0, 1)
+    label = None
+    if loaded.label is not None:
+        label = np.ascontiguousarray(turn(loaded.label)[spans])
+        label = label if extent == shape else resample_label(label, extent)
+    x, y, z = loaded.image.shape[1:]
+    geometry = Geometry(
+        shape=(x, y, z),
+        affine=loaded.affine.tolist(),
+        box=box,
+        spacing=(float(target[0]), float(target[1]), float(target[2])),
+    )
+    return image, label, geometry
+
+
+def preprocessed_extent(
+    shape: Iterable[int], spacing: Iterable[float], target: Iterable[float], channels: int, source: str
+) -> list[int]:
+    """Voxels per axis once an image of `shape` and `spacing` is resampled to `target` mm.
+
+    Raises:
+        UserError: less than two voxels along an axis, or more than the free memory holds: the spacing cannot be right.
+    """
+    extent = [max(1, round(n * float(old) / float(new))) for n, old, new in zip(shape, spacing, target, strict=True)]
+    need, free = 4 * prod(extent) * (channels + 2), psutil.virtual_memory().available
+    if need > free or min(extent) < 2:
+        grids = f"{' x '.join(f'{edge:.3g}' for edge in spacing)} to {' x '.join(f'{edge:.3g}' for edge in target)} mm"
+        raise UserError(
+            f"{source}: resampling it from {grids} gives {' x '.join(map(str, extent))} voxels, {need / 2**30:.1f} GiB of "
+            f"{free / 2**30:.1f} GiB that are free: is its spacing in mm? Mend the header, or set another task.spacing"
+        )
+    return extent
+
+
+def normalise(channel: NDArray[np.float32], how: Percentiles | Window, source: str) -> NDArray[np.float32]:
+    """One channel (x, y, z) -> [0.001, 1], so that 0 is no intensity but the absence of one (HybridMIM's code).
+
+    Raises:
+        UserError: the channel has no contrast.
+    """
+    if isinstance(how, Window):
+        low, high = how.low, how.high
+    else:
+        present = channel[channel != 0]
+        if not present.size:
+            raise UserError(f"{source}: a channel has the same value 0 everywhere: restore the image")
+        low, high = (float(value) for value in np.percentile(present, [how.low, how.high]))
+        if not low < high:
+            raise UserError(f"{source}: a channel has the same value {low:g} nearly everywhere: restore the image")
+    scaled = channel - np.float32(low)
+    scaled *= np.float32(0.999 / (high - low))
+    scaled.clip(0, np.float32(0.999), out=scaled)
+    scaled += np.float32(0.001)
+    if isinstance(how, Percentiles):
+        scaled *= channel != 0
+    return scaled
+
+
+def _foreground(channels: Sequence[NDArray[np.float32]], images: ImageSet) -> tuple[tuple[int, int], ...]:
+    """Smallest box around what is not background in any channel; the whole image if that is nothing."""
+    inside = np.zeros(channels[0].shape, dtype=np.bool_)
+    for channel in channels:
+        inside |= channel > images.normalisation.low if isinstance(images.normalisation, Window) else channel != 0
+    box: list[tuple[int, int]] = []
+    for axis in range(3):
+        where = np.flatnonzero(inside.any(axis=tuple(other for other in range(3) if other != axis)))
+        box.append((int(where[0]), int(where[-1]) + 1) if len(where) else (0, inside.shape[axis]))
+    return tuple(box)
+
+
+def label_points(images: ImageSet, label: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """Voxels of every target for foreground-centred crops; evenly spread, so no randomness is needed."""
+    rows = [np.zeros((0, 4), dtype=np.int64)]
+    for number, values in enumerate(images.targets.values()):
+        flat = np.flatnonzero(np.isin(label, values))
+        chosen = flat[np.linspace(0, len(flat) - 1, min(len(flat), POINTS_PER_TARGET)).astype(int)]
+        rows.append(np.column_stack([np.full(len(chosen), number), *np.unravel_index(chosen, label.shape)]))
+    return np.concatenate(rows).astype(np.int32)

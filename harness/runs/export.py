@@ -1,0 +1,146 @@
+"""A finished run's weights for use elsewhere: `harness export`. With a model card, and checked before they are given away."""
+
+import json
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import monai.networks.nets
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from harness.api.registry import Registry
+from harness.runs.restore import Restored, in_memory, read_run, restore
+from harness.system.errors import UserError
+from leaderboards.table import escape_markdown
+
+FORMATS = ("monai", "safetensors", "onnx")
+EQUAL = 1e-4
+"""Largest difference of the outputs, relative to the largest output."""
+
+
+def export(run: Path, kind: str, out: Path, plugins: tuple[str, ...] = ()) -> list[Path]:
+    """Write `out`: weights, how to build the network, and the card; its files.
+
+    Raises:
+        UserError: a record that cannot be used, a folder that is there already, or no counterpart in this format.
+    """
+    if out.exists():
+        raise UserError(f"{out} is there already: give a new folder with --out")
+    record = read_run(run)
+    restored = restore(run, record, Registry(plugins))
+    network = restored.network.cpu().eval()
+    with torch.inference_mode(), in_memory(run, restored.trained.crop):
+        example = torch.rand(
+            1, len(restored.task.channels), *restored.trained.crop, generator=torch.Generator().manual_seed(0)
+        )
+        expected = network(example)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as partial:
+        place = Path(partial) / "export"
+        place.mkdir()
+        how = {"monai": _monai, "safetensors": _safetensors, "onnx": _onnx}[kind](
+            place, record, restored, example, expected
+        )
+        (place / "README.md").write_text(card(record, how), encoding="utf-8")
+        shutil.move(place, out)
+    return sorted(path for path in out.iterdir())
+
+
+def _monai(place: Path, record: dict[str, Any], restored: Restored, example: Tensor, expected: Tensor) -> str:
+    """Weights under MONAI's keys, and the network's class and arguments as JSON."""
+    counterpart = None
+    if record["protocol"] != "linear":
+        counterpart = restored.network.monai(restored.task.num_outputs)
+    if counterpart is None:
+        raise UserError(
+            f"MONAI has no network for {record['backbone']!r} under protocol {record['protocol']!r}: use --format safetensors "
+            "or onnx"
+        )
+    name, arguments = counterpart
+    theirs: nn.Module = getattr(monai.networks.nets, name)(**arguments).eval()
+    own, known = restored.network.state_dict(), theirs.state_dict()
+    if foreign := sorted(own.keys() - known.keys()):
+        raise RuntimeError(f"MONAI's {name} does not know {foreign[:4]}")
+    # MONAI's UNETR has a norm that nothing uses; it keeps its own values.
+    theirs.load_state_dict({**known, **own})
+    with torch.inference_mode():
+        _check_equal(theirs(example), expected)
+    _save(theirs, place, record)
+    (place / "network.json").write_text(
+        json.dumps({"class": f"monai.networks.nets.{name}", "arguments": arguments}, indent=1)
+    )
+    return f"""```python
+import json
+from monai.networks import nets
+from safetensors.torch import load_file
+
+arguments = json.load(open("network.json"))["arguments"]
+network = nets.{name}(**arguments)
+network.load_state_dict(load_file("weights.safetensors"))
+```"""
+
+
+def _safetensors(place: Path, record: dict[str, Any], restored: Restored, example: Tensor, expected: Tensor) -> str:
+    """The weights as the run left them."""
+    _save(restored.network, place, record)
+    return (
+        "The keys are those of this harness's backbone: `harness run --method official --set "
+        f"method.weights=weights.safetensors --backbone {record['backbone']}` starts from them."
+    )
+
+
+def _onnx(place: Path, record: dict[str, Any], restored: Restored, example: Tensor, expected: Tensor) -> str:
+    """The network for crops of the training's extent, batches of any size."""
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed: pip install onnx onnxscript") from None
+    batch = torch.export.Dim("batch", min=1)
+    torch.onnx.export(
+        restored.network,
+        (example,),
+        place / "network.onnx",
+        input_names=["image"],
+        output_names=["logits"],
+        dynamic_shapes=({0: batch},),
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    shape = ", ".join(map(str, (len(restored.task.channels), *restored.trained.crop)))
+    return f"`network.onnx` takes `image` (batch, {shape}) and gives `logits`; slide it over larger images."
+
+
+def _save(network: nn.Module, place: Path, record: dict[str, Any]) -> None:
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in network.state_dict().items()}
+    save_file(state, place / "weights.safetensors", metadata={"run_id": record["run_id"], "format": "pt"})
+
+
+def _check_equal(output: Tensor, expected: Tensor) -> None:
+    difference = float((output - expected).abs().max())
+    if difference > EQUAL * float(expected.abs().max()):
+        raise RuntimeError(f"MONAI's network gives another output with these weights: they differ by {difference:g}")
+
+
+def card(record: dict[str, Any], how: str) -> str:
+    """What somebody who gets the weights must know: data and its licence, protocol, results, preparation, limits.
+
+    Whatever comes from the record is escaped; `how` is ours and is not.
+    """
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("harness.runs", "templates"),
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: value if value is how else escape_markdown(value),
+    )
+    data = record["data"]
+    corpora = [f"{each['name']} ({each.get('licence', 'licence unknown')})" for each in data.get("corpora", [])]
+    pretrained = ", ".join(corpora) or f"the task's own {len(data.get('pretrain') or [])} training cases"
+    template = templates.get_template("card.md")
+    return template.render(record=record, how=how, pretrained=pretrained, version=version("ssl-seg-harness"))

@@ -1,0 +1,105 @@
+"""What `record.json` says of a run."""
+
+import time
+from typing import Any
+
+from torch import nn
+
+from harness.compute import environment, memory
+from harness.config.request import Request, options
+from harness.config.schema import RunConfig
+from harness.evaluation.evaluate import new_scoring
+from harness.runs.plan import RunPlan
+
+SCHEMA = 1
+
+
+def make_record(
+    setting: RunPlan,
+    summary: dict[str, Any],
+    seconds: dict[str, float],
+    tuned: dict[str, Any],
+    network: nn.Module,
+    stage: dict[str, Any],
+) -> dict[str, Any]:
+    config, task, trained = setting.config, setting.task, tuned["trained"]
+    device, scoring = next(network.parameters()).device, new_scoring(config.evaluate)
+    peaks = [memory.peak_memory(device), tuned["memory"]]
+    transfer = {name: value for name, value in tuned["transfer"].items() if name != "text"}
+    return {
+        "schema": SCHEMA,
+        "run_id": setting.run_id,
+        **{
+            option.record: getattr(config, name)
+            for name, option in options(Request)
+            if option.record in RunConfig.model_fields
+        },
+        "method_version": setting.plugins.method.version,
+        "task_version": task.version,
+        "overrides": config.overrides,
+        "data": _data_record(setting),
+        "task_description": {
+            "channels": list(task.channels),
+            "targets": {name: list(values) for name, values in task.targets.items()},
+            "labels": list(task.labels),
+            "overlapping": task.overlapping,
+        },
+        "config": config.model_dump(mode="json"),
+        "metrics": summary,
+        "metric_policy": scoring.policy,
+        "metric_definitions": {"hd95": scoring.hd95, "surface_dice_tolerance_mm": scoring.tolerance, "unit": "mm"},
+        "timing": {
+            "pretrain_step": stage.get("clock"),
+            "finetune_step": trained["clock"],
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        },
+        "computed_with": {"pretrain": stage.get("used"), "finetune": trained["used"]},
+        "resumed": {"pretrain": stage.get("resumed", 0), "finetune": trained["resumed"]},
+        "skipped_steps": {"pretrain": stage.get("skipped", []), "finetune": trained["skipped"]},
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "memory": {"pretrain": stage.get("memory"), "run": {key: _most(peaks, key) for key in peaks[0]}},
+        "environment": environment.describe_environment(device),
+        "transfer": transfer,
+        "method_prepare": stage.get("prepared", {}),
+        "files": setting.files,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _most(peaks: list[dict[str, Any]], key: str) -> float | None:
+    """The larger one of what several processes, one after the other, needed."""
+    known = [peak[key] for peak in peaks if peak.get(key) is not None]
+    return max(known, default=None)
+
+
+def _data_record(setting: RunPlan) -> dict[str, Any]:
+    data, split = setting.data, setting.data.split
+    scans = [case.id for each in setting.corpora for case in each.cases]
+    return {
+        "source": "phantom" if setting.phantom else "real",
+        "fingerprint": data.fingerprint,
+        "licence": setting.task.licence,
+        "n_train": len(setting.label_cases),
+        "n_test": len(setting.test),
+        "train": [case.id for case in setting.label_cases],
+        "pretrain": scans or [case.id for case in setting.train],
+        "test": [case.id for case in setting.test],
+        "split": setting.config.split,
+        "split_by": split.by,
+        "left_out": split.left_out,
+        "repeated": split.repeated,
+        "corpora": [
+            {
+                "name": each.corpus.name,
+                "fingerprint": each.label.partition("@")[2],
+                "n": len(each.cases),
+                "normalisation": repr(each.corpus.normalisation),
+                "spacing": each.corpus.spacing,
+                "licence": each.corpus.licence,
+                "skipped": each.inventory.bad,
+            }
+            for each in setting.corpora
+        ],
+        "overlap": setting.overlap,
+        "n_test_seen": setting.num_test_seen,
+    }

@@ -1,0 +1,132 @@
+"""The command that made a run, what differs here from where it was made, and the same run again: `harness reproduce`."""
+
+import shlex
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.compute import environment
+from harness.config.request import Request, command, recorded_fields
+from harness.runs.locate import locate
+from harness.runs.plan import plan
+from harness.system.errors import UserError
+from leaderboards.records import load_run
+
+ENVIRONMENT = ("python", "platform", "cpu", "threads", "torch", "cuda", "gpu", "harness")
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A run's request, and (what, there, here) for all that differs."""
+
+    record: Mapping[str, Any]
+    request: Request
+    differences: list[tuple[str, str, str]]
+
+    @property
+    def command(self) -> str:
+        """The exact command, with what is only known here (`--data`, `--runs`, `--plugin`) as it was given."""
+        return shlex.join(command(self.request))
+
+    def __str__(self) -> str:
+        environment = self.record.get("environment", {})
+        git = environment.get("git") or {}
+        lines = [f"the command of {self.record['run_id']}:", f"  {self.command}", "made with:"]
+        lines += [f"  {name}: {environment[name]}" for name in ENVIRONMENT if environment.get(name) is not None]
+        packages = ", ".join(f"{name} {version}" for name, version in (environment.get("packages") or {}).items())
+        lines += [f"  packages: {packages}"] if packages else []
+        dirty = " with uncommitted changes" if git.get("dirty") else ""
+        lines += [f"  revision: {git['revision']}{dirty}"] if git.get("revision") else []
+        lines += ["what differs here:" if self.differences else "nothing differs here"]
+        lines += [f"  {name}: there {there}, here {here}" for name, there, here in self.differences]
+        return "\n".join(" ".join(line.split(" ")) for line in lines)
+
+
+def inspect(
+    record: Mapping[str, Any], data: Path | None, runs: Path, plugins: Sequence[str], corpora: Sequence[str]
+) -> Reproduction:
+    """The request of a record, and what differs here; the data is opened where it is at hand.
+
+    Raises:
+        UserError: plugins that are not here, or a corpus whose folder the record does not know.
+    """
+    request = _request(record, data, runs, plugins, corpora)
+    return Reproduction(record, request, [*_environment(record), *_data(record, request)])
+
+
+def compare(record: Mapping[str, Any], cases: Path, again: Mapping[str, Any], cases_again: Path) -> str:
+    """How far the second run's results are from the first's, in one sentence."""
+    if cases.exists() and cases.read_bytes() == cases_again.read_bytes():
+        return "every case has the same scores, to the last digit"
+    here, there = (each["metrics"].get("average", {}).get("dice") for each in (again, record))
+    averages = f"average Dice there {_number(there)}, here {_number(here)}"
+    if not cases.exists():
+        return averages
+    first, second = load_run(cases.parent), load_run(cases_again.parent)
+    if first.cases != second.cases or first.targets != second.targets:
+        return f"{averages}; the test cases are others"
+    largest = float(np.nanmax(abs(first.dice - second.dice), initial=0.0))
+    return f"{averages}; the largest difference of a case is {largest:.6f}"
+
+
+def _number(value: float | None) -> str:
+    return "not stated" if value is None else f"{value:.6f}"
+
+
+def _request(
+    record: Mapping[str, Any], data: Path | None, runs: Path, plugins: Sequence[str], corpora: Sequence[str]
+) -> Request:
+    named = [str(each["name"]) for each in record["data"].get("corpora", [])]
+    if named and not corpora:
+        corpora = named
+    if len(corpora) != len(named):
+        raise UserError(f"the run was pre-trained on {', '.join(named) or 'no corpus'}: give --corpus for each of them")
+    known = recorded_fields(record)
+    return Request(
+        **known,
+        data=None if record["data"]["source"] == "phantom" else data,
+        runs=runs,
+        settings=tuple(f"{key}={value}" for key, value in record["overrides"].items()),
+        plugins=tuple(plugins),
+        corpora=tuple(corpora),
+        allow_overlap=bool(record["data"].get("overlap")),
+    )
+
+
+def _environment(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    there: Mapping[str, Any] = record.get("environment", {})
+    here = environment.describe_environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    pairs = [(name, there.get(name), here[name]) for name in ENVIRONMENT]
+    packages = there.get("packages") or {}
+    pairs += [(name, version, here["packages"].get(name)) for name, version in packages.items()]
+    git = there.get("git") or {}
+    pairs.append(("revision", git.get("revision"), here["git"]["revision"]))
+    found = [(name, str(a), str(b)) for name, a, b in pairs if a != b]
+    if git.get("dirty") or here["git"]["dirty"]:
+        found.append(("uncommitted changes", str(bool(git.get("dirty"))), str(bool(here["git"]["dirty"]))))
+    return found
+
+
+def _data(record: Mapping[str, Any], request: Request) -> list[tuple[str, str, str]]:
+    there = record["data"]
+    if request.data is None and there["source"] == "real":
+        return [("data", f"real, fingerprint {there['fingerprint']}", "not given: --data DIR")]
+    # Elsewhere: to look leaves nothing behind.
+    with tempfile.TemporaryDirectory() as place:
+        aside = replace(request, runs=Path(place))
+        setting = plan(aside, *locate(aside))
+    found = []
+    if setting.data.fingerprint != there["fingerprint"]:
+        found.append(("data fingerprint", there["fingerprint"], setting.data.fingerprint))
+    if setting.task.version != record["task_version"]:
+        found.append(("task version", record["task_version"], setting.task.version))
+    if setting.plugins.method.version != record.get("method_version"):
+        found.append(("method version", str(record.get("method_version")), setting.plugins.method.version))
+    if setting.run_id != record["run_id"]:
+        found.append(("run id", record["run_id"], setting.run_id))
+    return found

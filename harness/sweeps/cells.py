@@ -1,0 +1,221 @@
+"""Many runs from one file: a matrix of methods, backbones, tasks, label fractions, seeds and settings."""
+
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from harness.config.request import Request, options
+from harness.runs.locate import locate
+from harness.runs.plan import RunPlan, plan
+from harness.system.errors import UserError, unknown
+from harness.system.files import digest, expand, read_json
+
+MOST_CELLS = 10_000
+LARGEST = 2**20  # bytes of a sweep file
+AXES = {name: option.axis for name, option in options(Request) if option.axis is not None}
+KEYS = (*AXES, "settings", "data", "corpus")
+PHANTOM = "phantom"
+
+
+@dataclass(frozen=True)
+class SweepCell:
+    """One run of a sweep."""
+
+    request: Request
+
+    def __str__(self) -> str:
+        request = self.request
+        fraction = f" {request.label_fraction:.0%} of the labels" if request.label_fraction < 1 else ""
+        settings = f" {{{', '.join(request.settings)}}}" if request.settings else ""
+        split = f" split {request.split}" if request.split != "fixed" else ""
+        corpora = f" on {'+'.join(request.corpora)}" if request.corpora else ""
+        protocol = f" {request.protocol}" if request.protocol != "finetune" else ""
+        name = f"{request.method} {request.backbone} {request.task} {request.preset} seed {request.seed}"
+        return f"{name}{protocol}{fraction}{split}{corpora}{settings}"
+
+    @property
+    def name(self) -> str:
+        """For files about it."""
+        request = self.request
+        task = Path(request.task).name
+        return f"{task}-{request.method}-{request.backbone}-{request.preset}-s{request.seed}-{digest(str(self))[:6]}"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A cell that is to be run.
+
+    Attributes:
+        folder: of its run.
+        pretrain: folder of the pre-training that it may share with others; None where nothing is pre-trained.
+        lengths: steps of pre-training and of fine-tuning, and test cases.
+    """
+
+    cell: SweepCell
+    folder: Path
+    pretrain: Path | None
+    lengths: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell: a folder, or the reason why there is none. `before`: it failed in an earlier sweep."""
+
+    cell: SweepCell
+    folder: Path | None
+    problem: str
+    seconds: float
+    before: bool = False
+
+
+def read(path: Path, base: Request) -> list[SweepCell]:
+    """The cells of a sweep file, in its order, each once.
+
+    The file holds `[[matrix]]` tables, whose keys may be single values or lists, and `[defaults]` for all of them:
+    method, backbone, task, preset, mode, protocol, split, seed, label_fraction, `settings` (a table of `--set` values, or a
+    list of them), `corpus` (a name or folder, a list of them, or a list of such lists, each of which is pre-trained on together)
+    and `data` (a folder, relative to the file; or "phantom"). `base` has what the command line gave.
+
+    Raises:
+        UserError: not TOML, unknown keys, values of the wrong type, or no method or task.
+    """
+    try:
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"{path} is larger than 1 MiB: a sweep file describes cells, it does not list them")
+        content = tomllib.loads(path.read_text())
+    # Numbers of thousands of digits are a ValueError of their own, as what is no TOML and no UTF-8 is.
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as a sweep file: {error}") from None
+    for key in content:
+        if key not in ("description", "defaults", "matrix"):
+            raise unknown(f"key in {path},", key, ("description", "defaults", "matrix"))
+    defaults, blocks = content.get("defaults", {}), content.get("matrix", [{}])
+    if not isinstance(defaults, dict) or not isinstance(blocks, list) or not all(isinstance(b, dict) for b in blocks):
+        raise UserError(
+            f"{path}: [defaults] is a table and [[matrix]] a list of tables: write them with these brackets"
+        )
+    cells: dict[SweepCell, None] = {}
+    for block in blocks:
+        for request in _expand(path, defaults, block, base):
+            cells[SweepCell(request)] = None
+            if len(cells) > MOST_CELLS:
+                raise UserError(f"{path} describes more than {MOST_CELLS} runs: split it into several files")
+    return list(cells)
+
+
+def _expand(path: Path, defaults: dict[str, Any], block: dict[str, Any], base: Request) -> Iterator[Request]:
+    for key in (*defaults, *block):
+        if key not in KEYS:
+            raise unknown(f"key of a matrix in {path},", key, KEYS)
+    merged = defaults | block
+    axes = {}
+    for key, kind in AXES.items():
+        values = merged.get(key, getattr(base, key))
+        axes[key] = values if isinstance(values, list) else [values]
+        if not axes[key]:
+            raise UserError(
+                f"{path}: {key} is an empty list, which leaves nothing to run: give a value or take the key out"
+            )
+        for value in axes[key]:
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise UserError(f"{path}: {key} is a number of more than 63 bits: give a smaller one")
+            if not value or isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+                if key == "seed" and value == 0 and not isinstance(value, bool):
+                    continue
+                raise UserError(
+                    f"{path}: {key} = {_shown(value)} is not a {kind.__name__}: give one, or a list of them"
+                )
+    if (number := prod(len(values) for values in axes.values())) > MOST_CELLS:
+        raise UserError(f"{path}: a matrix of {number} runs, at most {MOST_CELLS} are allowed: take values out")
+    for settings in _settings(path, defaults.get("settings", {}), block.get("settings", {})):
+        for *values, corpora in product(*axes.values(), _corpora(path, merged.get("corpus"), base.corpora)):
+            request = replace(base, **dict(zip(axes, values, strict=True)), settings=(*base.settings, *settings))
+            yield replace(request, data=_data(path, merged.get("data"), base.data), corpora=corpora)
+
+
+def _settings(path: Path, common: Any, own: Any) -> list[tuple[str, ...]]:
+    found = []
+    for table in own if isinstance(own, list) else [own]:
+        if not isinstance(common, dict) or not isinstance(table, dict):
+            raise UserError(f'{path}: settings are tables of --set values, for instance {{"method.mask_ratio" = 0.6}}')
+        found.append(tuple(f"{key}={_text(path, key, value)}" for key, value in (common | table).items()))
+    return found
+
+
+def _corpora(path: Path, named: Any, given: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """One tuple of corpora per cell; folders (with a slash) are relative to the file."""
+    if named is None:
+        return [given]
+    sets = [each if isinstance(each, list) else [each] for each in (named if isinstance(named, list) else [named])]
+    if not sets or not all(isinstance(one, str) and one for each in sets for one in each) or not all(sets):
+        raise UserError(
+            f"{path}: corpus = {_shown(named)}: give names or folders, a list of them, or a list of lists of them"
+        )
+    return [tuple(str(path.parent / expand(one)) if "/" in one else one for one in each) for each in sets]
+
+
+def _shown(value: Any) -> str:
+    """A value for a message; numbers of thousands of digits cannot be printed."""
+    try:
+        return repr(value)[:80]
+    except ValueError:
+        return "a number of thousands of digits"
+
+
+def _text(path: Path, key: str, value: Any) -> str:
+    values = value if isinstance(value, list) else [value]
+    for each in values:
+        if not isinstance(each, str | int | float) or (isinstance(each, int) and abs(each) >= 2**63):
+            raise UserError(f"{path}: settings: {key[:80]} is no text, number, yes or no, nor a list of them: give one")
+    return ",".join(map(str, values))
+
+
+def _data(path: Path, named: Any, given: Path | None) -> Path | None:
+    if named is None:
+        return given
+    if not isinstance(named, str):
+        raise UserError(f'{path}: data = {_shown(named)} is not a folder: give its name, or "{PHANTOM}"')
+    try:
+        return None if named == PHANTOM else path.parent / Path(named).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: data = {named!r}: {error} Give a folder") from None
+
+
+def sort_out(cells: Sequence[SweepCell], notes: Path, retry: bool = False) -> tuple[list[Planned], list[Outcome]]:
+    """Cells to run, and outcomes of those that are finished, failed before or cannot run. Phantoms are written.
+
+    Args:
+        notes: folder with what earlier sweeps noted of cells that failed.
+        retry: run those again.
+    """
+    todo: list[Planned] = []
+    known = []
+    for cell in cells:
+        began = time.perf_counter()
+        try:
+            setting = plan(cell.request, *locate(cell.request))
+        except (UserError, OSError) as error:
+            known.append(Outcome(cell, None, str(error), time.perf_counter() - began))
+            continue
+        runs = cell.request.runs
+        folder, failed = runs / setting.run_id, read_json(notes / f"{cell.name}.failed.json")
+        if (folder / "record.json").exists():
+            known.append(Outcome(cell, folder, "", 0.0))
+        elif isinstance(failed, dict) and not retry:
+            known.append(Outcome(cell, None, str(failed.get("problem")), 0.0, before=True))
+        else:
+            todo.append(_planned(cell, setting, folder))
+    return todo, known
+
+
+def _planned(cell: SweepCell, setting: RunPlan, folder: Path) -> Planned:
+    config, trains = setting.config, bool(setting.plugins.method.trains)
+    first = config.pretrain.schedule(setting.num_pretrain)[0] if trains else 0
+    second, _ = config.finetune.schedule(len(setting.label_cases))
+    pretrain = setting.pretrain_folder(cell.request.runs) if trains else None
+    return Planned(cell, folder, pretrain, (first, second, len(setting.test)))

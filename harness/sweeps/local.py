@@ -1,0 +1,60 @@
+"""Launcher: processes of this machine."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.sweeps.job import Job, Launcher, own_environment
+
+
+class Local(Launcher):
+    """So many jobs at a time on this machine; GPUs are handed out in turn."""
+
+    def __init__(self, notes: Path, processes: int, jobs: int) -> None:
+        super().__init__(notes, processes)
+        self.jobs, self.gpus = jobs, visible_gpus()
+        self.running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
+
+    def room(self) -> int:
+        return self.jobs - len(self.running)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            slot = next(number for number in range(self.jobs) if number not in self.running)
+            with self.log(job).open("ab") as log:
+                words, own = job.words(self.processes), own_environment(os.environ)
+                cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+                own.setdefault("OMP_NUM_THREADS", str(max(1, cores // (self.jobs * self.processes))))
+                if self.gpus:
+                    places = range(slot * self.processes, (slot + 1) * self.processes)
+                    own["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus[place % len(self.gpus)] for place in places)
+                # A group of its own: Ctrl-C reaches it through `stop`, once.
+                process = subprocess.Popen(words, stdout=log, stderr=log, env=own, start_new_session=True)
+            self.running[slot] = job, process
+
+    def poll(self) -> list[tuple[Job, int | None]]:
+        ended = {slot: (job, process.poll()) for slot, (job, process) in self.running.items()}
+        ended = {slot: each for slot, each in ended.items() if each[1] is not None}
+        for slot in ended:
+            del self.running[slot]
+        return list(ended.values())
+
+    def stop(self) -> str:
+        for _, process in self.running.values():
+            process.terminate()
+        for _, process in self.running.values():
+            process.wait()
+        return "its jobs have written checkpoints"
+
+
+def visible_gpus() -> list[str]:
+    """Names of the GPUs that may be handed out, without importing torch."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [each for each in named.split(",") if each.strip()]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    return [str(number) for number, line in enumerate(listed.splitlines()) if line.startswith("GPU")]

@@ -1,0 +1,159 @@
+"""Launcher: a Slurm cluster, through submitit."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from harness.sweeps.job import POLL, Job, Launcher, own_environment
+from harness.system.console import say
+from harness.system.errors import UserError
+from harness.system.files import read_json, write_atomic
+
+
+class Slurm(Launcher):
+    """Arrays of a Slurm cluster, through submitit; cells depend on the pre-training that they share.
+
+    What became of a job is read from the file that its last act is to write, and from `squeue`: accounting is not needed.
+    A job that is gone without such a file was killed.
+    """
+
+    waits_itself = True
+
+    def __init__(self, notes: Path, processes: int, jobs: int, parameters: Mapping[str, str]) -> None:
+        super().__init__(notes, processes)
+        try:
+            import submitit
+        except ImportError:
+            raise UserError("--launcher slurm needs submitit: pip install 'ssl-seg-harness[slurm]'") from None
+        if shutil.which("sbatch") is None:
+            raise UserError("--launcher slurm: there is no sbatch here: start the sweep on a node that submits jobs")
+        self.executor = submitit.AutoExecutor(folder=notes / "slurm", cluster="slurm")
+        given = {key if key in _SHARED else f"slurm_{key}": _number_or_text(text) for key, text in parameters.items()}
+        try:
+            self.executor.update_parameters(**{"timeout_min": 24 * 60, "slurm_array_parallelism": jobs, **given})
+        # Its own words name what is allowed.
+        except (NameError, ValueError, TypeError, AssertionError) as error:
+            raise UserError(f"--slurm: {' '.join(str(error).split())}") from None
+        self.jobs: dict[str, Job] = {}
+        self.missing: dict[str, int] = {}
+
+    def room(self) -> int:
+        return sys.maxsize
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        jobs = [job for job in jobs if not self._attach(job)]
+        if not jobs:
+            return
+        ids = {job.name: number for number, job in self.jobs.items()}
+        needed = ids.get(jobs[0].needs.name) if jobs[0].needs else None
+        # After any end of it: if it was killed, the first of these goes on with it, under its lock.
+        extra = {"dependency": f"afterany:{needed}"} if needed else {}
+        self.executor.update_parameters(
+            name=f"harness-{self.notes.name}"[:60], slurm_additional_parameters={**extra, "requeue": True}
+        )
+        for job in jobs:
+            self._status(job).unlink(missing_ok=True)
+        with self.executor.batch():
+            submitted = [
+                self.executor.submit(Work(job.words(self.processes), self.log(job), self._status(job))) for job in jobs
+            ]
+        for job, each in zip(jobs, submitted, strict=True):
+            self.jobs[each.job_id] = job
+            write_atomic(self.notes / f"{job.name}.job.json", json.dumps({"job": each.job_id, "attempt": job.attempt}))
+            say(f"job {each.job_id}: {job.name}{f' after {needed}' if needed else ''}")
+
+    def poll(self) -> list[tuple[Job, int | None]]:
+        queued = queue()
+        if queued is None:
+            return []
+        ended: list[tuple[Job, int | None]] = []
+        for number, job in list(self.jobs.items()):
+            if number in queued:
+                self.missing.pop(number, None)
+                continue
+            status = read_json(self._status(job))
+            found = status.get("status") if isinstance(status, dict) else None
+            # The file of a job that has just ended may take a moment on a network file system.
+            self.missing[number] = self.missing.get(number, 0) + 1
+            if found is None and self.missing[number] < 3:
+                continue
+            del self.jobs[number]
+            (self.notes / f"{job.name}.job.json").unlink(missing_ok=True)
+            ended.append((job, found))
+        return ended
+
+    def stop(self) -> str:
+        return f"its {len(self.jobs)} jobs stay in the queue; the same command watches them again"
+
+    def _attach(self, job: Job) -> bool:
+        """Whether an earlier sweep has submitted it, and it still is in the queue."""
+        noted = read_json(self.notes / f"{job.name}.job.json")
+        number = str(noted.get("job")) if isinstance(noted, dict) else ""
+        if job.attempt or not number or number not in (queue() or {}):
+            return False
+        self.jobs[number] = job
+        say(f"job {number}: {job.name} is in the queue already")
+        return True
+
+    def _status(self, job: Job) -> Path:
+        return self.notes / f"{job.name}.status.json"
+
+
+_SHARED = ("timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node", "stderr_to_stdout")
+
+
+class Work:
+    """What submitit calls on the node: the command in a process of its own, and its exit status into a file."""
+
+    def __init__(self, words: list[str], log: Path, status: Path) -> None:
+        self.words, self.log, self.status = words, str(log.resolve()), str(status.resolve())
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self) -> int:
+        own = own_environment(os.environ)
+        own.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+        with Path(self.log).open("ab") as log:
+            self.process = subprocess.Popen(self.words, stdout=log, stderr=log, env=own)
+            status = self._wait()
+        write_atomic(Path(self.status), json.dumps({"status": status}))
+        return status
+
+    def checkpoint(self) -> Any:
+        """Slurm takes the node away: the run saves its state, and the job goes back into the queue."""
+        if self.process is not None:
+            self.process.terminate()
+            self._wait()
+        return submitit.helpers.DelayedSubmission(Work(self.words, Path(self.log), Path(self.status)))
+
+    def _wait(self) -> int:
+        """As `Popen.wait`, which cannot be called once more from the handler of a signal that interrupts it."""
+        assert self.process is not None
+        while (status := self.process.poll()) is None:
+            time.sleep(POLL)
+        return status
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"process": None}
+
+
+def queue() -> dict[str, str] | None:
+    """Jobs of this user and their states; None where Slurm does not answer."""
+    asked = ["squeue", "--noheader", "--array", "--me", "--format=%i|%T"]
+    answer = subprocess.run(asked, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        return None
+    pairs = (line.strip().partition("|") for line in answer.stdout.splitlines())
+    ended = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+    return {number: state for number, _, state in pairs if state not in ended}
+
+
+def _number_or_text(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text

@@ -1,0 +1,68 @@
+"""What is trained with labels: the whole network, all but its encoder, or one layer on top of the frozen encoder."""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from harness.api.backbone import Backbone
+from harness.config.request import FinetuneProtocol
+
+
+class LinearProbe(nn.Module):
+    """One 1x1x1 layer on the pyramid of a frozen encoder, upsampled to the image; decoder and head are not used.
+
+    The layer acts on each level before that is upsampled (trilinear), which gives the same sum at a fraction of the cost:
+    both are linear, and the weights of the interpolation add up to one.
+    """
+
+    def __init__(self, backbone: Backbone, num_outputs: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.probe = nn.Conv3d(sum(backbone.channels), num_outputs, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(N, C, x, y, z) -> logits (N, num_outputs, x, y, z)."""
+        with torch.no_grad():
+            pyramid = self.backbone.encode(image)
+        bias = self.probe.bias
+        assert bias is not None
+        logits = bias.view(1, -1, 1, 1, 1)
+        for features, weight in zip(pyramid, self.probe.weight.split(self.backbone.channels, dim=1), strict=True):
+            level = F.conv3d(features, weight.to(features.dtype))
+            logits = logits + F.interpolate(level, image.shape[2:], mode="trilinear", align_corners=False)
+        return logits
+
+
+def with_head(backbone: Backbone, num_outputs: int, protocol: FinetuneProtocol) -> nn.Module:
+    """The network that is trained and evaluated, image -> logits, with a new head; what is fixed takes no gradient."""
+    if protocol == "linear":
+        backbone.requires_grad_(False)
+        return LinearProbe(backbone, num_outputs)
+    backbone.set_head(num_outputs)
+    if protocol == "frozen":
+        for module in fixed(backbone, protocol):
+            module.requires_grad_(False)
+    return backbone
+
+
+def fixed(network: nn.Module, protocol: FinetuneProtocol) -> tuple[nn.Module, ...]:
+    """Modules that training leaves as they are; they stay in evaluation mode, so that running statistics do as well."""
+    if isinstance(network, LinearProbe):
+        return (network.backbone,)
+    if protocol == "frozen":
+        assert isinstance(network, Backbone)
+        return tuple(getattr(network, child) for child in network.parts["encoder"])
+    return ()
+
+
+def digest_modules(modules: Iterable[nn.Module]) -> str:
+    """Digest of every parameter and buffer, names included."""
+    found = hashlib.blake2b(digest_size=16)
+    for module in modules:
+        for name, value in sorted(module.state_dict().items()):
+            found.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
+            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
