@@ -348,7 +348,7 @@ def _with_geometry(task: FolderTask, folder: Path) -> FolderTask:
     median = np.median(spacings, axis=0)
     # Four decimals, and of a microscope's spacings four digits.
     x, y, z = (round(float(value), max(4, 3 - floor(log10(value)))) for value in median)
-    return replace(task, spacing=(x, y, z), presets=crops(np.median(extents, axis=0) / median))
+    return replace(task, spacing=(x, y, z), presets=crops(list(np.median(extents, axis=0) / median)))
 
 
 def _is_ct(channels: Iterable[str]) -> bool:
