@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from harness.api.losses import dice_loss
     from harness.api.masks import any_box, inside_boxes, num_masked, random_integers, random_patches, to_voxels
     from harness.api.method import Batch, Method, Preparation, Source, Transform, VolumeSource
-    from harness.api.settings import Settings, Size3
+    from harness.api.settings import Settings, Size3, Triple
     from harness.api.task import Archive, Case, ImageSet, Percentiles, PhantomShape, Task, Window
     from harness.data.arrays import cut
     from harness.data.corpus import Corpus
@@ -39,6 +39,7 @@ _HOME = {
     "Size3": "harness.api.settings",
     "Source": "harness.api.method",
     "Task": "harness.api.task",
+    "Triple": "harness.api.settings",
     "Transform": "harness.api.method",
     "UserError": "harness.system.errors",
     "VolumeSource": "harness.api.method",
@@ -82,6 +83,7 @@ __all__ = [
     "Source",
     "Task",
     "Transform",
+    "Triple",
     "UserError",
     "VolumeSource",
     "Window",

@@ -9,9 +9,20 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from harness import Backbone, Batch, Method, Settings, Size3, UserError, crop, gather, random_patches, to_voxels, total
-
-Triple = tuple[int, int, int]
+from harness import (
+    Backbone,
+    Batch,
+    Method,
+    Settings,
+    Size3,
+    Triple,
+    UserError,
+    crop,
+    gather,
+    random_patches,
+    to_voxels,
+    total,
+)
 
 
 class HybridMIM(Method):

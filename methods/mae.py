@@ -7,10 +7,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from harness import Backbone, Batch, Method, Settings, Size3, UserError, num_masked, random_patches, to_voxels
+from harness import Backbone, Batch, Method, Settings, Size3, Triple, UserError, num_masked, random_patches, to_voxels
 from methods.simmim import masked_mean
-
-Triple = tuple[int, int, int]
 
 
 class MAE(Method):

@@ -12,9 +12,8 @@ from pydantic import Field, FilePath
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from harness import Backbone, Method, Settings, UserError, inflate
+from harness import Backbone, Method, Settings, Triple, UserError, inflate
 
-Triple = tuple[int, int, int]
 CONTAINERS = ("state_dict", "model", "model_state_dict", "network_weights", "net")
 PREFIXES = ("module.", "model.", "backbone.")
 LONGEST_KEY = 1000  # prefixes are taken off one by one

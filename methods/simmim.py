@@ -6,9 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from harness import Backbone, Batch, Method, Settings, Size3, UserError, num_masked, random_patches, to_voxels
-
-Triple = tuple[int, int, int]
+from harness import Backbone, Batch, Method, Settings, Size3, Triple, UserError, num_masked, random_patches, to_voxels
 
 
 class SimMIM(Method):

@@ -5,11 +5,10 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from harness import Backbone, Batch, Method, Settings, UserError, any_box, rand, random_integers
+from harness import Backbone, Batch, Method, Settings, Triple, UserError, any_box, rand, random_integers
 from methods.hybridmim import contrastive_loss
 from methods.simmim import VoxelHead
 
-Triple = tuple[int, int, int]
 PLANES = ((0, 1), (0, 2), (1, 2))
 
 

@@ -24,12 +24,12 @@ from harness import (
     Size3,
     Source,
     Transform,
+    Triple,
     UserError,
     VolumeSource,
 )
 from methods.models_genesis import paint_in, paint_out, remap_intensities, shuffle_locally
 
-Triple = tuple[int, int, int]
 Image = NDArray[np.float32]
 ATTEMPTS = 200  # random coordinates tried for a word, as published
 SCALES = 3  # each instance comes at its own size and at two larger ones, as published

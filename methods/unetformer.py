@@ -3,10 +3,8 @@
 from pydantic import Field
 from torch import Tensor, nn
 
-from harness import Backbone, Batch, Method, Settings, Size3, random_patches, to_voxels
+from harness import Backbone, Batch, Method, Settings, Size3, Triple, random_patches, to_voxels
 from methods.simmim import VoxelHead, check_patches, masked_mean, new_token
-
-Triple = tuple[int, int, int]
 
 
 class UNetFormer(Method):

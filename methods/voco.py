@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from harness import Backbone, Batch, Method, Settings, Size3, UserError, random_integers, total
-
-Triple = tuple[int, int, int]
+from harness import Backbone, Batch, Method, Settings, Size3, Triple, UserError, random_integers, total
 
 
 class VoCo(Method):

@@ -5,9 +5,18 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness import Backbone, Batch, Method, Settings, UserError, inside_boxes, previous, random_integers, total
-
-Triple = tuple[int, int, int]
+from harness import (
+    Backbone,
+    Batch,
+    Method,
+    Settings,
+    Triple,
+    UserError,
+    dice_loss,
+    inside_boxes,
+    previous,
+    random_integers,
+)
 
 
 class VolumeFusion(Method):
@@ -60,7 +69,9 @@ class VolumeFusion(Method):
         image = batch["image"]
         label = self.draw_label(image)
         logits = self.classify(self.backbone.decode(self.backbone.encode(self.fuse(image, label)))).float()
-        return {"dice": dice_loss(logits, label), "cross_entropy": F.cross_entropy(logits, label)}
+        classes = torch.arange(logits.shape[1], device=label.device).view(1, -1, 1, 1, 1)
+        dice = dice_loss(logits.softmax(dim=1), label[:, None] == classes)
+        return {"dice": dice, "cross_entropy": F.cross_entropy(logits, label)}
 
     def show(self, batch: Batch) -> dict[str, Tensor]:
         image = batch["image"]
@@ -98,16 +109,3 @@ class VolumeFusion(Method):
         """Background crop and foreground crop (the previous of the batch), blended by `label` / K."""
         weight = label[:, None].to(image.dtype) / self.config.coefficients
         return weight * previous(image) + (1 - weight) * image
-
-
-def dice_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """1 - soft Dice over the batch, mean of the classes: logits (N, K + 1, x, y, z), label (N, x, y, z).
-
-    MONAI's loss reads its target on the host to validate it, and so waits for the device in every step.
-    """
-    classes = torch.arange(logits.shape[1], device=label.device).view(1, -1, 1, 1, 1)
-    target = (label[:, None] == classes).to(logits.dtype)
-    shares = logits.softmax(dim=1)
-    axes = (0, 2, 3, 4)
-    both = total(torch.stack([(shares * target).sum(axes), shares.sum(axes) + target.sum(axes)]))
-    return (1 - (2 * both[0] + 1e-5) / (both[1] + 1e-5)).mean()

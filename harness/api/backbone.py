@@ -8,12 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.api.global_batch import Dropout
-from harness.api.settings import Settings
+from harness.api.settings import Settings, Triple
 
 Pyramid = list[Tensor]
 """Features fine to coarse; level l is (N, channels[l], x / strides[l][0], ...)."""
-
-Stride = tuple[int, int, int]
 
 
 class Backbone(nn.Module):
@@ -51,7 +49,7 @@ class Backbone(nn.Module):
     token_width: int | None = None
     token_stride: int = 1
     dropout_inside: bool = True
-    strides: tuple[Stride, ...]
+    strides: tuple[Triple, ...]
     channels: tuple[int, ...]
     width: int
 
@@ -84,7 +82,7 @@ class Backbone(nn.Module):
         return logits
 
     @property
-    def stride(self) -> Stride:
+    def stride(self) -> Triple:
         """Cumulative stride of the deepest level."""
         return self.strides[-1]
 
@@ -145,7 +143,7 @@ class Backbone(nn.Module):
         return [*pyramid[:-1], self.dropout(pyramid[-1])]
 
 
-def crop(pyramid: Pyramid, strides: Sequence[Stride], origin: Stride, size: Stride) -> Pyramid:
+def crop(pyramid: Pyramid, strides: Sequence[Triple], origin: Triple, size: Triple) -> Pyramid:
     """Crop every level to one region of the image, so that `decode` runs only there (HybridMIM section III-B).
 
     Args:

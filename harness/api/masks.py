@@ -9,8 +9,6 @@ from torch import Tensor
 from harness.api.global_batch import rand
 from harness.system.errors import UserError
 
-Triple = tuple[int, int, int]
-
 
 def num_masked(extent: Sequence[int], patch: Sequence[int], ratio: float) -> tuple[int, int]:
     """Masked patches and all patches of a crop. 216 patches at 0.4: 87, since the kept ones are rounded down.

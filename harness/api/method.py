@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harness.api.backbone import Backbone, Stride
-from harness.api.settings import Settings
+from harness.api.backbone import Backbone
+from harness.api.settings import Settings, Triple
 
 Batch = dict[str, Tensor]
 """`image` (N, C, x, y, z) in [0, 1], plus whatever the method's transform adds."""
@@ -21,7 +21,7 @@ Transform = Callable[[dict[str, Any], np.random.Generator], dict[str, Any]]
 class Source(Protocol):
     """What pre-training draws samples from: a prepared volume, or whatever `Method.prepare` made of them."""
 
-    def sample(self, size: Stride, rng: np.random.Generator) -> dict[str, Any]:
+    def sample(self, size: Triple, rng: np.random.Generator) -> dict[str, Any]:
         """One sample, `{"image": (C, *size) float32, ...}`, drawn with the sample's own generator."""
 
 
@@ -29,7 +29,7 @@ class VolumeSource(Source, Protocol):
     """A prepared volume, intensities in [0, 1]; `shape` and `crop` do not read all of it."""
 
     @property
-    def shape(self) -> Stride:
+    def shape(self) -> Triple:
         """Extent (x, y, z) in voxels."""
 
     @property
@@ -51,10 +51,10 @@ class Preparation(Protocol):
 
     seed: int
     device: torch.device
-    crop: Stride
+    crop: Triple
 
     def train(
-        self, module: nn.Module, sources: Sequence[Source], *, size: Stride, steps: int, batch_size: int, lr: float
+        self, module: nn.Module, sources: Sequence[Source], *, size: Triple, steps: int, batch_size: int, lr: float
     ) -> None:
         """Minimise the named terms that `module(batch)` returns, by the engine's own loop."""
 
@@ -112,7 +112,7 @@ class Method(nn.Module):
         """Settings for the conformance checks where a setting has no default; files that they name go to `folder`."""
         return {}
 
-    def check(self, crop: Stride, batch_size: int) -> None:
+    def check(self, crop: Triple, batch_size: int) -> None:
         """Raise UserError where the settings do not fit the crop, the batch or the backbone; no data is read before."""
 
     def prepare(self, volumes: Sequence[VolumeSource], preparation: Preparation) -> Sequence[Source]:

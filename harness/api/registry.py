@@ -4,7 +4,6 @@ Listing reads the plugins' source without importing it, because importing them i
 """
 
 import ast
-import hashlib
 import importlib.util
 import inspect
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 
 from harness.api.task import ImageSet, Task
 from harness.system.errors import UserError, unknown
-from harness.system.files import digest, digest_file, digest_tree, expand, is_folder
+from harness.system.files import digest, digest_chunks, digest_file, digest_tree, expand, is_folder
 
 PLURAL = {"method": "methods", "backbone": "backbones", "task": "tasks", "corpus": "corpora"}
 KINDS = tuple(PLURAL)
@@ -151,7 +150,7 @@ class Registry:
     def digest(self, kind: str, name: str) -> str:
         """Digest of the plugin's source file: tells whether it changed, without importing it."""
         source = self.plugin(kind, name).source
-        return hashlib.blake2b(source.read_bytes() if source else b"", digest_size=16).hexdigest()
+        return digest_chunks([source.read_bytes()] if source else [])
 
 
 def _describe_images(images: ImageSet) -> dict[str, Any]:
@@ -222,7 +221,7 @@ def _import(name: str) -> ModuleType:
             return importlib.import_module(name)
         if not path.is_file():
             raise UserError(f"--plugin {name}: there is no such file")
-        module_name = f"harness_plugin_{path.stem}_{hashlib.blake2b(bytes(path.resolve()), digest_size=4).hexdigest()}"
+        module_name = f"harness_plugin_{path.stem}_{digest_chunks([bytes(path.resolve())])[:8]}"
         if module_name in sys.modules:
             return sys.modules[module_name]
         spec = importlib.util.spec_from_file_location(module_name, path)

@@ -9,6 +9,9 @@ from harness.system.errors import UserError, unknown
 
 S = TypeVar("S", bound="Settings")
 
+Triple = tuple[int, int, int]
+"""Three whole numbers, one per array axis: an extent, a stride or an index in voxels."""
+
 
 def _cube(value: Any) -> Any:
     """One edge length stands for a cube: 96, "96" and "96,96,96" are the same size."""

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Triple = tuple[float, float, float]
 SPACINGS = (1e-4, 1e4)  # mm; beyond lie mistakes, and numbers that overflow
 
 
@@ -74,8 +73,8 @@ class PhantomShape:
     """
 
     label: int
-    centre: Triple
-    radius: Triple
+    centre: tuple[float, float, float]
+    radius: tuple[float, float, float]
     contrast: tuple[float, ...]
     inside: int | None = None
 
@@ -108,7 +107,7 @@ class ImageSet:
     licence: str
     reference: str
     channels: tuple[str, ...]
-    spacing: Triple | None
+    spacing: tuple[float, float, float] | None
     normalisation: Percentiles | Window
     targets: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     labels: tuple[int, ...] = (0,)

@@ -61,7 +61,7 @@ def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def request_of(arguments: argparse.Namespace) -> Request:
     """What the options of a run ask for. Raises UserError for a value that is out of range."""
-    return Request(**_given(arguments, Request), how=execution_of(arguments))
+    return Request(**_given(arguments, Request), execution=execution_of(arguments))
 
 
 def execution_of(arguments: argparse.Namespace) -> Execution:
@@ -70,7 +70,7 @@ def execution_of(arguments: argparse.Namespace) -> Execution:
 
 
 def _given(arguments: argparse.Namespace, kind: type[Request] | type[Execution]) -> dict[str, Any]:
-    names = [each.name for each in fields(kind) if each.default is not MISSING and each.name != "how"]
+    names = [each.name for each in fields(kind) if each.default is not MISSING and each.name != "execution"]
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 

@@ -50,12 +50,12 @@ def sweep(arguments: argparse.Namespace) -> int:
     from harness.sweeps import cells
     from harness.sweeps.live_table import watch
 
-    how = execution_of(arguments)
-    if how.trackers:
+    execution = execution_of(arguments)
+    if execution.trackers:
         from harness.training.trackers import check_trackers
 
-        check_trackers(how.trackers)
-    base = Request(data=arguments.data, runs=arguments.runs, plugins=tuple(arguments.plugins), how=how)
+        check_trackers(execution.trackers)
+    base = Request(data=arguments.data, runs=arguments.runs, plugins=tuple(arguments.plugins), execution=execution)
     listed = cells.read(arguments.file, base)
     notes = arguments.runs / "sweeps" / arguments.file.stem
     # A launcher that cannot be had is known before phantoms are written and data is read.

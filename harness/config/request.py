@@ -119,7 +119,7 @@ class Execution:
 AS_USUAL = Execution()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """What the user asked for, before names are resolved and data is read.
 
@@ -233,7 +233,7 @@ class Request:
     )
     skip_bad: bool = _option(False, "--skip-bad", "leave out scans of a corpus that cannot be used, counted")
     save_predictions: bool = _option(False, "--save-predictions", "write the test cases' label maps as NIfTI")
-    how: Execution = AS_USUAL
+    execution: Execution = AS_USUAL
     runs: Path = _option(
         Path("runs"),
         "--runs",
@@ -269,9 +269,9 @@ def command(request: Request) -> list[str]:
     """The words that ask for this run."""
     words = ["harness", "run"]
     for each in fields(Request):
-        if each.name == "how":
+        if each.name == "execution":
             for inner in fields(Execution):
-                words += _words(inner, getattr(request.how, inner.name))
+                words += _words(inner, getattr(request.execution, inner.name))
         else:
             words += _words(each, getattr(request, each.name))
     return words

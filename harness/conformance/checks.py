@@ -20,15 +20,15 @@ from harness.conformance.fixture import STEPS, CheckError, MethodFixture, sum_of
 from harness.system.errors import UserError
 
 
-def check_losses(bench: MethodFixture) -> str:
-    built = bench.new()
+def check_losses(fixture: MethodFixture) -> str:
+    built = fixture.new()
     terms = built.method(built.batches(1)[0])
     sum_of_terms(terms)
     return ", ".join(f"{name} {term.item():.3g}" for name, term in terms.items())
 
 
-def check_gradients(bench: MethodFixture) -> str:
-    method = (built := bench.new()).method
+def check_gradients(fixture: MethodFixture) -> str:
+    method = (built := fixture.new()).method
     before = {key: value.clone() for key, value in method.backbone.named_parameters() if not value.requires_grad}
     reached: set[str] = set()
     for batch in built.batches(3):
@@ -45,23 +45,18 @@ def check_gradients(bench: MethodFixture) -> str:
     ]
     if frozen:
         raise CheckError(f"frozen parameters {_some(frozen)} have a gradient: do not switch requires_grad on")
-    built.train(built.batches(1))
+    built.train(1)
     moved = [key for key, value in method.backbone.named_parameters() if key in before and not before[key].equal(value)]
     if moved:
         raise CheckError(f"frozen parameters {_some(moved)} have changed: trains is {method.trains}")
     return f"{len(trainable)} parameters trained, {len(before)} frozen"
 
 
-def check_learns(bench: MethodFixture) -> str:
-    built = bench.new()
-    # A few batches with the same masks and dropout, again and again, each against its own mean: what one batch is harder
-    # than another would drown thirty steps of learning.
-    batches, losses = built.batches(STEPS // 10), []
-    optimizer = built.optimizer()
-    for _ in range(10):
-        built.reseed()
-        losses.append(built.train(batches, optimizer=optimizer))
-    turns = np.asarray(losses)
+def check_learns(fixture: MethodFixture) -> str:
+    built = fixture.new()
+    # A few batches with the same masks and dropout, again and again, each against its own mean: differences between batches
+    # would hide what thirty steps learn.
+    turns = np.asarray(built.train(STEPS, cycle=STEPS // 10)).reshape(10, -1)
     first, last = float(turns[:2].mean()), float(turns[-2:].mean())
     # Rank correlation with the step: noise without a trend passes once in a hundred times, a steady fall always.
     apart = (turns - turns.mean(axis=0)).ravel()
@@ -74,14 +69,14 @@ def check_learns(bench: MethodFixture) -> str:
     return f"{first:.4g} to {last:.4g}"
 
 
-def check_same_seed(bench: MethodFixture) -> str:
+def check_same_seed(fixture: MethodFixture) -> str:
     states = []
     for number in range(2):
         # An empty folder each: what a method keeps from preparing must not change what comes after.
-        folder = bench.folder / f"same-seed-{number}"
+        folder = fixture.folder / f"same-seed-{number}"
         folder.mkdir(exist_ok=True)
-        built = replace(bench, folder=folder).new()
-        built.train(built.batches(2))
+        built = replace(fixture, folder=folder).new()
+        built.train(2)
         states.append({key: value.clone() for key, value in built.method.state_dict().items()})
     other = [key for key, value in states[0].items() if not torch.equal(value, states[1][key])]
     if other:
@@ -91,11 +86,13 @@ def check_same_seed(bench: MethodFixture) -> str:
     return "equal after 2 steps"
 
 
-def check_state(bench: MethodFixture) -> str:
-    built, other = bench.new(), bench.new(seed=1)
+def check_state(fixture: MethodFixture) -> str:
+    built, other = fixture.new(), fixture.new(seed=1)
     batches = built.batches(2)
-    built.train(batches[:1])
-    path = bench.folder / "state.safetensors"
+    # Both are trained, so that both have the memory layout that training uses.
+    built.train(1)
+    other.train(1)
+    path = fixture.folder / "state.safetensors"
     save_file({key: value.contiguous().clone() for key, value in built.method.state_dict().items()}, path)
     other.method.load_state_dict(load_file(path))
     losses = []
@@ -119,8 +116,8 @@ class _NoModels(pickle.Pickler):
             )
 
 
-def check_transform(bench: MethodFixture) -> str:
-    built = bench.new()
+def check_transform(fixture: MethodFixture) -> str:
+    built = fixture.new()
     if built.transform is None:
         return "none: plain crops"
     buffer = io.BytesIO()
@@ -141,8 +138,8 @@ def check_transform(bench: MethodFixture) -> str:
     return f"{len(buffer.getvalue())} bytes, {1000 * float(np.median(times)):.1f} ms a sample"
 
 
-def check_worker(bench: MethodFixture) -> str:
-    built = bench.new()
+def check_worker(fixture: MethodFixture) -> str:
+    built = fixture.new()
     here, there = built.batches(2), built.batches(2, workers=1)
     for mine, other in zip(here, there, strict=True):
         unlike = [key for key, value in mine.items() if not torch.equal(value, other[key])]
@@ -153,30 +150,30 @@ def check_worker(bench: MethodFixture) -> str:
     return "as in the main process"
 
 
-def check_batches(bench: MethodFixture) -> str:
-    return _sizes(bench, {"1": {"batch": 1}, "3": {"batch": 3}})
+def check_batches(fixture: MethodFixture) -> str:
+    return _sizes(fixture, {"1": {"batch": 1}, "3": {"batch": 3}})
 
 
-def check_channels(bench: MethodFixture) -> str:
-    return _sizes(bench, {"2": {"channels": 2}, "4": {"channels": 4}})
+def check_channels(fixture: MethodFixture) -> str:
+    return _sizes(fixture, {"2": {"channels": 2}, "4": {"channels": 4}})
 
 
-def check_crops(bench: MethodFixture) -> str:
-    x, y, z = bench.crop
-    return _sizes(bench, {f"{y}x{x}x{z}": {"crop": (y, x, z)}, f"{x}x{y}x{y}": {"crop": (x, y, y)}})
+def check_crops(fixture: MethodFixture) -> str:
+    x, y, z = fixture.crop
+    return _sizes(fixture, {f"{y}x{x}x{z}": {"crop": (y, x, z)}, f"{x}x{y}x{y}": {"crop": (x, y, y)}})
 
 
-def _sizes(bench: MethodFixture, variants: Mapping[str, Mapping[str, Any]]) -> str:
+def _sizes(fixture: MethodFixture, variants: Mapping[str, Mapping[str, Any]]) -> str:
     said = []
     for name, changed in variants.items():
         try:
-            built = bench.new(**changed)
+            built = fixture.new(**changed)
         except UserError as error:
             # A method may refuse a size, in words; it may not fail on it.
             said.append(f"{name} refused: {error}")
             continue
         try:
-            built.train(built.batches(1))
+            built.train(1)
         # Whatever it raises is what the author has to look at.
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise CheckError(f"{name}: {type(error).__name__}: {error}; mend it, or refuse it in check") from error
@@ -198,8 +195,8 @@ class _Plain(nn.Module):
         return (self.restore(features) - batch["image"]).square().mean()
 
 
-def check_cost(bench: MethodFixture) -> str:
-    built, plain = bench.new(), _Plain(bench.new_backbone(1))
+def check_cost(fixture: MethodFixture) -> str:
+    built, plain = fixture.new(), _Plain(fixture.new_backbone(1))
     (batch,) = built.batches(1)
     image = {"image": batch["image"]}
     seconds: dict[str, list[float]] = {"method": [], "plain": []}
@@ -213,8 +210,8 @@ def check_cost(bench: MethodFixture) -> str:
     return f"{ratio:.2f} x a plain autoencoding step"
 
 
-def check_weights(bench: MethodFixture) -> str:
-    method = bench.new().method
+def check_weights(fixture: MethodFixture) -> str:
+    method = fixture.new().method
     state, weights = method.backbone.state_dict(), method.weights()
     foreign = [key for key, value in weights.items() if method.trains and state[key].shape != value.shape]
     if foreign:
@@ -223,8 +220,8 @@ def check_weights(bench: MethodFixture) -> str:
 
 
 @torch.inference_mode()
-def check_picture(bench: MethodFixture) -> str:
-    built = bench.new()
+def check_picture(fixture: MethodFixture) -> str:
+    built = fixture.new()
     built.reseed()
     (batch,) = built.batches(1)
     shown = built.method.eval().show(batch)

@@ -32,24 +32,24 @@ ADVICE = (
 )
 
 
-def check_micro_batches(bench: MethodFixture) -> str:
+def check_micro_batches(fixture: MethodFixture) -> str:
     """Two micro-batches against the whole batch."""
     try:
-        parted = _step(bench, SingleProcess(CPU, micro_batches=2))
+        parted = _step(fixture, SingleProcess(CPU, micro_batches=2))
     except UserError as error:
         return f"not possible: {error}"
-    return _compare(_step(bench, SingleProcess(CPU)), parted, "two micro-batches")
+    return _compare(_step(fixture, SingleProcess(CPU)), parted, "two micro-batches")
 
 
-def check_resume(bench: MethodFixture) -> str:
+def check_resume(fixture: MethodFixture) -> str:
     """Four steps against two, a checkpoint, and two more by a module that is built anew."""
-    whole = _train(bench, range(1, 5), None)
-    half = _train(bench, range(1, 3), None)
-    kept = Checkpoints(bench.folder / "checkpoints", minutes=0)
+    whole = _train(fixture, range(1, 5), None)
+    half = _train(fixture, range(1, 3), None)
+    kept = Checkpoints(fixture.folder / "checkpoints", minutes=0)
     kept.save(2, half.state())
     (state,) = kept.candidates()
     kept.clear()
-    resumed = _train(bench, range(3, 5), state)
+    resumed = _train(fixture, range(3, 5), state)
     pairs = zip(_flat(whole.state()).items(), _flat(resumed.state()).items(), strict=True)
     other = [
         key for (key, value), (_, again) in pairs if not torch.equal(torch.as_tensor(value), torch.as_tensor(again))
@@ -62,8 +62,8 @@ def check_resume(bench: MethodFixture) -> str:
     return "equal weights and optimizer"
 
 
-def _train(bench: MethodFixture, steps: range, state: dict[str, Any] | None) -> Trainer:
-    built = bench.new()
+def _train(fixture: MethodFixture, steps: range, state: dict[str, Any] | None) -> Trainer:
+    built = fixture.new()
     own = {"precision": "fp32", "crop": built.crop, "batch_size": built.batch}
     trainer = Trainer(built.method, build(Training, {**BUDGET, **own}, "pretrain"), 4, 1, SingleProcess(CPU))
     if state is not None:
@@ -139,13 +139,13 @@ def _rank(
         )
         registry = Registry(plugins)
         with tempfile.TemporaryDirectory() as folder:
-            bench = MethodFixture(
+            fixture = MethodFixture(
                 registry.load("method", name), registry.load("backbone", backbone), Path(folder), settings
             )
-            together = _step(bench, new_accelerator())
+            together = _step(fixture, new_accelerator())
             _same_weights(together[2])
             if rank == 0:
-                found = _compare(_step(bench, SingleProcess(CPU)), together, f"{number} processes")
+                found = _compare(_step(fixture, SingleProcess(CPU)), together, f"{number} processes")
     except CheckError as error:
         problem = str(error)
     # Reported to the process that asked; a hung peer is killed there.
@@ -163,9 +163,9 @@ def _same_weights(mine: Tensor) -> None:
         raise CheckError("the processes end with other weights: do not change parameters outside forward")
 
 
-def _step(bench: MethodFixture, accelerator: Any) -> tuple[dict[str, float], dict[str, Tensor], Tensor]:
+def _step(fixture: MethodFixture, accelerator: Any) -> tuple[dict[str, float], dict[str, Tensor], Tensor]:
     """One step on a batch of four, in double precision: loss terms, gradients, and a sum of each weight after it."""
-    built = bench.new(batch=BATCH)
+    built = fixture.new(batch=BATCH)
     torch.manual_seed(1)
     method = built.method.double()
     # Heads begin at 0 in some methods, which would hide what they are multiplied with.

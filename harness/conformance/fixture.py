@@ -1,5 +1,7 @@
 """A method on a backbone with made-up volumes, small enough to be tried out: what the conformance checks work on."""
 
+import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,20 +12,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from harness.api.backbone import Backbone
 from harness.api.method import Batch, Method, Source, Transform
-from harness.api.settings import build
+from harness.api.settings import Triple, build
+from harness.compute.processes import SingleProcess
 from harness.config.schema import Training
 from harness.data.arrays import cut, random_origin
 from harness.data.crops import CropDataset
+from harness.training.loop import StageContext, StagePlan, TrainingLoop
 from harness.training.method_preparation import PreparationContext
-from harness.training.models import freeze
+from harness.training.models import new_method
+from harness.training.trainer import Trainer
 
+CPU = torch.device("cpu")
 STEPS = 30
-BUDGET = {"steps": STEPS, "lr": 1e-3, "weight_decay": 1e-5, "warmup_steps": 3}
+BUDGET = {"steps": STEPS, "lr": 1e-3, "weight_decay": 1e-5, "warmup_steps": 3, "clip_norm": 1.0, "precision": "fp32"}
 BATCH = 2
 EDGE = 32  # crops are EDGE, 2 EDGE, EDGE, or whole strides where those are longer
 
@@ -38,7 +44,7 @@ class PhantomVolume:
 
     number: int
     channels: int
-    shape: tuple[int, int, int]
+    shape: Triple
 
     @cached_property
     def image(self) -> NDArray[np.float32]:
@@ -46,19 +52,19 @@ class PhantomVolume:
         rng = np.random.default_rng(self.number)
         noise = rng.standard_normal((self.channels, *self.shape))
         image = np.stack([ndimage.gaussian_filter(channel, 2.0) for channel in noise])
-        places = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in self.shape), indexing="ij"))
+        grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in self.shape), indexing="ij"))
         for _ in range(4):
             centre, radius = rng.uniform(-0.6, 0.6, (3, 1, 1, 1)), rng.uniform(0.2, 0.5, (3, 1, 1, 1))
-            inside = (((places - centre) / radius) ** 2).sum(axis=0) < 1
+            inside = (((grid - centre) / radius) ** 2).sum(axis=0) < 1
             image += inside * rng.uniform(-0.4, 0.4, (self.channels, 1, 1, 1))
         low, high = image.min(), image.max()
         return (0.001 + 0.999 * (image - low) / (high - low)).astype(np.float32)
 
     def crop(self, origin: Sequence[int], size: Sequence[int]) -> NDArray[np.float32]:
-        """(C, *size) from `origin`, zeros outside."""
+        """(C, *size) from `origin`; zeros outside."""
         return cut(self.image, origin, size)
 
-    def sample(self, size: tuple[int, int, int], rng: np.random.Generator) -> dict[str, Any]:
+    def sample(self, size: Triple, rng: np.random.Generator) -> dict[str, Any]:
         """A random crop."""
         return {"image": self.crop(random_origin(self.shape, size, rng), size)}
 
@@ -67,7 +73,7 @@ class PhantomVolume:
 class MethodFixture:
     """A method on a backbone, built anew for each check with settings small enough to be quick.
 
-    Those are the presets named `check`, or else `demo`, that method and backbone state; `settings` goes on top.
+    Those are the presets named `check`, or else `demo`, of method and backbone; `settings` goes on top.
     """
 
     method: type[Method]
@@ -76,12 +82,12 @@ class MethodFixture:
     settings: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def crop(self) -> tuple[int, int, int]:
+    def crop(self) -> Triple:
         """Not cubic, two edges equal, whole strides of the backbone."""
         x, y, z = (-(-EDGE // step) * step for step in self.new_backbone(1).stride)
         return x, 2 * y, z
 
-    def new(self, channels: int = 1, batch: int = BATCH, crop: Any = None, seed: int = 0) -> "BuiltMethod":
+    def new(self, channels: int = 1, batch: int = BATCH, crop: Triple | None = None, seed: int = 0) -> "BuiltMethod":
         """The method, checked, frozen and prepared as a run does it. Raises UserError where it refuses."""
         crop = crop or self.crop
         torch.manual_seed(seed)
@@ -89,20 +95,20 @@ class MethodFixture:
         with torch.random.fork_rng():
             example = self.method.example(backbone, self.folder)
         values = {**_preset(self.method, "method"), **example, **self.settings}
-        method = self.method(build(self.method.Config, values, "method"), backbone)
+        method = new_method(self.method, build(self.method.Config, values, "method"), backbone)
         method.check(crop, batch)
-        freeze(method)
-        volumes = [PhantomVolume(number, channels, tuple(edge + 8 for edge in crop)) for number in range(4)]
+        x, y, z = crop
+        shape = (x + 8, y + 8, z + 8)
+        volumes = [PhantomVolume(number, channels, shape) for number in range(4)]
         budget = build(Training, {**BUDGET, "crop": crop, "batch_size": batch}, "pretrain")
-        workshop = PreparationContext(
-            seed, torch.device("cpu"), crop, budget, [self.method.name, channels, crop], self.folder
-        )
-        sources = method.prepare(volumes, workshop) if method.trains else volumes
-        built = BuiltMethod(method.train(), sources, self.method.transform(method.config), crop, batch, seed)
+        preparation = PreparationContext(seed, CPU, crop, budget, [self.method.name, channels, crop], self.folder)
+        sources = preparation.prepare(method, volumes) if method.trains else volumes
+        built = BuiltMethod(method.train(), sources, self.method.transform(method.config), budget, seed)
         built.reseed()
         return built
 
     def new_backbone(self, channels: int) -> Backbone:
+        """The backbone alone, randomly initialised."""
         settings = build(self.backbone.Config, _preset(self.backbone, "backbone"), "backbone")
         return self.backbone(settings, channels)
 
@@ -114,9 +120,18 @@ class BuiltMethod:
     method: Method
     sources: Sequence[Source]
     transform: Transform | None
-    crop: tuple[int, int, int]
-    batch: int
+    budget: Training
     seed: int
+
+    @property
+    def crop(self) -> Triple:
+        """Extent of a crop in voxels."""
+        return self.budget.crop
+
+    @property
+    def batch(self) -> int:
+        """Crops per step."""
+        return self.budget.batch_size
 
     def data(self, length: int) -> CropDataset:
         """`length` samples."""
@@ -129,35 +144,53 @@ class BuiltMethod:
         loader = DataLoader(data, self.batch, num_workers=workers, generator=torch.Generator())
         return [batch for batch, _ in zip(loader, range(number), strict=False)]
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        """AdamW over what is trained."""
-        trained = [parameter for parameter in self.method.parameters() if parameter.requires_grad]
-        return torch.optim.AdamW(trained, lr=BUDGET["lr"], weight_decay=BUDGET["weight_decay"])
-
     def reseed(self) -> None:
         """Masks, dropout and whatever else the method draws, from the beginning."""
         torch.manual_seed(self.seed)
         self.method.generator = torch.Generator().manual_seed(self.seed)
 
-    def train(
-        self, batches: Sequence[Batch], module: nn.Module | None = None, optimizer: torch.optim.Optimizer | None = None
-    ) -> list[float]:
-        """One AdamW step per batch; the losses."""
-        optimizer = optimizer or self.optimizer()
-        losses = []
-        for step, batch in enumerate(batches, start=1):
-            loss = sum_of_terms((module or self.method)(batch))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.method.parameters(), 1.0)
-            optimizer.step()
-            self.method.after_step(step)
-            losses.append(loss.item())
-        return losses
+    def train(self, steps: int, cycle: int | None = None) -> list[float]:
+        """Train by the loop that runs use; the loss of each step.
+
+        Args:
+            cycle: number of steps after which crops, masks and dropout come again as they were.
+        """
+        cycle = cycle or steps
+        settings = self.budget.model_copy(update={"steps": steps})
+        trainer = _CyclicTrainer(self.method, settings, steps, min(3, steps - 1), SingleProcess(CPU), self.seed)
+        trainer.cycle = cycle
+        plan = StagePlan("check", settings, steps, warmup=0)
+        data = _Cyclic(self.data(cycle * self.batch), steps * self.batch)
+        with tempfile.TemporaryDirectory() as folder:
+            history = Path(folder) / "history.jsonl"
+            TrainingLoop(plan, trainer, data, history, StageContext(quiet=True)).run(self.method.after_step)
+            return [float(json.loads(line)["loss"]) for line in history.read_text().splitlines()]
+
+
+class _CyclicTrainer(Trainer):
+    """The trainer of a run, whose masks and dropout come again after `cycle` steps."""
+
+    cycle = 1
+
+    def seed_step(self, number: int) -> None:
+        super().seed_step((number - 1) % self.cycle + 1)
+
+
+class _Cyclic(Dataset[dict[str, Any]]):
+    """`length` samples, the same few again and again."""
+
+    def __init__(self, data: CropDataset, length: int) -> None:
+        self.data, self.length = data, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.data[index % len(self.data)]
 
 
 def sum_of_terms(terms: Any) -> Tensor:
-    """The sum of the terms. Raises CheckError where they are not named, finite scalars with a gradient."""
+    """The sum of the loss terms. Raises CheckError where they are not named, finite scalars with a gradient."""
     if not isinstance(terms, dict) or not terms:
         raise CheckError(f"forward must return a dict of named loss terms, it returned {type(terms).__name__}")
     for name, term in terms.items():

@@ -62,12 +62,12 @@ def check_method(
 
     for backbone in backbones or registry.names("backbone"):
         with tempfile.TemporaryDirectory() as folder:
-            bench = MethodFixture(method, registry.load("backbone", backbone), Path(folder), settings or {})
+            fixture = MethodFixture(method, registry.load("backbone", backbone), Path(folder), settings or {})
             try:
-                lacking = method.needs - bench.backbone.abilities
+                lacking = method.needs - fixture.backbone.abilities
                 if lacking:
                     raise UserError(f"it needs {', '.join(sorted(lacking))}")
-                trains = bench.new().method.trains
+                trains = fixture.new().method.trains
             except UserError as error:
                 add(Result("fits", backbone, "refused", str(error)))
                 continue
@@ -87,7 +87,7 @@ def check_method(
                 if checks is not None and check not in checks:
                     continue
                 if trains or check == "weights":
-                    add(_result(check, backbone, partial(function, bench)))
+                    add(_result(check, backbone, partial(function, fixture)))
                 else:
                     add(Result(check, backbone, "n/a", "trains nothing"))
             if trains and (checks is None or TWO in checks):

@@ -16,17 +16,17 @@ from harness.compute import environment
 from harness.compute.devices import new_accelerator
 from harness.config.request import Request
 from harness.costs.trial import Trial, TrialResult, TrialSpec, made_up_volumes, measure_apart
-from harness.data.cases import load_label, num_workers
+from harness.data.cases import num_workers
 from harness.data.image_files import read_header
 from harness.data.volumes import Volume, needed, prepared, preprocess_cases
 from harness.evaluation import metrics
-from harness.evaluation.evaluate import new_scoring
+from harness.evaluation.evaluate import new_scoring, read_reference
 from harness.evaluation.sliding_window import predict
 from harness.runs.locate import locate
 from harness.runs.plan import RunPlan, plan
 from harness.system.console import say
 from harness.system.files import digest
-from harness.training.protocols import with_head
+from harness.training.models import new_network
 from harness.training.trainer import compiled
 from leaderboards.table import align
 
@@ -67,20 +67,20 @@ class Estimator:
         Raises:
             UserError: as `harness.planning.plan`.
         """
-        setting = plan(request, *locate(request))
-        found = Estimate(setting.run_id)
-        if (request.runs / setting.run_id / "record.json").exists():
+        run_plan = plan(request, *locate(request))
+        found = Estimate(run_plan.run_id)
+        if (request.runs / run_plan.run_id / "record.json").exists():
             found.finished = True
             return found
-        self._preparation(setting, request.runs / "cache", found)
-        if setting.plugins.method.trains:
-            kept = setting.pretrain_folder(request.runs) / "stage.json"
-            found.shared = kept.exists() or setting.pretrain_key in self.counted
+        self._preparation(run_plan, request.runs / "cache", found)
+        if run_plan.plugins.method.trains:
+            kept = run_plan.pretrain_folder(request.runs) / "stage.json"
+            found.shared = kept.exists() or run_plan.pretrain_key in self.counted
             if not found.shared:
-                self._stage(setting, request, "pretrain", found)
-        self.counted.add(setting.pretrain_key)
-        self._stage(setting, request, "finetune", found)
-        self._evaluation(setting, request.runs / "cache", found)
+                self._stage(run_plan, request, "pretrain", found)
+        self.counted.add(run_plan.pretrain_key)
+        self._stage(run_plan, request, "finetune", found)
+        self._evaluation(run_plan, request.runs / "cache", found)
         found.disk += RECORD_BYTES
         return found
 
@@ -90,11 +90,11 @@ class Estimator:
             self.known[key] = measure()
         return self.known[key]
 
-    def _preparation(self, setting: RunPlan, cache: Path, found: Estimate) -> None:
+    def _preparation(self, run_plan: RunPlan, cache: Path, found: Estimate) -> None:
         """One case is prepared, and kept; the others take as much per byte."""
         sets: list[tuple[Any, Sequence[Case], Any]] = [
-            (setting.task, (*setting.train, *setting.test), setting.data.inventory.digests),
-            *((each.corpus, each.cases, each.inventory.digests) for each in setting.corpora),
+            (run_plan.task, (*run_plan.train, *run_plan.test), run_plan.data.inventory.digests),
+            *((result.corpus, result.cases, result.inventory.digests) for result in run_plan.corpora),
         ]
         seconds = 0.0
         for images, cases, digests in sets:
@@ -111,11 +111,11 @@ class Estimator:
             self.counted |= {volume.description for volume in missing}
         found.seconds["prepare"] = seconds
 
-    def _stage(self, setting: RunPlan, request: Request, stage: str, found: Estimate) -> None:
-        config, task = setting.config, setting.task
-        cell = TrialSpec(request, config, task, setting.plugins, stage)
-        settings = cell.settings
-        number = setting.num_pretrain if stage == "pretrain" else len(setting.label_cases)
+    def _stage(self, run_plan: RunPlan, request: Request, stage: str, found: Estimate) -> None:
+        config, task = run_plan.config, run_plan.task
+        spec = TrialSpec(request, config, task, run_plan.plugins, stage)
+        settings = spec.settings
+        number = run_plan.num_pretrain if stage == "pretrain" else len(run_plan.label_cases)
         steps, _ = settings.schedule(number)
         what: list[Any] = [
             stage,
@@ -129,24 +129,24 @@ class Estimator:
             config.backbone_settings,
             config.method_settings if stage == "pretrain" else config.finetune,
         ]
-        what += [each.model_dump(mode="json", exclude={"steps", "epochs", "lr"}) for each in described]
-        each, seconds, preparing = self._once(what, partial(_watch, cell))
-        if each.problem:
-            found.problem = f"{stage}: {each.problem}"
+        what += [result.model_dump(mode="json", exclude={"steps", "epochs", "lr"}) for result in described]
+        result, seconds, preparing = self._once(what, partial(_watch, spec))
+        if result.problem:
+            found.problem = f"{stage}: {result.problem}"
             return
         found.seconds[stage] = steps * seconds
         if stage == "pretrain":
             found.seconds["method_prepare"] = preparing
-        found.host_gib = max(found.host_gib, each.memory.get("host_peak_gib") or 0.0)
-        on_device = each.memory.get("device_peak_gib")
+        found.host_gib = max(found.host_gib, result.memory.get("host_peak_gib") or 0.0)
+        on_device = result.memory.get("device_peak_gib")
         found.device_gib = on_device if found.device_gib is None else max(found.device_gib, on_device or 0.0)
-        found.disk += 4 * each.parameters + PER_STEP_BYTES * steps
+        found.disk += 4 * result.parameters + PER_STEP_BYTES * steps
 
-    def _evaluation(self, setting: RunPlan, cache: Path, found: Estimate) -> None:
+    def _evaluation(self, run_plan: RunPlan, cache: Path, found: Estimate) -> None:
         """One test case, as it is evaluated, by a network that has learnt nothing; the others by their voxels."""
-        task, config = setting.task, setting.config
-        case = setting.test[0]
-        (volume,) = preprocess_cases(task, [case], setting.data.inventory.digests, cache)
+        task, config = run_plan.task, run_plan.config
+        case = run_plan.test[0]
+        (volume,) = preprocess_cases(task, [case], run_plan.data.inventory.digests, cache)
         settings = [config.backbone_settings, config.finetune, config.evaluate]
         what = [
             "evaluate",
@@ -156,70 +156,70 @@ class Estimator:
             case.id,
             *(s.model_dump(mode="json") for s in settings),
         ]
-        one = self._once(what, partial(_evaluate_one, setting, volume))
-        voxels = [prod(read_header(each.images[0]).shape[:3]) for each in setting.test]
+        one = self._once(what, partial(_evaluate_one, run_plan, volume))
+        voxels = [prod(read_header(result.images[0]).shape[:3]) for result in run_plan.test]
         found.seconds["evaluate"] = one * sum(voxels) / voxels[0]
         arrays = 4 * prod(volume.shape) * (2 * len(task.channels) + 4 * task.num_outputs)
         found.host_gib = max(found.host_gib, arrays / 2**30)
 
 
-def _watch(cell: TrialSpec) -> tuple[TrialResult, float, float]:
+def _watch(spec: TrialSpec) -> tuple[TrialResult, float, float]:
     """Memory and parameters, seconds per step with its data, and seconds of the method's preparation."""
-    each, settings = TrialResult(cell), cell.settings
-    say(f"measuring a few steps: {cell}, {cell.stage}")
-    measure_apart(each)
-    if each.problem:
-        return each, 0.0, 0.0
+    result, settings = TrialResult(spec), spec.settings
+    say(f"measuring a few steps: {spec}, {spec.stage}")
+    measure_apart(result)
+    if result.problem:
+        return result, 0.0, 0.0
     with TemporaryDirectory(prefix="harness-estimate-") as place:
         folder = Path(place)
-        subject = Trial(cell, made_up_volumes(cell, folder), folder)
-        with compiled(subject.trainer.module, settings.compile):
-            subject.timed(1)
-            first = sum(values[-1] for values in subject.timed(1).values())
-            timed = subject.timed(int(np.clip(STEPS_SECONDS / first, 1, 100)))
+        trial = Trial(spec, made_up_volumes(spec, folder), folder)
+        with compiled(trial.trainer.module, settings.compile):
+            trial.timed(1)
+            first = sum(values[-1] for values in trial.timed(1).values())
+            timed = trial.timed(int(np.clip(STEPS_SECONDS / first, 1, 100)))
         step = float(np.median(np.sum(list(timed.values()), axis=0)))
-        data = settings.batch_size * subject.sample_seconds()
+        data = settings.batch_size * trial.sample_seconds()
         # Workers make the next batches while a step runs; without them it waits for each.
         whole = max(step, data / settings.workers) if settings.workers else step + data
-        return each, whole, subject.prepare_seconds
+        return result, whole, trial.prepare_seconds
 
 
-def _evaluate_one(setting: RunPlan, volume: Volume) -> float:
-    task, config = setting.task, setting.config
-    backbone = setting.plugins.new_backbone(config, len(task.channels))
-    network = with_head(backbone, task.num_outputs, config.protocol).to(new_accelerator().device)
-    elapsed = []
+def _evaluate_one(run_plan: RunPlan, volume: Volume) -> float:
+    """Seconds to predict and score one case, the faster of two times."""
+    task, config = run_plan.task, run_plan.config
+    network = new_network(run_plan.plugins.new_backbone(config, len(task.channels)), task, config.protocol)
+    seconds = []
     for _ in range(2):
         began = time.perf_counter()
         probabilities = predict(task, network, volume.image, config.finetune, config.evaluate)
         predicted = volume.geometry.decide(task, probabilities)
-        label, affine, _ = load_label(task, volume.case)
-        # Scored against itself turned round: an empty prediction would cost nothing.
-        spacing = np.linalg.norm(affine[:3, :3], axis=0)
-        reference = task.masks(label)
+        reference, spacing = read_reference(task, volume.case)
+        # Scored against itself turned round: the empty prediction of random weights would cost nothing.
         metrics.score(reference[:, ::-1] | predicted[:, :1], reference, spacing, new_scoring(config.evaluate))
-        elapsed.append(time.perf_counter() - began)
-    return min(elapsed)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 def render(found: Sequence[Estimate], jobs: int = 1) -> str:
     """A table for the terminal, with the sum of all."""
     stages = ("prepare", "method_prepare", "pretrain", "finetune", "evaluate")
     lines = [["run", *(stage.replace("_", " ") for stage in stages), "total", "host GiB", "device GiB", "disk"]]
-    for each in found:
-        if each.finished:
-            lines.append([each.name, *["-"] * len(stages), "finished", "-", "-", "-"])
+    for result in found:
+        if result.finished:
+            lines.append([result.name, *["-"] * len(stages), "finished", "-", "-", "-"])
             continue
-        if each.problem:
-            lines.append([each.name, *["-"] * len(stages), each.problem, "-", "-", "-"])
+        if result.problem:
+            lines.append([result.name, *["-"] * len(stages), result.problem, "-", "-", "-"])
             continue
-        spans = [duration(each.seconds[stage]) if stage in each.seconds else "-" for stage in stages]
-        if each.shared:
+        spans = [duration(result.seconds[stage]) if stage in result.seconds else "-" for stage in stages]
+        if result.shared:
             spans[2] = "shared"
-        on_device = f"{each.device_gib:.2f}" if each.device_gib is not None else "-"
-        lines.append([each.name, *spans, duration(each.total), f"{each.host_gib:.2f}", on_device, size(each.disk)])
+        on_device = f"{result.device_gib:.2f}" if result.device_gib is not None else "-"
+        lines.append(
+            [result.name, *spans, duration(result.total), f"{result.host_gib:.2f}", on_device, size(result.disk)]
+        )
     table = align(lines)
-    total, disk = sum(each.total for each in found), sum(each.disk for each in found)
+    total, disk = sum(result.total for result in found), sum(result.disk for result in found)
     if len(found) > 1:
         beside = f", {duration(total / jobs)} with {jobs} jobs if they do not slow each other" if jobs > 1 else ""
         table += ["", f"{len(found)} runs: {duration(total)}{beside}; {size(disk)} on disk"]

@@ -20,7 +20,7 @@ ROUND_SECONDS = 1.0  # that a cell is timed for per round, at least one step
 LOOP_SECONDS = 5.0  # that a cell's loader is watched for
 
 
-def measure(cells: Sequence[TrialSpec], rounds: int) -> tuple[list[TrialResult], dict[str, list[list[float]]]]:
+def measure(specs: Sequence[TrialSpec], rounds: int) -> tuple[list[TrialResult], dict[str, list[list[float]]]]:
     """Profile cells side by side: every round times each cell and each ceiling once, in a new order.
 
     Returns:
@@ -29,51 +29,51 @@ def measure(cells: Sequence[TrialSpec], rounds: int) -> tuple[list[TrialResult],
     """
     with tempfile.TemporaryDirectory(prefix="harness-profile-") as place:
         folder = Path(place)
-        found = [TrialResult(cell) for cell in cells]
-        for each in progress(found, "memory"):
-            measure_apart(each)
-        subjects = _build(found, folder)
+        results = [TrialResult(spec) for spec in specs]
+        for result in progress(results, "memory"):
+            measure_apart(result)
+        trials = _build(results, folder)
         device = new_accelerator().device
-        ceilings = make_ceilings(device, {subject.trainer.precision for subject in subjects.values()})
+        ceilings = make_ceilings(device, {trial.trainer.precision for trial in trials.values()})
         rates: dict[str, list[list[float]]] = {name: [] for name in ceilings}
         rng = np.random.default_rng(0)
-        with progress(None, "rounds", total=rounds * (len(subjects) + len(ceilings))) as bar:
+        with progress(None, "rounds", total=rounds * (len(trials) + len(ceilings))) as bar:
             for _ in range(rounds):
-                turns: list[Any] = [*subjects, *ceilings]
+                turns: list[Any] = [*trials, *ceilings]
                 for turn in (turns[place] for place in rng.permutation(len(turns))):
                     if isinstance(turn, str):
                         rates[turn].append(ceilings[turn]())
                     else:
-                        _one_round(found[turn], subjects[turn])
+                        _one_round(results[turn], trials[turn])
                     bar.update()
-        for number, subject in progress(subjects.items(), "loaders"):
-            _watch_loader(found[number], subject)
-        return found, rates
+        for number, trial in progress(trials.items(), "loaders"):
+            _watch_loader(results[number], trial)
+        return results, rates
 
 
-def _build(found: Sequence[TrialResult], folder: Path) -> dict[int, Trial]:
+def _build(results: Sequence[TrialResult], folder: Path) -> dict[int, Trial]:
     """The cells that can run, by their place, warmed up."""
-    subjects = {}
-    for number, each in enumerate(progress(found, "warm-up")):
-        if each.problem:
+    trials = {}
+    for number, result in enumerate(progress(results, "warm-up")):
+        if result.problem:
             continue
-        with out_of_memory(each):
-            subject = Trial(each.cell, made_up_volumes(each.cell, folder), folder / str(number))
-            with compiled(subject.trainer.module, each.cell.settings.compile):
-                subject.timed(1)
-                subject.step_seconds = _seconds(subject.timed(1))
-            each.prepare_seconds, each.used = subject.prepare_seconds, subject.trainer.used()
-            each.batch_bytes = sum(value.nbytes for value in subject.batch.values())
-            subjects[number] = subject
-    return subjects
+        with out_of_memory(result):
+            trial = Trial(result.spec, made_up_volumes(result.spec, folder), folder / str(number))
+            with compiled(trial.trainer.module, result.spec.settings.compile):
+                trial.timed(1)
+                trial.step_seconds = _seconds(trial.timed(1))
+            result.prepare_seconds, result.used = trial.prepare_seconds, trial.trainer.used()
+            result.batch_bytes = sum(value.nbytes for value in trial.batch.values())
+            trials[number] = trial
+    return trials
 
 
-def _one_round(each: TrialResult, subject: Trial) -> None:
+def _one_round(result: TrialResult, trial: Trial) -> None:
     """As many steps as fit the time, at least one; before short ones one that does not count, since caches are others'."""
-    with out_of_memory(each), compiled(subject.trainer.module, each.cell.settings.compile):
-        if subject.step_seconds < ROUND_SECONDS:
-            subject.timed(1)
-        each.rounds.append(subject.timed(int(np.clip(ROUND_SECONDS / subject.step_seconds, 1, 50))))
+    with out_of_memory(result), compiled(trial.trainer.module, result.spec.settings.compile):
+        if trial.step_seconds < ROUND_SECONDS:
+            trial.timed(1)
+        result.rounds.append(trial.timed(int(np.clip(ROUND_SECONDS / trial.step_seconds, 1, 50))))
 
 
 def _seconds(phases: dict[str, list[float]]) -> float:
@@ -81,15 +81,15 @@ def _seconds(phases: dict[str, list[float]]) -> float:
     return sum(phases[phase][-1] for phase in UPDATE)
 
 
-def _watch_loader(each: TrialResult, subject: Trial) -> None:
+def _watch_loader(result: TrialResult, trial: Trial) -> None:
     """The training loop with its loader: what the step waits for, once the batches made in advance are used up."""
-    if each.problem:
+    if result.problem:
         return
-    each.sample_seconds = subject.sample_seconds()
-    each.waits = subject.loop(int(np.clip(LOOP_SECONDS / subject.step_seconds, 1, 100)))
+    result.sample_seconds = trial.sample_seconds()
+    result.waits = trial.loop(int(np.clip(LOOP_SECONDS / trial.step_seconds, 1, 100)))
 
 
-def summarise(found: Sequence[TrialResult], rates: dict[str, list[list[float]]]) -> list[dict[str, Any]]:
+def summarise(results: Sequence[TrialResult], rates: dict[str, list[list[float]]]) -> list[dict[str, Any]]:
     """One row per cell, in the columns of `leaderboards.profiles`; what could not be measured is None."""
     device = new_accelerator().device
     described = environment.describe_environment(device)
@@ -102,55 +102,59 @@ def summarise(found: Sequence[TrialResult], rates: dict[str, list[list[float]]])
         "revision": described["git"]["revision"],
     }
     noise = {name: _spread(rounds) for name, rounds in rates.items()}
-    first = next((each for each in found if not each.problem), None)
-    return [machine | _row(each, first, rates, noise) for each in found]
+    first = next((result for result in results if not result.problem), None)
+    return [machine | _row(result, first, rates, noise) for result in results]
 
 
 def _row(
-    each: TrialResult, first: TrialResult | None, rates: dict[str, list[list[float]]], noise: dict[str, float]
+    result: TrialResult, first: TrialResult | None, rates: dict[str, list[list[float]]], noise: dict[str, float]
 ) -> dict[str, Any]:
-    row = _described(each)
-    if each.problem or first is None:
+    row = _described(result)
+    if result.problem or first is None:
         return row
-    return row | _timed(each, first, rates, noise, row["precision"])
+    return row | _timed(result, first, rates, noise, row["precision"])
 
 
-def _described(each: TrialResult) -> dict[str, Any]:
+def _described(result: TrialResult) -> dict[str, Any]:
     """What was timed."""
-    cell, settings = each.cell, each.cell.settings
+    spec, settings = result.spec, result.spec.settings
     return {
-        "stage": cell.stage,
-        "method": cell.config.method,
-        "variant": cell.variant,
-        "backbone": cell.config.backbone,
-        "task": cell.task.name,
-        "channels": len(cell.task.channels),
+        "stage": spec.stage,
+        "method": spec.config.method,
+        "variant": spec.variant,
+        "backbone": spec.config.backbone,
+        "task": spec.task.name,
+        "channels": len(spec.task.channels),
         "crop": "x".join(map(str, settings.crop)),
         "batch_size": settings.batch_size,
-        "precision": each.used.get("precision", settings.precision),
+        "precision": result.used.get("precision", settings.precision),
         "channels_last": settings.channels_last,
         "compile": settings.compile,
-        "settings": ", ".join(cell.request.settings),
-        "problem": each.problem,
+        "settings": ", ".join(spec.request.settings),
+        "problem": result.problem,
     }
 
 
 def _timed(
-    each: TrialResult, first: TrialResult, rates: dict[str, list[list[float]]], noise: dict[str, float], precision: str
+    result: TrialResult,
+    first: TrialResult,
+    rates: dict[str, list[list[float]]],
+    noise: dict[str, float],
+    precision: str,
 ) -> dict[str, Any]:
     """What it took; `first` is what the ratios are of."""
-    settings, steps = each.cell.settings, each.steps()
+    settings, steps = result.spec.settings, result.steps()
     medians = [float(np.median(values)) for values in steps]
     step = float(np.median(np.concatenate(steps)))
-    every = {phase: np.concatenate([one[phase] for one in each.rounds]) for phase in PHASES}
+    every = {phase: np.concatenate([one[phase] for one in result.rounds]) for phase in PHASES}
     row = _milliseconds("step", np.concatenate(steps))
     for phase in (*UPDATE, "transfer"):
         row |= _milliseconds(phase, every[phase])
-    row |= _milliseconds("data_wait", np.asarray(each.waits["data"]))
-    busy = sum(float(np.sum(each.waits[phase])) for phase in PHASES[1:])
-    waited = float(np.sum(each.waits["data"]))
+    row |= _milliseconds("data_wait", np.asarray(result.waits["data"]))
+    busy = sum(float(np.sum(result.waits[phase])) for phase in PHASES[1:])
+    waited = float(np.sum(result.waits["data"]))
     rate = {name: float(np.median(np.concatenate(rounds))) for name, rounds in rates.items()}
-    achieved = each.flops / float(np.median(every["forward"] + every["backward"]))
+    achieved = result.flops / float(np.median(every["forward"] + every["backward"]))
     copied = float(np.median(every["transfer"]))
     ratios = [float(np.median(one)) / mine for one, mine in zip(first.steps(), medians, strict=True)]
     mine = {name: value for name, value in noise.items() if name.endswith(precision)}
@@ -160,20 +164,20 @@ def _timed(
         "first_over_this_low": min(ratios),
         "first_over_this_high": max(ratios),
         "data_wait_share": waited / (waited + busy),
-        "sample_ms": each.sample_seconds * 1000,
+        "sample_ms": result.sample_seconds * 1000,
         "workers": settings.workers,
-        "workers_needed": int(np.ceil(settings.batch_size * each.sample_seconds / step)),
-        "gflop": each.flops / 1e9,
+        "workers_needed": int(np.ceil(settings.batch_size * result.sample_seconds / step)),
+        "gflop": result.flops / 1e9,
         "tflop_per_s": achieved / 1e12,
         "of_gemm": achieved / rate[f"gemm {precision}"],
         "of_convolution": achieved / rate[f"convolution {precision}"],
-        "of_copy": each.batch_bytes / copied / rate["host-to-device"] if "host-to-device" in rate else None,
+        "of_copy": result.batch_bytes / copied / rate["host-to-device"] if "host-to-device" in rate else None,
         "gemm_tflop_per_s": rate[f"gemm {precision}"] / 1e12,
         "convolution_tflop_per_s": rate[f"convolution {precision}"] / 1e12,
         "copy_gb_per_s": rate["copy"] / 1e9,
-        "host_peak_gib": each.memory.get("host_peak_gib"),
-        "device_peak_gib": each.memory.get("device_peak_gib"),
-        "parameters": each.parameters,
+        "host_peak_gib": result.memory.get("host_peak_gib"),
+        "device_peak_gib": result.memory.get("device_peak_gib"),
+        "parameters": result.parameters,
         "rounds": len(steps),
         "steps": sum(map(len, steps)),
         "spread": _spread(steps),

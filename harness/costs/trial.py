@@ -8,7 +8,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,11 @@ from harness.system.errors import UserError, unknown
 from harness.training.clock import UPDATE
 from harness.training.compatibility import check_fit
 from harness.training.finetune import finetune_data
+from harness.training.loop import StageContext, StagePlan, TrainingLoop
 from harness.training.method_preparation import PreparationContext
-from harness.training.models import Plugins, freeze
+from harness.training.models import Plugins, new_network
 from harness.training.pretrain import pretrain_data
-from harness.training.protocols import fixed, with_head
+from harness.training.protocols import fixed
 from harness.training.segmenter import Segmenter
 from harness.training.trainer import Trainer
 
@@ -80,7 +80,7 @@ class TrialResult:
         sample_seconds: to make one sample in one process.
     """
 
-    cell: TrialSpec
+    spec: TrialSpec
     problem: str = ""
     flops: int = 0
     parameters: int = 0
@@ -122,17 +122,17 @@ def resolve_trial(request: Request, stage: str = "pretrain", variant: str = "") 
 class Trial:
     """A cell ready to step: its module under the engine's own trainer, and its data."""
 
-    def __init__(self, cell: TrialSpec, volumes: Sequence[Any], folder: Path) -> None:
-        self.cell, settings = cell, cell.settings
+    def __init__(self, spec: TrialSpec, volumes: Sequence[Any], folder: Path) -> None:
+        self.spec, settings = spec, spec.settings
         torch.manual_seed(0)
-        module, sources, self.prepare_seconds = _module(cell, volumes, folder)
+        module, sources, self.prepare_seconds = _module(spec, volumes, folder)
         self.after_step = getattr(module, "after_step", None)
         self.trainer = Trainer(module, settings, 10**6, 0, new_accelerator())
-        if cell.stage == "pretrain":
+        if spec.stage == "pretrain":
             module.generator = torch.Generator(self.trainer.device)
-            self.data = pretrain_data(cell.config, cell.plugins, sources, 10**6, 0)
+            self.data = pretrain_data(spec.config, spec.plugins, sources, 10**6, 0)
         else:
-            self.data = finetune_data(cell.config, cell.task, volumes, 10**6, 0)
+            self.data = finetune_data(spec.config, spec.task, volumes, 10**6, 0)
         samples = [self.data[number] for number in range(settings.batch_size)]
         self.batch: Batch = torch.utils.data.default_collate(samples)
         if self.trainer.device.type == "cuda":
@@ -159,48 +159,38 @@ class Trial:
 
     def sample_seconds(self) -> float:
         """To make one sample in one process."""
-        number = self.cell.settings.batch_size
+        number = self.spec.settings.batch_size
         began = time.perf_counter()
         for place in range(10**5, 10**5 + number):
             self.data[place]
         return (time.perf_counter() - began) / number
 
     def loop(self, number: int) -> dict[str, list[float]]:
-        """As `timed`, with batches of the loader, after those that its workers make in advance."""
-        clock, ahead = self.trainer.clock, 2 * self.cell.settings.workers + 1
+        """Seconds per phase of `number` steps of the training loop, after those whose batches workers make in advance."""
+        clock, ahead = self.trainer.clock, 2 * self.spec.settings.workers + 1
         for values in clock.seconds.values():
             values.clear()
-        clock.start()
-        for batch in islice(self.trainer.loader(self.data), number + ahead):
-            clock.lap("data")
-            self.number += 1
-            self.trainer.step(self.number, [batch], self.after_step)
-            clock.start()
-        clock.marks.pop()
-        clock.read()
+        plan = StagePlan("profile", self.spec.settings, steps=number + ahead, warmup=0)
+        with tempfile.TemporaryDirectory(prefix="harness-profile-") as folder:
+            history = Path(folder) / "history.jsonl"
+            TrainingLoop(plan, self.trainer, self.data, history, StageContext(quiet=True)).run(self.after_step)
         return {phase: values[ahead:] for phase, values in clock.seconds.items()}
 
 
-def _module(cell: TrialSpec, volumes: Sequence[Any], folder: Path) -> tuple[Any, Sequence[Any], float]:
+def _module(spec: TrialSpec, volumes: Sequence[Any], folder: Path) -> tuple[Any, Sequence[Any], float]:
     """What is trained, what to draw samples from, and the seconds that the method's preparation takes."""
-    config, channels = cell.config, len(cell.task.channels)
-    backbone = cell.plugins.new_backbone(config, channels)
-    if cell.stage == "finetune":
-        network = with_head(backbone, cell.task.num_outputs, config.protocol)
-        return Segmenter(network, cell.task.overlapping, fixed(network, config.protocol)), volumes, 0.0
-    method = cell.plugins.method(config.method_settings, backbone)
-    freeze(method)
+    config, channels = spec.config, len(spec.task.channels)
+    if spec.stage == "finetune":
+        network = new_network(spec.plugins.new_backbone(config, channels), spec.task, config.protocol)
+        return Segmenter(network, spec.task.overlapping, fixed(network, config.protocol)), volumes, 0.0
+    method = spec.plugins.new_method(config, channels)
     device = new_accelerator().device
-    workshop = _ShortPreparation(0, device, config.pretrain.crop, config.pretrain, [str(cell), channels], folder)
-    began = time.perf_counter()
-    sources = method.prepare(volumes, workshop)
-    return method, sources, time.perf_counter() - began + workshop.left_out
+    preparation = _ShortPreparation(0, device, config.pretrain.crop, config.pretrain, [str(spec), channels], folder)
+    return method, preparation.prepare(method, volumes), preparation.seconds
 
 
 class _ShortPreparation(PreparationContext):
-    """Discoveries of a few steps: a step costs the same whatever was found. `left_out`: seconds that the others take."""
-
-    left_out = 0.0
+    """Trains for a few steps only and extrapolates the seconds: the cost of a later step depends on no result."""
 
     def train(
         self, module: nn.Module, sources: Sequence[Source], *, size: Any, steps: int, batch_size: int, lr: float
@@ -208,52 +198,52 @@ class _ShortPreparation(PreparationContext):
         some = min(steps, 4)
         began = time.perf_counter()
         super().train(module, sources, size=size, steps=some, batch_size=batch_size, lr=lr)
-        self.left_out += (time.perf_counter() - began) / some * (steps - some)
+        self.seconds += (time.perf_counter() - began) / some * (steps - some)
 
     def report(self, message: str, **values: Any) -> None:
-        """What was found in noise is worth no line."""
+        """Nothing: what a method reports of noise is worth no line."""
 
 
 @contextmanager
-def out_of_memory(each: TrialResult) -> Iterator[None]:
+def out_of_memory(result: TrialResult) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        each.problem = OUT_OF_MEMORY
+        result.problem = OUT_OF_MEMORY
 
 
-def measure_apart(each: TrialResult) -> None:
+def measure_apart(result: TrialResult) -> None:
     """Memory and FLOPs of two steps, in a process of their own: a peak is a process's, and what is left over counts."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            answer = pool.submit(_two_steps, each.cell.request, each.cell.stage, torch.get_num_threads()).result()
+            answer = pool.submit(_two_steps, result.spec.request, result.spec.stage, torch.get_num_threads()).result()
         except BrokenProcessPool:
             answer = OUT_OF_MEMORY
     if isinstance(answer, str):
-        each.problem = answer
+        result.problem = answer
     else:
-        each.flops, each.parameters, each.memory = answer
+        result.flops, result.parameters, result.memory = answer
 
 
 def _two_steps(request: Request, stage: str, threads: int) -> tuple[int, int, dict[str, float | None]] | str:
     torch.set_num_threads(threads)
-    cell = resolve_trial(request, stage)
-    each = TrialResult(cell)
-    with tempfile.TemporaryDirectory(prefix="harness-profile-") as place, out_of_memory(each):
+    spec = resolve_trial(request, stage)
+    result = TrialResult(spec)
+    with tempfile.TemporaryDirectory(prefix="harness-profile-") as place, out_of_memory(result):
         folder = Path(place)
-        subject = Trial(cell, made_up_volumes(cell, folder), folder)
-        device = subject.trainer.device
+        trial = Trial(spec, made_up_volumes(spec, folder), folder)
+        device = trial.trainer.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         counter = FlopCounterMode(display=False, custom_mapping={FLASH_ON_CPU: sdpa_flops})
         with counter:
-            subject.timed(1)
-        subject.timed(1)
-        parameters = sum(parameter.numel() for parameter in subject.trainer.module.parameters())
+            trial.timed(1)
+        trial.timed(1)
+        parameters = sum(parameter.numel() for parameter in trial.trainer.module.parameters())
         return counter.get_total_flops(), parameters, memory.peak_memory(device)
-    return each.problem
+    return result.problem
 
 
 FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -265,19 +255,19 @@ def sdpa_flops(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = No
     return flops
 
 
-def made_up_volumes(cell: TrialSpec, folder: Path, number: int = 4) -> list[Volume]:
+def made_up_volumes(spec: TrialSpec, folder: Path, number: int = 4) -> list[Volume]:
     """Volumes of noise as the cache holds them, larger than the crop by half, with a block of every label."""
     folder.mkdir(parents=True, exist_ok=True)
-    shape = tuple(max(96, edge + edge // 2) for edge in cell.settings.crop)
-    rng, channels = np.random.default_rng(0), len(cell.task.channels)
-    name = f"{channels}-{'x'.join(map(str, shape))}-{cell.task.name}"
+    shape = tuple(max(96, edge + edge // 2) for edge in spec.settings.crop)
+    rng, channels = np.random.default_rng(0), len(spec.task.channels)
+    name = f"{channels}-{'x'.join(map(str, shape))}-{spec.task.name}"
     volumes = [Volume(Case(f"{name}-{n}", (), None), folder / f"{name}-{n}") for n in range(number)]
     for volume in volumes:
         if Path(f"{volume.stem}.points.npy").exists():
             continue
         np.save(f"{volume.stem}.image.npy", rng.integers(33, STEPS, (channels, *shape), dtype=np.int16))
         label, rows = np.zeros(shape, np.uint8), []
-        for target, values in enumerate(cell.task.targets.values()):
+        for target, values in enumerate(spec.task.targets.values()):
             start = (8 * target) % (shape[0] - 8)
             label[start : start + 8, 20:60, 20:60] = values[0]
             rows += [(target, start + 4, y, 40) for y in range(20, 60)]

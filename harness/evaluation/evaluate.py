@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from harness.api.task import Task
+from harness.api.task import Case, Task
 from harness.compute.processes import Processes
 from harness.config.schema import Evaluate, RunConfig
 from harness.data import pictures
@@ -99,7 +99,7 @@ def evaluate(
     volumes: Sequence[Volume],
     folder: Path,
     title: str,
-    team: Processes,
+    processes: Processes,
     save_predictions: bool = False,
 ) -> tuple[dict[str, Any], float]:
     """Score every test case in its native grid; leaves `cases.csv` and `figures/segmentation.png` in `folder`.
@@ -112,8 +112,8 @@ def evaluate(
     """
     unfinished = folder / ".predictions"
     scores = Scores(folder / "evaluation", weights, unfinished if save_predictions else None)
-    _score_all(config, task, network, volumes[team.rank :: team.size], scores, team.main)
-    team.wait()
+    _score_all(config, task, network, volumes[processes.rank :: processes.size], scores, processes.main)
+    processes.wait()
 
     def collect() -> tuple[dict[str, Any], float]:
         found = [scores.read(volume.case.id) for volume in volumes]
@@ -132,9 +132,9 @@ def evaluate(
             # By rename: where the folder is, all predictions are in it.
             shutil.rmtree(folder / "predictions", ignore_errors=True)
             unfinished.replace(folder / "predictions")
-        return summarise(task, rows), sum(each.seconds for each in scored) / team.size
+        return summarise(task, rows), sum(each.seconds for each in scored) / processes.size
 
-    return team.decide(collect)
+    return processes.decide(collect)
 
 
 @torch.inference_mode()
@@ -177,17 +177,22 @@ def _score(
     scores: Scores,
     seconds: float,
 ) -> None:
-    """One case: its label map, then its scores."""
+    """Decide, score and write one case."""
     predicted = volume.geometry.decide(task, probabilities)
-    label, affine, _ = load_label(task, volume.case)
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    found = metrics.score(predicted, task.masks(label), spacing, scoring)
-    rows = [{"case": volume.case.id, "target": t, **asdict(s)} for t, s in zip(task.targets, found, strict=True)]
+    reference, spacing = read_reference(task, volume.case)
+    by_target = metrics.score(predicted, reference, spacing, scoring)
+    rows = [{"case": volume.case.id, "target": t, **asdict(s)} for t, s in zip(task.targets, by_target, strict=True)]
     if scores.predictions is not None:
         composed = task.compose(predicted, volume.case.numbering)
         write_label(scores.prediction(volume.case.id), composed, np.asarray(volume.geometry.affine))
-    panel = make_panel(task, volume, probabilities, [each.dice for each in found])
+    panel = make_panel(task, volume, probabilities, [each.dice for each in by_target])
     scores.write(volume.case.id, Scored(rows, panel, seconds))
+
+
+def read_reference(task: Task, case: Case) -> tuple[NDArray[np.bool_], list[float]]:
+    """The reference masks (targets, x, y, z) on the native grid, and the spacing of that grid in mm."""
+    label, affine, _ = load_label(task, case)
+    return task.masks(label), [float(edge) for edge in np.linalg.norm(affine[:3, :3], axis=0)]
 
 
 def new_scoring(settings: Evaluate) -> metrics.Scoring:

@@ -12,14 +12,14 @@ from typing import Any
 import psutil
 
 from harness.system.files import find_below
-from harness.system.locks import holders
+from harness.system.locks import holders, remove_dead
 
 OLD = 3600.0  # seconds after which an unfinished file is nobody's
 
 
 def unfinished(runs: Path) -> list[Path]:
     """Files and folders whose writer is gone."""
-    written = find_below(runs, "*.partial", "*.partial.npy", ".partial-*", ".clock-*")
+    written = find_below(runs, "*.partial", "*.partial.npy", ".partial-*")
     return [path for path in written if _abandoned(path)]
 
 
@@ -44,9 +44,11 @@ def size_on_disk(path: Path) -> int:
 
 
 def remove(paths: tuple[Path, ...]) -> None:
-    """Files and folders, never through a link."""
+    """Remove files and folders, never through a link; of locks those whose owner is gone."""
     for path in paths:
-        if path.is_dir() and not path.is_symlink():
+        if path.suffix == ".lock":
+            remove_dead(path)
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Was this asked before? Answered without torch."""
+"""Was this asked before? Answered without torch, so that a finished run answers at once."""
 
 import platform
 from collections.abc import Sequence
@@ -15,7 +15,11 @@ from harness.system.files import ENGINE, check_name, digest, digest_file, digest
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A finished run; `again` says that it was there already."""
+    """A finished run.
+
+    Attributes:
+        again: whether it was finished before, so that nothing was computed.
+    """
 
     folder: Path
     record: dict[str, Any]
@@ -29,31 +33,36 @@ def finished_before(request: Request) -> FinishedRun | None:
         UserError: as `harness.runs.locate.locate`.
     """
     registry, _, root, corpora = locate(request)
-    asked = digest_request(request, registry, [root, *(folder for _, folder in corpora)])
-    folder = finished_run(request.runs, asked, request.save_predictions)
-    return None if folder is None else FinishedRun(folder, read_record(folder), again=True)
+    key = digest_request(request, registry, [root, *(folder for _, folder in corpora)])
+    folder = finished_folder(request.runs, key, request.save_predictions)
+    return None if folder is None else FinishedRun(folder, read_finished(folder), again=True)
 
 
 def digest_request(request: Request, registry: Registry, roots: Sequence[Path]) -> str:
-    """Recognises a request that was answered before without importing torch: names, sources and data unchanged."""
+    """Digest of a request and of all that its result depends on: the engine, the plugins, and the data in `roots`.
+
+    Files are told apart by name, size and time, so that no file is read but those that settings name.
+    """
     asked = asdict(request) | {
         "runs": None,
         "data": [str(root.resolve()) for root in roots],
         "save_predictions": None,
-        "how": None,
+        "execution": None,
     }
     paths = [Path(pair.partition("=")[2]) for pair in request.settings]
     asked["files"] = [digest_file(path) for path in paths if path.is_file()]
-    engine = digest_tree(ENGINE)
-    plugins = registry.digest_sources()
-    return digest([asked, engine, plugins, [digest_tree(root) for root in roots], platform.node()])
+    sources = [digest_tree(ENGINE), registry.digest_sources(), [digest_tree(root) for root in roots]]
+    return digest([asked, *sources, platform.node()])
 
 
-def finished_run(runs: Path, asked: str, predictions: bool) -> Path | None:
-    """The folder of the run that answered the same request before."""
-    known = runs / "cache" / "requests" / asked
+def finished_folder(runs: Path, key: str, predictions: bool) -> Path | None:
+    """The folder of the run that answered the request with digest `key`; None where there is none.
+
+    Args:
+        predictions: whether it must have kept its predictions.
+    """
     try:
-        folder = runs / check_name(known.read_text())
+        folder = runs / check_name((runs / "cache" / "requests" / key).read_text())
     except (OSError, ValueError, UserError):
         return None
     if predictions and not (folder / "predictions").is_dir():
@@ -61,7 +70,8 @@ def finished_run(runs: Path, asked: str, predictions: bool) -> Path | None:
     return folder if (folder / "record.json").exists() else None
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_finished(folder: Path) -> dict[str, Any]:
+    """The record of a finished run. Raises UserError where it is damaged."""
     record = read_json(folder / "record.json")
     if not isinstance(record, dict):
         raise UserError(f"{folder / 'record.json'} is damaged: remove the folder {folder} and ask again")

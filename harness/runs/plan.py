@@ -82,8 +82,8 @@ class RunPlan:
         return runs / "cache" / "pretrain" / f"{self.config.method}-{self.pretrain_key[:16]}"
 
     @property
-    def discovery(self) -> list[Any]:
-        """All that whatever a method discovers depends on; the settings it depends on it states itself."""
+    def preparation_identity(self) -> list[Any]:
+        """What every cached value of `Method.prepare` depends on, without the settings, which the method names itself."""
         method = self.plugins.method
         return [
             method.name,
@@ -135,7 +135,7 @@ def plan(
         found = ()  # nothing is pre-trained, so that one run serves both modes
     config = resolve(request, registry, task)
     channels = len(found[0][0].channels if found else task.channels)
-    in_turn = micro_batches(request.how.micro_batches)
+    in_turn = micro_batches(request.execution.micro_batches)
     check_fit(registry, config, plugins, len(task.channels), channels, in_turn)
     cache = request.runs / "cache"
     data = open_task(task, root, cache, request.split)
@@ -147,13 +147,13 @@ def plan(
     # Paths say where a file lies, not what is in it.
     files = {name: digest_file(path) for name, path in config.method_settings if isinstance(path, Path)}
     labels = tuple(each.label for each in corpora)
-    setting = RunPlan(config.model_copy(update={"corpora": labels}), plugins, data, corpora, pairs, sources, files)
+    run_plan = RunPlan(config.model_copy(update={"corpora": labels}), plugins, data, corpora, pairs, sources, files)
     # What does not fit fine-tuning is to be known before pre-training.
-    trained = [(config.finetune, len(setting.label_cases))]
-    for settings, number in [(config.pretrain, setting.num_pretrain), *trained] if plugins.method.trains else trained:
+    trained = [(config.finetune, len(run_plan.label_cases))]
+    for settings, number in [(config.pretrain, run_plan.num_pretrain), *trained] if plugins.method.trains else trained:
         settings.schedule(number)
         settings.rows(int(os.environ.get("WORLD_SIZE") or 1), in_turn)
-    return setting
+    return run_plan
 
 
 def plan_without_data(request: Request) -> tuple[RunConfig, RunPlan | None]:
@@ -164,8 +164,8 @@ def plan_without_data(request: Request) -> tuple[RunConfig, RunPlan | None]:
     """
     registry = Registry(request.plugins)
     if request.data is not None or registry.task_folder(request.task) is not None:
-        setting = plan(request, *locate(request))
-        return setting.config, setting
+        run_plan = plan(request, *locate(request))
+        return run_plan.config, run_plan
     task = change_task(registry.task(request.task), parse_overrides(request.settings))
     config = resolve(request, registry, task)
     plugins = Plugins(registry.load("method", config.method), registry.load("backbone", config.backbone))

@@ -15,29 +15,29 @@ SCHEMA = 1
 
 
 def make_record(
-    setting: RunPlan,
+    run_plan: RunPlan,
     summary: dict[str, Any],
     seconds: dict[str, float],
     tuned: dict[str, Any],
     network: nn.Module,
     stage: dict[str, Any],
 ) -> dict[str, Any]:
-    config, task, trained = setting.config, setting.task, tuned["trained"]
+    config, task, trained = run_plan.config, run_plan.task, tuned["trained"]
     device, scoring = next(network.parameters()).device, new_scoring(config.evaluate)
     peaks = [memory.peak_memory(device), tuned["memory"]]
     transfer = {name: value for name, value in tuned["transfer"].items() if name != "text"}
     return {
         "schema": SCHEMA,
-        "run_id": setting.run_id,
+        "run_id": run_plan.run_id,
         **{
             option.record: getattr(config, name)
             for name, option in options(Request)
             if option.record in RunConfig.model_fields
         },
-        "method_version": setting.plugins.method.version,
+        "method_version": run_plan.plugins.method.version,
         "task_version": task.version,
         "overrides": config.overrides,
-        "data": _data_record(setting),
+        "data": _data_record(run_plan),
         "task_description": {
             "channels": list(task.channels),
             "targets": {name: list(values) for name, values in task.targets.items()},
@@ -61,7 +61,7 @@ def make_record(
         "environment": environment.describe_environment(device),
         "transfer": transfer,
         "method_prepare": stage.get("prepared", {}),
-        "files": setting.files,
+        "files": run_plan.files,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -72,19 +72,19 @@ def _most(peaks: list[dict[str, Any]], key: str) -> float | None:
     return max(known, default=None)
 
 
-def _data_record(setting: RunPlan) -> dict[str, Any]:
-    data, split = setting.data, setting.data.split
-    scans = [case.id for each in setting.corpora for case in each.cases]
+def _data_record(run_plan: RunPlan) -> dict[str, Any]:
+    data, split = run_plan.data, run_plan.data.split
+    scans = [case.id for each in run_plan.corpora for case in each.cases]
     return {
-        "source": "phantom" if setting.phantom else "real",
+        "source": "phantom" if run_plan.phantom else "real",
         "fingerprint": data.fingerprint,
-        "licence": setting.task.licence,
-        "n_train": len(setting.label_cases),
-        "n_test": len(setting.test),
-        "train": [case.id for case in setting.label_cases],
-        "pretrain": scans or [case.id for case in setting.train],
-        "test": [case.id for case in setting.test],
-        "split": setting.config.split,
+        "licence": run_plan.task.licence,
+        "n_train": len(run_plan.label_cases),
+        "n_test": len(run_plan.test),
+        "train": [case.id for case in run_plan.label_cases],
+        "pretrain": scans or [case.id for case in run_plan.train],
+        "test": [case.id for case in run_plan.test],
+        "split": run_plan.config.split,
         "split_by": split.by,
         "left_out": split.left_out,
         "repeated": split.repeated,
@@ -98,8 +98,8 @@ def _data_record(setting: RunPlan) -> dict[str, Any]:
                 "licence": each.corpus.licence,
                 "skipped": each.inventory.bad,
             }
-            for each in setting.corpora
+            for each in run_plan.corpora
         ],
-        "overlap": setting.overlap,
-        "n_test_seen": setting.num_test_seen,
+        "overlap": run_plan.overlap,
+        "n_test_seen": run_plan.num_test_seen,
     }

@@ -119,14 +119,14 @@ def _data(record: Mapping[str, Any], request: Request) -> list[tuple[str, str, s
     # Elsewhere: to look leaves nothing behind.
     with tempfile.TemporaryDirectory() as place:
         aside = replace(request, runs=Path(place))
-        setting = plan(aside, *locate(aside))
+        run_plan = plan(aside, *locate(aside))
     found = []
-    if setting.data.fingerprint != there["fingerprint"]:
-        found.append(("data fingerprint", there["fingerprint"], setting.data.fingerprint))
-    if setting.task.version != record["task_version"]:
-        found.append(("task version", record["task_version"], setting.task.version))
-    if setting.plugins.method.version != record.get("method_version"):
-        found.append(("method version", str(record.get("method_version")), setting.plugins.method.version))
-    if setting.run_id != record["run_id"]:
-        found.append(("run id", record["run_id"], setting.run_id))
+    if run_plan.data.fingerprint != there["fingerprint"]:
+        found.append(("data fingerprint", there["fingerprint"], run_plan.data.fingerprint))
+    if run_plan.task.version != record["task_version"]:
+        found.append(("task version", record["task_version"], run_plan.task.version))
+    if run_plan.plugins.method.version != record.get("method_version"):
+        found.append(("method version", str(record.get("method_version")), run_plan.plugins.method.version))
+    if run_plan.run_id != record["run_id"]:
+        found.append(("run id", record["run_id"], run_plan.run_id))
     return found

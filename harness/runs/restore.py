@@ -12,18 +12,16 @@ import psutil
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from harness.api.registry import Registry
 from harness.api.settings import build
 from harness.api.task import Case, Percentiles, Task, Window
-from harness.compute.devices import new_accelerator
 from harness.compute.memory import is_too_large, weights_bytes
 from harness.config.request import FinetuneProtocol
 from harness.config.schema import Evaluate, Finetune, TaskSettings
 from harness.data.cases import group_images
 from harness.system.errors import UserError
-from harness.training.protocols import with_head
+from harness.training.models import new_network
 from leaderboards.records import RecordError, read_record
 from leaderboards.schema import Name, Part, Record
 
@@ -167,9 +165,8 @@ def restore(run: Path, record: dict[str, Any], registry: Registry) -> Restored:
         backbone = backbone_class(own, len(task.channels))
         if any(edge % stride for edge, stride in zip(trained.crop, backbone.stride, strict=True)):
             raise ValueError(f"a crop of {trained.crop}, which is no multiple of {backbone.stride}")
-        network = with_head(backbone, task.num_outputs, record["protocol"])
-        network.load_state_dict(load_file(run / "weights.safetensors"))
-        return Restored(task, network.to(new_accelerator().device), trained, settings)
+        network = new_network(backbone, task, record["protocol"], run / "weights.safetensors")
+        return Restored(task, network, trained, settings)
     except (
         KeyError,
         OverflowError,

@@ -198,24 +198,24 @@ def sort_out(cells: Sequence[SweepCell], notes: Path, retry: bool = False) -> tu
     for cell in cells:
         began = time.perf_counter()
         try:
-            setting = plan(cell.request, *locate(cell.request))
+            run_plan = plan(cell.request, *locate(cell.request))
         except (UserError, OSError) as error:
             known.append(Outcome(cell, None, str(error), time.perf_counter() - began))
             continue
         runs = cell.request.runs
-        folder, failed = runs / setting.run_id, read_json(notes / f"{cell.name}.failed.json")
+        folder, failed = runs / run_plan.run_id, read_json(notes / f"{cell.name}.failed.json")
         if (folder / "record.json").exists():
             known.append(Outcome(cell, folder, "", 0.0))
         elif isinstance(failed, dict) and not retry:
             known.append(Outcome(cell, None, str(failed.get("problem")), 0.0, before=True))
         else:
-            todo.append(_planned(cell, setting, folder))
+            todo.append(_planned(cell, run_plan, folder))
     return todo, known
 
 
-def _planned(cell: SweepCell, setting: RunPlan, folder: Path) -> Planned:
-    config, trains = setting.config, bool(setting.plugins.method.trains)
-    first = config.pretrain.schedule(setting.num_pretrain)[0] if trains else 0
-    second, _ = config.finetune.schedule(len(setting.label_cases))
-    pretrain = setting.pretrain_folder(cell.request.runs) if trains else None
-    return Planned(cell, folder, pretrain, (first, second, len(setting.test)))
+def _planned(cell: SweepCell, run_plan: RunPlan, folder: Path) -> Planned:
+    config, trains = run_plan.config, bool(run_plan.plugins.method.trains)
+    first = config.pretrain.schedule(run_plan.num_pretrain)[0] if trains else 0
+    second, _ = config.finetune.schedule(len(run_plan.label_cases))
+    pretrain = run_plan.pretrain_folder(cell.request.runs) if trains else None
+    return Planned(cell, folder, pretrain, (first, second, len(run_plan.test)))

@@ -7,7 +7,7 @@ import re
 import socket
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,19 @@ def digest(value: Any) -> str:
     """Digest of anything that JSON can hold; the order of keys does not matter."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).hexdigest()
+
+
+def digest_chunks(chunks: Iterable[bytes | memoryview]) -> str:
+    """Digest of bytes that come in parts."""
+    state = hashlib.blake2b(digest_size=16)
+    for chunk in chunks:
+        state.update(chunk)
+    return state.hexdigest()
+
+
+def seed_from(text: str, size: int) -> int:
+    """A whole number of `size` bytes that the text determines: a seed for a generator."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest(), "big")
 
 
 def digest_file(path: Path) -> str:

@@ -1,154 +1,103 @@
-"""Locks that hold between processes and hosts, on network file systems too: files with an owner and a heartbeat.
+"""Locks between processes and hosts: one process computes a thing, the others wait and use its result.
 
-`flock` is not relied on: network file systems have it in many ways, or not at all. A lock is the file `NAME.lock.N`, made
-exclusively, whose owner keeps touching it. An owner is dead when its process is gone (on the same host) or when the file
-has not been touched for `STALE` seconds (elsewhere). Whoever finds it dead makes `NAME.lock.N+1`, which again only one
-can: there is never a moment in which a file that somebody else has just taken is removed.
+A lock is a lease of `filelock`: a file `NAME.lock` that says who holds it and that the holder touches every `HEARTBEAT`
+seconds. It works on network file systems, where `flock` may not. On the holder's own host a holder that is gone is followed
+at once; elsewhere once its file was seen untouched for `LEASE` seconds.
 """
 
-import json
-import os
-import re
-import socket
-import threading
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
-import psutil
+from filelock import SoftFileLease, Timeout
 
 from harness.system.console import say
 from harness.system.errors import UserError
-from harness.system.files import find_below, read_json
+from harness.system.files import find_below
 
-HEARTBEAT = 10.0  # seconds between an owner's signs of life
-STALE = 120.0  # seconds without one, after which an owner on another host counts as dead
-POLL = 0.5
+HEARTBEAT = 10.0  # seconds between a holder's signs of life
+LEASE = 120.0  # seconds without one, after which a holder on another host counts as gone; the same for all processes
+POLL = 0.5  # seconds between looks at a lock that another process holds
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock. `process` tells processes apart whose number was given out twice, `place` containers of one name."""
+    """The process that holds a lock; `token` differs each time that a lock is taken."""
 
     host: str
-    place: str
     pid: int
-    process: str
-    since: float
     token: str
 
-    @classmethod
-    def here(cls) -> "Owner":
-        """This process."""
-        return cls(socket.gethostname(), _place(), os.getpid(), _process(os.getpid()), time.time(), uuid4().hex)
-
-    @classmethod
-    def read(cls, path: Path) -> "Owner | None":
-        """The owner in a lock file; None where it is being written, was cut short, or is gone."""
-        found = read_json(path)
-        try:
-            return cls(**found)
-        except TypeError:
-            return None
-
-    @property
-    def local(self) -> bool:
-        """Whether it is a process of this host, which alone can tell whether it lives."""
-        return (self.host, self.place) == (socket.gethostname(), _place())
-
     def __str__(self) -> str:
-        return (
-            f"process {self.pid} on {self.host}, since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(self.since))}"
-        )
+        return f"process {self.pid} on {self.host}"
 
 
 class LostLockError(UserError):
-    """Somebody else has taken over what this process was computing."""
+    """Another process has taken over what this one was computing."""
 
 
 class Lock:
     """A lock that this process holds.
 
-    Attributes:
-        lost: whether another process has taken it, because this one gave no sign of life for too long.
+    Args:
+        lease: acquired.
     """
 
-    def __init__(self, path: Path, number: int, owner: Owner) -> None:
-        self.path, self.number, self.owner, self.lost = path, number, owner, False
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name=f"lock {path.name}", daemon=True)
-        self._thread.start()
+    def __init__(self, path: Path, lease: SoftFileLease) -> None:
+        self.path, self._lease, self._checked, self._lost = path, lease, time.monotonic(), False
+
+    @property
+    def lost(self) -> bool:
+        """Whether another process has taken it, because this one gave no sign of life for too long."""
+        # A process that was suspended may have been given up; its heartbeat needs a while to notice.
+        if not self._lost and time.monotonic() - self._checked > HEARTBEAT:
+            self._lost = not self._lease.is_lock_held_by_us
+            self._checked = time.monotonic()
+        return self._lost or self._lease.compromise is not None
 
     def check(self) -> None:
         """Raises LostLockError where another process has taken over."""
         if self.lost:
             raise LostLockError(
-                f"another process has taken over {self.path.name}, since this one gave no sign of life for {STALE:.0f} s: "
+                f"another process has taken over {self.path.name}, since this one gave no sign of life for {LEASE:.0f} s: "
                 "ask again for its result"
             )
 
     def release(self) -> None:
-        """Let the next one in."""
-        self._ended.set()
-        self._thread.join()
-        if self.lost:
-            return
-        # The older ones first: where there is any, the newest is there.
+        """Let the next process have it."""
         try:
-            for number, path in sorted(_files(self.path).items()):
-                if number <= self.number:
-                    path.unlink(missing_ok=True)
+            self._lease.release()
         except OSError as error:
-            # A disk that has become read-only, say: what ends the run is of more interest, and the dead are followed.
+            # A disk that has become read-only, say. What ended the run matters more, and the next process takes the lock
+            # over once this one is gone.
             say(f"{self.path}.lock cannot be removed ({error.strerror}): the next process finds its owner gone")
 
-    def _beat(self) -> None:
-        mine = _numbered(self.path, self.number)
-        while not self._ended.wait(HEARTBEAT):
-            try:
-                owner = Owner.read(mine)
-                if max(_files(self.path), default=0) > self.number or (owner and owner.token != self.owner.token):
-                    self.lost = True
-                    return
-                os.utime(mine)
-            except FileNotFoundError:
-                self.lost = True
-                return
-            except OSError:
-                continue  # a file system that is away for a while; if it is too long, others take over
 
+def acquire(path: Path, lease: SoftFileLease | None = None) -> tuple[Lock | None, Owner | None]:
+    """The lock at `path`, or its owner where another process holds it.
 
-def acquire(path: Path) -> tuple[Lock | None, Owner | None]:
-    """The lock at `path`, or whoever holds it."""
+    Args:
+        lease: of an earlier call for the same path; a holder on another host is watched from the first call on.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = _files(path)
-    newest = max(files, default=0)
-    if newest:
-        owner, dead = _state(files[newest])
-        if not dead:
-            return None, owner
-    me = Owner.here()
-    if not _create(_numbered(path, newest + 1), me):
-        return None, Owner.read(_numbered(path, newest + 1))
-    # Between the look and the making, the dead one's lock may have been taken over and released by somebody else, and a
-    # third may hold a new one.
-    now = _files(path)
-    others = set(now) - {newest + 1}
-    if max(others, default=0) > newest + 1 or (newest and newest not in now) or (not newest and others):
-        _numbered(path, newest + 1).unlink(missing_ok=True)
-        return None, Owner.read(now[max(others)]) if others else None
-    return Lock(path, newest + 1, me), None
+    lease = lease or _lease(_file(path))
+    try:
+        lease.acquire(blocking=False)
+    except Timeout:
+        return None, owner_of(_file(path))
+    return Lock(path, lease), None
 
 
 @contextmanager
 def held(path: Path, what: str) -> Iterator[Lock]:
-    """The lock at `path`, waited for if need be; `what` is said to be computed elsewhere meanwhile."""
-    told = None
+    """Hold the lock at `path`. While another process holds it, say once that it computes `what`, and wait."""
+    told, lease = None, _lease(_file(path))
     while True:
-        lock, owner = acquire(path)
+        lock, owner = acquire(path, lease)
         if lock is not None:
             break
         if owner is not None and owner.token != told:
@@ -161,85 +110,55 @@ def held(path: Path, what: str) -> Iterator[Lock]:
         lock.release()
 
 
+def owner_of(file: Path) -> Owner | None:
+    """The owner that a lock file names; None where it is being written, was cut short, or is gone."""
+    record = _lease(file).owner
+    # Of a container, filelock adds its table of processes to the name of the host.
+    return Owner(record.hostname.partition("?")[0], record.pid, record.token or "") if record else None
+
+
 def dead_locks(folder: Path) -> list[Path]:
-    """Lock files below a folder whose owners are dead."""
-    return [path for path in find_below(folder, "*.lock.*") if path.suffix[1:].isdecimal() and _state(path)[1]]
+    """Lock files below a folder whose owners were processes of this host that are gone."""
+    return [file for file in find_below(folder, "*.lock") if _is_dead(file)]
 
 
 def holders(folder: Path) -> list[tuple[Path, Owner]]:
     """Lock files below a folder, and who holds them."""
-    found = []
-    for path in find_below(folder, "*.lock.*"):
-        owner, dead = _state(path)
-        if owner is not None and not dead:
-            found.append((path, owner))
-    return found
+    pairs = [(file, owner_of(file)) for file in find_below(folder, "*.lock")]
+    return [(file, owner) for file, owner in pairs if owner is not None and not _is_dead(file)]
 
 
-def _state(path: Path) -> tuple[Owner | None, bool]:
-    """The owner of a lock file, and whether it is dead."""
-    owner = Owner.read(path)
+def remove_dead(file: Path) -> None:
+    """Remove a lock file whose owner is gone; one that is held by now stays."""
+    lease = _lease(file)
     try:
-        silent = _now(path.parent) - path.stat().st_mtime
-    except OSError:
-        return None, False  # released meanwhile
-    if owner is not None and owner.local:
-        return owner, _process(owner.pid) != owner.process
-    return owner, silent > STALE
+        lease.acquire(blocking=False)
+    except Timeout:
+        return
+    lease.release()
 
 
-def _now(folder: Path) -> float:
-    """The time by the clock of the file system, which touches the locks; hosts' own clocks differ."""
-    probe = folder / f".clock-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
-    try:
-        probe.touch()
-        return probe.stat().st_mtime
-    except OSError:
-        return time.time()
-    finally:
-        probe.unlink(missing_ok=True)
+def _lease(file: Path) -> SoftFileLease:
+    # Shared by the threads of this process: evaluation and training look at one lock.
+    return SoftFileLease(file, lease_duration=LEASE, heartbeat_interval=HEARTBEAT, thread_local=False)
 
 
-def _create(path: Path, owner: Owner) -> bool:
-    try:
-        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    except FileExistsError:
-        return False
-    try:
-        os.write(file, json.dumps(owner.__dict__).encode())
-        os.fsync(file)
-    finally:
-        os.close(file)
-    return True
+def _file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
 
 
-def _numbered(path: Path, number: int) -> Path:
-    return path.with_name(f"{path.name}.lock.{number}")
-
-
-def _files(path: Path) -> dict[int, Path]:
-    """The lock's files by number."""
-    pattern = re.compile(rf"{re.escape(path.name)}\.lock\.(\d+)")
-    try:
-        names = [each.name for each in path.parent.iterdir()]
-    except FileNotFoundError:
-        return {}
-    matches = [(pattern.fullmatch(name), name) for name in names]
-    return {int(match[1]): path.parent / name for match, name in matches if match}
-
-
-def _place() -> str:
-    """Which table of processes this is: two containers may have one host name."""
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115
-    except OSError:
-        return ""
-
-
-def _process(pid: int) -> str:
-    """When a process was started, as the kernel says; empty where there is no such process."""
-    try:
-        process = psutil.Process(pid)
-        return "" if process.status() == psutil.STATUS_ZOMBIE else f"{process.create_time():.2f}"
-    except psutil.Error:
-        return ""
+def _is_dead(file: Path) -> bool:
+    """Whether filelock would take over at once, tried on a copy: the file itself may be taken by another process meanwhile."""
+    with tempfile.TemporaryDirectory(prefix="harness-lock-") as folder:
+        copy = Path(folder) / file.name
+        try:
+            shutil.copyfile(file, copy)
+        except OSError:
+            return False  # released meanwhile
+        lease = _lease(copy)
+        try:
+            lease.acquire(blocking=False)
+        except Timeout:
+            return False
+        lease.release()
+        return True

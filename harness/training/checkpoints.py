@@ -1,6 +1,5 @@
 """States of a training stage, from which it goes on: atomic, with a digest, the last two kept."""
 
-import hashlib
 import io
 import time
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from harness.system.console import say
-from harness.system.files import write_atomic
+from harness.system.files import digest_chunks, write_atomic
 
 HEAD = b"harness checkpoint 1 "
 KEPT = 2
@@ -34,7 +33,7 @@ class Checkpoints:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getbuffer()
-        head = HEAD + hashlib.blake2b(content, digest_size=16).hexdigest().encode() + b"\n"
+        head = HEAD + digest_chunks([content]).encode() + b"\n"
         write_atomic(self.folder / f"step-{step:09d}.ckpt", head, content)
         for path in self.all()[KEPT:]:
             path.unlink(missing_ok=True)
@@ -68,7 +67,7 @@ def read(path: Path) -> dict[str, Any] | None:
     except OSError:
         return None
     head, _, body = content.partition(b"\n")
-    if head != HEAD + hashlib.blake2b(body, digest_size=16).hexdigest().encode():
+    if head != HEAD + digest_chunks([body]).encode():
         return None
     state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     return state if isinstance(state, dict) else None

@@ -12,28 +12,28 @@ import torch
 from torch import Tensor
 
 from harness.api.task import Task
-from harness.compute import memory
 from harness.compute.devices import new_accelerator
+from harness.compute.memory import peak_memory
 from harness.config.schema import Finetune, RunConfig
 from harness.data.crops import CropDataset
 from harness.data.volumes import Volume
 from harness.system.files import digest_file, write_atomic
 from harness.training import protocols
-from harness.training.loop import StageContext, train
-from harness.training.models import Plugins, seed_for
+from harness.training.loop import StageContext, StagePlan, train
+from harness.training.models import Plugins, new_network, seed_for
 from harness.training.segmenter import Segmenter
 from harness.training.stage_files import assert_unchanged, write_weights
 from harness.training.transfer import transfer
 
 
 class Augment:
-    """Fine-tuning augmentation of section IV-C: flip, rotation by 90 degrees, intensity scaling and shift."""
+    """Augmentation of the paper (section IV-C): flip, rotation by 90 degrees, intensity scaling and shift."""
 
     def __init__(self, settings: Finetune) -> None:
         self.settings = settings
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """`image` and `target` (C, x, y, z) -> the same, turned alike; intensities change in the image only."""
+        """`image` and `target` (C, x, y, z), turned alike; intensities change in the image only."""
         image, target, settings = sample["image"], sample["target"], self.settings
         for axis in (1, 2, 3):
             if rng.random() < settings.flip:
@@ -51,7 +51,7 @@ class Augment:
 
 
 def finetune_data(config: RunConfig, task: Task, volumes: Sequence[Volume], length: int, seed: int) -> CropDataset:
-    """Labelled crops, augmented."""
+    """`length` labelled crops, augmented."""
     settings = config.finetune
     return CropDataset(volumes, settings.crop, length, seed, Augment(settings), task, settings.foreground)
 
@@ -63,46 +63,51 @@ def finetune(
     volumes: Sequence[Volume],
     weights: Mapping[str, Tensor],
     folder: Path,
-    carried: StageContext,
+    context: StageContext,
     repeat_stem: bool = False,
-    head: str = "",
+    pretraining_history: str = "",
 ) -> None:
-    """Fresh backbone, transfer, new head, supervised training; leaves `weights.safetensors` and, last, `finetune.json`.
+    """Train with labels; leave `weights.safetensors`, `history.jsonl` and, last, `finetune.json` in `folder`.
 
-    The initial values and the crops depend on the seed only, so that `scratch` is a matched control. What the protocol
-    fixes is the same afterwards, by its digest. What was begun in `folder` goes on from its last checkpoint; `head` is what
-    the history begins with.
+    A fresh backbone gets the pre-trained `weights` and a new head. Its initial values and the crops depend on the seed
+    only, so that `scratch` is a matched control. An interrupted fine-tuning in `folder` goes on from its last checkpoint.
+
+    Args:
+        repeat_stem: whether weights for one channel are repeated over the channels of the task.
+        pretraining_history: lines that the history begins with.
+
+    Raises:
+        UserError, Interrupted: as `harness.training.loop.train`.
+        RuntimeError: training changed what the protocol fixes.
     """
-    accelerator = new_accelerator(carried.how.micro_batches)
+    accelerator = new_accelerator(context.execution.micro_batches)
     torch.manual_seed(seed_for(config.seed, "finetune init"))
     backbone = plugins.new_backbone(config, len(task.channels))
-    report = transfer(backbone, weights, repeat_stem)
-    network = protocols.with_head(backbone, task.num_outputs, config.protocol)
+    transferred = transfer(backbone, weights, repeat_stem)
+    network = new_network(backbone, task, config.protocol)
     fixed = protocols.fixed(network, config.protocol)
     before = protocols.digest_modules(fixed)
     settings = config.finetune
     steps, warmup = settings.schedule(len(volumes))
-    length, seed = steps * settings.batch_size, seed_for(config.seed, "finetune crops")
-    data = finetune_data(config, task, volumes, length, seed)
+    data = finetune_data(config, task, volumes, steps * settings.batch_size, seed_for(config.seed, "finetune crops"))
+    plan = StagePlan("finetune", settings, steps, warmup, seed_for(config.seed, "finetune steps"), pretraining_history)
     segmenter = Segmenter(network, task.overlapping, fixed)
-    trained = train(
-        *(segmenter, data, settings, steps, warmup, accelerator, folder / "history.jsonl", "finetune"),
-        seed=seed_for(config.seed, "finetune steps"),
-        carried=carried,
-        head=head,
-    )
+    report = train(plan, segmenter, data, folder / "history.jsonl", accelerator, context)
     if protocols.digest_modules(fixed) != before:
         raise RuntimeError(f"protocol {config.protocol!r}: what is fixed was changed by training")
     frozen = {"digest": before, "tensors": sum(len(module.state_dict()) for module in fixed)} if fixed else None
 
     def finish() -> None:
-        carried.check()
+        context.check()
         assert_unchanged(volumes, folder)
         path = folder / "weights.safetensors"
         write_weights(network.state_dict(), path)
-        transferred = report.as_record() | {"text": str(report), "frozen": frozen}
-        found = {"memory": memory.peak_memory(accelerator.device), "weights": digest_file(path)}
-        stage = {"trained": asdict(trained), "transfer": transferred, **found}
+        stage = {
+            "trained": asdict(report),
+            "transfer": transferred.as_record() | {"text": str(transferred), "frozen": frozen},
+            "memory": peak_memory(accelerator.device),
+            "weights": digest_file(path),
+        }
         write_atomic(folder / "finetune.json", json.dumps(stage))
 
-    carried.team.decide(finish)
+    context.processes.decide(finish)

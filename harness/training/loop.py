@@ -1,4 +1,7 @@
-"""The training loop: steps from the first, or from a checkpoint, to the last; read from top to bottom."""
+"""The training loop: steps from the first, or from a checkpoint, to the last; read from top to bottom.
+
+Pre-training, fine-tuning, what `Method.prepare` trains, the conformance checks and the profiles all run this loop.
+"""
 
 import json
 import os
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from harness.compute.memory import is_out_of_memory
-from harness.compute.processes import Processes
+from harness.compute.processes import Processes, SingleProcess
 from harness.config.request import AS_USUAL, Execution
 from harness.config.schema import Training
 from harness.system.console import progress, say
@@ -27,20 +30,46 @@ from harness.training.checkpoints import Checkpoints
 from harness.training.out_of_memory import explain_out_of_memory
 from harness.training.trainer import FINITE, StageReport, Trainer, compiled
 
+READ_EVERY = 10  # steps between reads of the loss on a GPU: each one waits for the device
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a training stage is to do.
+
+    Attributes:
+        name: of the stage, in messages and in the history.
+        settings: budget and optimizer.
+        steps: number of optimizer steps.
+        warmup: steps of them in which the learning rate rises.
+        seed: of dropout and of what a method draws.
+        history: lines that the history begins with.
+    """
+
+    name: str
+    settings: Training
+    steps: int
+    warmup: int
+    seed: int = 0
+    history: str = ""
+
 
 @dataclass(frozen=True)
 class StageContext:
-    """How a stage is carried out: by whom, and who is told of its steps.
+    """How a stage is carried out; no result depends on it.
 
     Attributes:
-        log: takes named values of a step; see `harness.tracking`.
-        locks: what this process holds meanwhile.
+        processes: that share it.
+        log: takes the named values of each step (`harness.training.trackers`).
+        locks: that this process holds meanwhile.
+        quiet: no progress bar.
     """
 
-    team: Processes = field(default_factory=Processes)
-    how: Execution = AS_USUAL
+    processes: Processes = field(default_factory=Processes)
+    execution: Execution = AS_USUAL
     log: Callable[[Mapping[str, float], int], None] | None = None
     locks: tuple[Lock, ...] = ()
+    quiet: bool = False
 
     def check(self) -> None:
         """Raises LostLockError where another process has taken over what is computed here."""
@@ -48,37 +77,52 @@ class StageContext:
             lock.check()
 
     def under(self, lock: Lock | None) -> "StageContext":
-        """The same, while one more lock is held."""
+        """The same context with one more lock."""
         return self if lock is None else replace(self, locks=(*self.locks, lock))
 
 
-READ_EVERY = 10  # steps between reads of the loss on a GPU: each one waits for the device
+def train(
+    plan: StagePlan,
+    module: nn.Module,
+    data: Dataset[Any],
+    history: Path,
+    accelerator: Accelerator | SingleProcess,
+    context: StageContext | None = None,
+    after_step: Callable[[int], None] | None = None,
+) -> StageReport:
+    """Minimise the sum of the loss terms that `module(batch)` returns; one line per step goes to `history`.
+
+    A stage that was interrupted goes on from the last checkpoint in the folder of `history`, to the same end.
+
+    Args:
+        data: samples of all steps in their order; a step takes the next `batch_size`.
+        after_step: is called with the number of each step, from 1.
+
+    Raises:
+        UserError: as `TrainingLoop.run` and `Trainer`.
+        Interrupted: as `TrainingLoop.run`.
+    """
+    context = context or StageContext()
+    skip = context.execution.on_nonfinite == "skip"
+    trainer = Trainer(module, plan.settings, plan.steps, plan.warmup, accelerator, plan.seed, skip)
+    return TrainingLoop(plan, trainer, data, history, context).run(after_step)
 
 
 class TrainingLoop:
     """A training stage in a folder: its trainer, its history and its checkpoints.
 
     Args:
-        history: JSON lines, one per step; what is there beyond the step that the stage goes on from is cut off.
-        data: samples of all steps in their order; a step takes the next `batch_size`.
-        head: what the history begins with.
+        history: JSON lines, one per step. Lines beyond the checkpoint that the stage goes on from are cut off.
     """
 
     def __init__(
-        self,
-        name: str,
-        trainer: Trainer,
-        data: Dataset[Any],
-        steps: int,
-        history: Path,
-        carried: StageContext,
-        head: str = "",
+        self, plan: StagePlan, trainer: Trainer, data: Dataset[Any], history: Path, context: StageContext
     ) -> None:
-        self.name, self.trainer, self.data, self.steps, self.carried = name, trainer, data, steps, carried
-        self.history, self.head, self.main = history, head, trainer.accelerator.is_main_process
-        self.kept = Checkpoints(history.parent / "checkpoints", carried.how.checkpoint_minutes)
+        self.plan, self.trainer, self.data, self.context, self.history = plan, trainer, data, context, history
+        self.name, self.steps, self.main = plan.name, plan.steps, trainer.accelerator.is_main_process
+        self.checkpoints = Checkpoints(history.parent / "checkpoints", context.execution.checkpoint_minutes)
         self.read_every = READ_EVERY if trainer.device.type == "cuda" else 1
-        self.step, self.seconds, self.resumed = 0, 0.0, 0
+        self.step, self.seconds, self.resumed, self.history_bytes = 0, 0.0, 0, 0
         self.skipped: list[int] = []
         self.unread: list[tuple[int, float, dict[str, Tensor]]] = []
 
@@ -92,14 +136,15 @@ class TrainingLoop:
         self._resume()
         trainer, clock, began = self.trainer, self.trainer.clock, time.perf_counter() - self.seconds
         loader = trainer.loader(self.data, self.step * trainer.settings.batch_size)
-        bar = progress(None, self.name, total=self.steps, shown=self.main, initial=self.step)
+        shown = self.main and not self.context.quiet
+        bar = progress(None, self.name, total=self.steps, shown=shown, initial=self.step)
         faster = compiled(trainer.inner, trainer.settings.compile)
-        with deferred(), faster, bar, self._open_history() as lines, closed(iter(loader)) as batches:
+        with deferred(), faster, bar, self._open_history() as lines, _closing(iter(loader)) as batches:
             while self.step < self.steps:
                 clock.start()
-                dealt = self._next(batches)
+                micro_batches = self._next(batches)
                 clock.lap("data")
-                terms = self._step(dealt, after_step)
+                terms = self._step(micro_batches, after_step)
                 self.step += 1
                 self.unread.append((self.step, trainer.optimizer.param_groups[0]["lr"], terms))
                 bar.update()
@@ -107,84 +152,88 @@ class TrainingLoop:
                     bar.set_postfix_str(f"loss {self._read(lines):.4f}", refresh=False)
                     clock.read()
                     self.seconds = time.perf_counter() - began
-                    self._keep_or_stop(lines)
+                    self._checkpoint_or_stop(lines)
         used = trainer.used()
         return StageReport(self.seconds, self.steps, clock.summary(), used, self.skipped, self.resumed)
 
     def _next(self, batches: Iterator[Any]) -> list[Any]:
+        """The micro-batches of one step."""
         try:
             return list(islice(batches, self.trainer.parts.micro_batches))
         except UserError as error:
-            # A loader's worker sends its traceback along.
+            # An error of a loader's worker arrives with the worker's traceback before it.
             raise UserError(str(error).rpartition("UserError: ")[2]) from None
 
-    def _step(self, batches: Any, after_step: Callable[[int], None] | None) -> dict[str, Tensor]:
+    def _step(self, micro_batches: Any, after_step: Callable[[int], None] | None) -> dict[str, Tensor]:
         try:
-            return self.trainer.step(self.step + 1, batches, after_step)
+            return self.trainer.step(self.step + 1, micro_batches, after_step)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
         raise UserError(explain_out_of_memory(self.name, self.trainer, self.data))
 
     def _read(self, lines: Any) -> float:
-        """Write the waiting steps to the history; this is where the host waits for the device. Returns the loss."""
-        total = 0.0
-        for step, lr, found in self.unread:
-            finite = bool(found.pop(FINITE))
-            values = {name: float(term) for name, term in found.items()}
-            total = sum(values.values())
-            line: dict[str, Any] = {"stage": self.name, "step": step, "loss": total, "lr": lr, "terms": values}
+        """Write the waiting steps to the history; here the host waits for the device. Returns the last loss."""
+        loss = 0.0
+        for step, lr, terms in self.unread:
+            finite = bool(terms.pop(FINITE))
+            values = {name: float(term) for name, term in terms.items()}
+            loss = sum(values.values())
+            line: dict[str, Any] = {"stage": self.name, "step": step, "loss": loss, "lr": lr, "terms": values}
             if not finite:
-                self._bad(step, values)
+                self._handle_nonfinite(step, values)
                 line |= {"loss": None, "terms": {}, "skipped": True}
             if self.main:
                 lines.write(json.dumps(line).encode() + b"\n")
-            if finite and self.carried.log is not None:
-                self.carried.log(
-                    {f"{self.name}/{key}": value for key, value in {"loss": total, "lr": lr, **values}.items()}, step
-                )
+            if finite and self.context.log is not None:
+                named = {"loss": loss, "lr": lr, **values}
+                self.context.log({f"{self.name}/{key}": value for key, value in named.items()}, step)
         lines.flush()
         self.unread.clear()
-        return total
+        return loss
 
-    def _bad(self, step: int, values: Mapping[str, float]) -> None:
-        """A step that is not finite: left out and counted, or the end. Raises UserError."""
-        told = ", ".join(f"{name} {value:g}" for name, value in values.items())
-        what = f"{self.name}: the loss or its gradient is not finite at step {step} ({told}; {self._crops_of(step)})"
-        if self.carried.how.on_nonfinite == "skip":
+    def _handle_nonfinite(self, step: int, values: Mapping[str, float]) -> None:
+        """Count a step that was left out, or end the stage. Raises UserError."""
+        terms = ", ".join(f"{name} {value:g}" for name, value in values.items())
+        problem = (
+            f"{self.name}: the loss or its gradient is not finite at step {step} ({terms}; {self._crops_of(step)})"
+        )
+        if self.context.execution.on_nonfinite == "skip":
             self.skipped.append(step)
             if self.main:
-                say(f"{what}: left out, {len(self.skipped)} so far")
+                say(f"{problem}: left out, {len(self.skipped)} so far")
             return
-        left = "the state before it is kept"
-        if step == self.step and self._whole():
+        state = "the state before it is kept"
+        if step == self.step and self._buffers_are_finite():
             self.step -= 1
             self._save(None)
-        elif not self.kept.all():
-            left = "no checkpoint was due before it"
+        elif not self.checkpoints.all():
+            state = "no checkpoint was due before it"
         raise UserError(
-            f"{what}; {left}: lower {self.name}.lr, set {self.name}.precision=fp32, or go on with --on-nonfinite skip"
+            f"{problem}; {state}: lower {self.name}.lr, set {self.name}.precision=fp32, or go on with --on-nonfinite skip"
         )
 
     def _crops_of(self, step: int) -> str:
-        """The cases that a step's crops come from."""
+        """The cases that the crops of a step come from."""
         size = self.trainer.settings.batch_size
         name = getattr(self.data, "name", None)
-        places = range((step - 1) * size, step * size)
-        return f"cases {', '.join(name(place) for place in places)}" if name else f"samples {places[0]} to {places[-1]}"
+        samples = range((step - 1) * size, step * size)
+        if name is None:
+            return f"samples {samples[0]} to {samples[-1]}"
+        return f"cases {', '.join(name(index) for index in samples)}"
 
-    def _whole(self) -> bool:
-        """Whether the forward pass of the bad step has left the module as it was."""
+    def _buffers_are_finite(self) -> bool:
+        """Whether the forward pass of a step that is not finite has left running statistics and queues usable."""
         return all(bool(torch.isfinite(b).all()) for b in self.trainer.inner.buffers() if b.is_floating_point())
 
-    def _keep_or_stop(self, lines: Any) -> None:
+    def _checkpoint_or_stop(self, lines: Any) -> None:
         """A checkpoint where one is due or a signal came; all processes decide alike."""
-        self.carried.check()
-        stop, due = requested(), self.kept.due()
+        self.context.check()
+        stop, due = requested(), self.checkpoints.due()
         if self.trainer.parts.processes > 1:
             votes = torch.tensor([float(bool(stop)), float(due and self.main)], device=self.trainer.device)
-            told, due = (bool(vote) for vote in self.trainer.accelerator.reduce(votes, reduction="sum"))
-            stop = stop or ("a signal to another process" if told else "")
+            signalled, due = (bool(vote) for vote in self.trainer.accelerator.reduce(votes, reduction="sum"))
+            stop = stop or ("a signal to another process" if signalled else "")
         if stop or (due and self.step < self.steps):
             self._save(lines)
         if stop:
@@ -204,74 +253,46 @@ class TrainingLoop:
                 "skipped": self.skipped,
                 "resumed": self.resumed,
             }
-            self.kept.save(self.step, state)
+            self.checkpoints.save(self.step, state)
         self.trainer.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
-        """The newest checkpoint that is whole and whose history is there; or the beginning."""
+        """Load the newest checkpoint that is whole and whose history is there, if there is one."""
         written = self.history.stat().st_size if self.history.exists() else 0
-        for state in self.kept.candidates():
-            if state["steps"] != self.steps or not len(self.head) <= state["history"] <= written:
+        for state in self.checkpoints.candidates():
+            if state["steps"] != self.steps or not len(self.plan.history) <= state["history"] <= written:
                 continue
             try:
                 self.trainer.load(state)
             except (RuntimeError, ValueError, KeyError) as error:
+                reason = " ".join(str(error).split())[:200]
                 raise UserError(
-                    f"{self.kept.folder} is of another version of the {self.name} module ({' '.join(str(error).split())[:200]}): "
+                    f"{self.checkpoints.folder} is of another version of the {self.name} module ({reason}): "
                     "remove that folder to begin the stage again"
                 ) from None
             self.step, self.seconds, self.skipped = state["step"], state["seconds"], list(state["skipped"])
-            self.resumed, self.cut = state["resumed"] + 1, state["history"]
+            self.resumed, self.history_bytes = state["resumed"] + 1, state["history"]
             self.trainer.clock.seconds = {phase: list(values) for phase, values in state["clock"].items()}
             if self.main:
                 say(f"{self.name} goes on after step {self.step} of {self.steps}")
             return
-        self.cut = 0
 
     def _open_history(self) -> Any:
-        """The history, up to the step that the stage goes on from."""
+        """The history, cut after the step that the stage goes on from."""
         if not self.main:
             return Path(os.devnull).open("ab")
         self.history.parent.mkdir(parents=True, exist_ok=True)
-        if self.cut:
-            os.truncate(self.history, self.cut)
+        if self.history_bytes:
+            os.truncate(self.history, self.history_bytes)
         else:
-            self.history.write_text(self.head)
+            self.history.write_text(self.plan.history)
         return self.history.open("ab")
 
 
 @contextmanager
-def closed(batches: Any) -> Iterator[Any]:
-    """The iterator of a loader; its workers end here, and not whenever somebody forgets an error that it raised."""
+def _closing(batches: Any) -> Iterator[Any]:
+    """The iterator of a loader, whose workers end here: an error that it raised may keep the iterator alive."""
     try:
         yield batches
     finally:
         getattr(batches, "_shutdown_workers", lambda: None)()
-
-
-def train(
-    module: nn.Module,
-    data: Dataset[Any],
-    settings: Training,
-    steps: int,
-    warmup: int,
-    accelerator: Accelerator,
-    history: Path,
-    stage: str,
-    after_step: Callable[[int], None] | None = None,
-    seed: int = 0,
-    carried: StageContext | None = None,
-    head: str = "",
-) -> StageReport:
-    """Minimise the sum of the terms that `module(batch)` returns; one line per step goes to `history`.
-
-    What was begun in the folder of `history` goes on from its last checkpoint, to the same end.
-
-    Raises:
-        UserError: as `Stage.run` and `Trainer`.
-        Interrupted: as `Stage.run`.
-    """
-    carried = carried or StageContext()
-    skip = carried.how.on_nonfinite == "skip"
-    trainer = Trainer(module, settings, steps, warmup, accelerator, seed, skip)
-    return TrainingLoop(stage, trainer, data, steps, history, carried, head).run(after_step)

@@ -1,4 +1,4 @@
-"""What a method's `prepare` is offered: the engine's loop, a cache for what it finds, and a place in the record."""
+"""What `Method.prepare` may use: the engine's training loop, a cache for what it computes, and lines in the record."""
 
 import json
 import shutil
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.api.backbone import Stride
-from harness.api.method import Source
+from harness.api.method import Method, Source, VolumeSource
+from harness.api.settings import Triple
 from harness.compute.processes import SingleProcess
 from harness.config.request import AS_USUAL, Execution
 from harness.config.schema import Training
@@ -20,36 +20,47 @@ from harness.data.crops import CropDataset
 from harness.system.console import say
 from harness.system.files import digest, read_json, write_atomic
 from harness.system.locks import held
-from harness.training.loop import StageContext, train
+from harness.training.loop import StageContext, StagePlan, train
 
 
 @dataclass
 class PreparationContext:
-    """The engine's `harness.contracts.Preparation`.
+    """The engine's `harness.Preparation`.
 
     Attributes:
-        identity: all that every discovery depends on: the method's source and version, the data, the seed.
-        folder: where discoveries are kept.
+        seed: of this preparation.
+        device: where `train` trains.
+        crop: extent of the pre-training crop in voxels.
+        template: settings of pre-training, from which `train` takes precision, layout and loader workers.
+        identity: all that every cached value depends on: the method's source and version, the data, the seed.
+        folder: the cache.
+        execution: for the checkpoints of what is trained here.
+        seconds: that preparing took, or took when the cached values were computed.
         values: for the record.
-        remembered: seconds that kept discoveries took when they were made, less those of reading them.
-        how: how the stage is carried out, for the checkpoints of what is trained here.
     """
 
     seed: int
     device: torch.device
-    crop: Stride
+    crop: Triple
     template: Training
     identity: Any
     folder: Path
+    execution: Execution = AS_USUAL
+    seconds: float = 0.0
     values: dict[str, Any] = field(default_factory=dict)
-    remembered: float = 0.0
-    how: Execution = AS_USUAL
-    place: Path | None = None
+    _training_folder: Path | None = None
+
+    def prepare(self, method: Method, volumes: Sequence[VolumeSource]) -> Sequence[Source]:
+        """Call `method.prepare` and time it. Returns what pre-training draws its samples from."""
+        began = time.perf_counter()
+        sources = method.prepare(volumes, self)
+        self.seconds += time.perf_counter() - began
+        return sources
 
     def train(
-        self, module: nn.Module, sources: Sequence[Source], *, size: Stride, steps: int, batch_size: int, lr: float
+        self, module: nn.Module, sources: Sequence[Source], *, size: Triple, steps: int, batch_size: int, lr: float
     ) -> None:
-        """Minimise the named terms of `module(batch)`, by the loop that pre-training uses, on this process alone."""
+        """Minimise the named terms of `module(batch)`, by the loop that pre-training uses, in this process alone."""
         settings = self.template.model_copy(
             update={
                 "steps": steps,
@@ -62,38 +73,36 @@ class PreparationContext:
             }
         )
         data = CropDataset(sources, size, steps * batch_size, self.seed)
-        place = self.place or self.folder
-        place.mkdir(parents=True, exist_ok=True)
-        alone: Any = SingleProcess(self.device)
-        train(
-            *(module, data, settings, steps, steps // 20, alone, place / "history.jsonl", "prepare"),
-            seed=self.seed,
-            carried=StageContext(how=self.how),
-        )
+        folder = self._training_folder or self.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        plan = StagePlan("prepare", settings, steps, warmup=steps // 20, seed=self.seed)
+        context = StageContext(execution=self.execution)
+        train(plan, module, data, folder / "history.jsonl", SingleProcess(self.device), context)
 
     def remember(self, name: str, depends_on: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
-        """`compute()`, or what it gave before for the same identity and `depends_on`."""
-        path = self.folder / f"{name}-{digest([self.identity, self._computing, dict(depends_on)])[:16]}.json"
+        """`compute()`, or its cached value where `identity` and `depends_on` are the same. The value must be JSON."""
+        path = self.folder / f"{name}-{digest([self.identity, self._computed_with, dict(depends_on)])[:16]}.json"
         with held(path, f"{name} of {path.name}"):
             began = time.perf_counter()
-            kept = read_json(path)
-            if isinstance(kept, dict) and {"seconds", "value"} <= set(kept):
-                say(f"{name} found in {path}; it took {kept['seconds']:.1f} s")
-                self.remembered += kept["seconds"] - (time.perf_counter() - began)
-                return kept["value"]
-            self.place = path.with_suffix("")
-            # What is drawn afterwards must not depend on whether this was computed or found.
+            cached = read_json(path)
+            if isinstance(cached, dict) and {"seconds", "value"} <= set(cached):
+                say(f"{name} found in {path}; it took {cached['seconds']:.1f} s")
+                # Its cost is that of the computation, not of reading the result.
+                self.seconds += cached["seconds"] - (time.perf_counter() - began)
+                return cached["value"]
+            self._training_folder = path.with_suffix("")
+            # Later draws must not depend on whether this was computed or cached.
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
                 value = compute()
             write_atomic(path, json.dumps({"seconds": time.perf_counter() - began, "value": value}))
-            shutil.rmtree(self.place, ignore_errors=True)
-            self.place = None
+            shutil.rmtree(self._training_folder, ignore_errors=True)
+            self._training_folder = None
             return json.loads(path.read_text())["value"]
 
     @property
-    def _computing(self) -> list[Any]:
-        """What `train` takes over from the run, beside the number of loader workers."""
+    def _computed_with(self) -> list[Any]:
+        """What `train` takes from the settings of the run, without the number of loader workers."""
         return [self.template.precision, self.template.channels_last, self.device.type]
 
     def report(self, message: str, **values: Any) -> None:

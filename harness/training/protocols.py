@@ -1,7 +1,6 @@
 """What is trained with labels: the whole network, all but its encoder, or one layer on top of the frozen encoder."""
 
-import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from harness.api.backbone import Backbone
 from harness.config.request import FinetuneProtocol
+from harness.system.files import digest_chunks
 
 
 class LinearProbe(nn.Module):
@@ -60,9 +60,10 @@ def fixed(network: nn.Module, protocol: FinetuneProtocol) -> tuple[nn.Module, ..
 
 def digest_modules(modules: Iterable[nn.Module]) -> str:
     """Digest of every parameter and buffer, names included."""
-    found = hashlib.blake2b(digest_size=16)
-    for module in modules:
-        for name, value in sorted(module.state_dict().items()):
-            found.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
-            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+    return digest_chunks(chunk for module in modules for chunk in _chunks(module))
+
+
+def _chunks(module: nn.Module) -> Iterator[bytes]:
+    for name, value in sorted(module.state_dict().items()):
+        yield f"{name} {tuple(value.shape)} {value.dtype};".encode()
+        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

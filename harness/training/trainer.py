@@ -1,6 +1,5 @@
 """One training step, for every stage and profile: any module that returns named loss terms, dealt out or whole."""
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,6 +21,7 @@ from harness.compute.devices import keep_memory, precision
 from harness.compute.layers import prepare_module
 from harness.config.schema import Training
 from harness.system.errors import UserError
+from harness.system.files import seed_from
 from harness.system.signals import leave_to_parent
 from harness.training.clock import StepClock
 
@@ -128,7 +128,7 @@ class Trainer:
         self.clock.lap("optimizer")
         return {**terms, FINITE: finite}
 
-    def _seed(self, number: int) -> None:
+    def seed_step(self, number: int) -> None:
         """All randomness of a step is a function of the seed, the step and the part: nothing of it need be kept."""
         parts = self.parts
         dropout, drawn = (_number(self.seed, number, purpose) for purpose in (0, 1))
@@ -154,7 +154,7 @@ class Trainer:
             parts.recorded = []
             for micro_batch, batch in enumerate(batches):
                 parts.begin(micro_batch, recording=True)
-                self._seed(number)
+                self.seed_step(number)
                 with torch.no_grad(), self._autocast():
                     self.inner(batch)
             if self.passes is None and _same(parts.known, parts.recorded):
@@ -166,7 +166,7 @@ class Trainer:
         """Forward and backward pass of one micro-batch -> its terms."""
         last = micro_batch == self.parts.micro_batches - 1
         self.parts.begin(micro_batch)
-        self._seed(number)
+        self.seed_step(number)
         # Processes exchange gradients once, with the last micro-batch.
         with nullcontext() if last else self.accelerator.no_sync(self.module):
             with self._autocast():
@@ -261,7 +261,7 @@ def _same(known: list[list[Tensor]], recorded: list[list[Tensor]]) -> bool:
 
 def _number(*parts: int) -> int:
     """A seed for each tuple of numbers."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=6).digest(), "big")
+    return seed_from(repr(parts), size=6)
 
 
 @contextmanager

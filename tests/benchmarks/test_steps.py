@@ -16,7 +16,7 @@ from harness.compute.devices import keep_memory, new_accelerator
 from harness.compute.layers import InstanceNorm3d, prepare_module
 from harness.config.schema import Evaluate, Training
 from harness.evaluation.sliding_window import predict
-from harness.training.loop import train
+from harness.training.loop import StagePlan, train
 from methods.hybridmim import HybridMIM
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(1200)]
@@ -172,7 +172,8 @@ def test_the_loop_costs_no_more_than_a_bare_one(over, claim, tmp_path):
         return hybridmim(backbone)
 
     def ours():
-        train(fresh(), data, settings, 20, 0, new_accelerator(), tmp_path / "history.jsonl", "pretrain")
+        plan = StagePlan("pretrain", settings, steps=20, warmup=0)
+        train(plan, fresh(), data, tmp_path / "history.jsonl", new_accelerator())
 
     def bare():
         method = fresh()

@@ -10,7 +10,8 @@ from harness.cli.main import main
 from harness.compute import devices
 from harness.runs import cleanup, doctor
 from harness.system.errors import UserError
-from tests.harness.processes import finish, run_words, start
+from harness.system.locks import acquire
+from tests.harness.processes import CONTEXT, finish, run_words, start
 from tests.harness.test_locks import elsewhere
 
 BUDGET = [
@@ -60,6 +61,12 @@ def test_a_healthy_place(runs, capsys):
     assert found["torch"]["detail"]
 
 
+def take_and_die(path):
+    mine = acquire(path)
+    assert mine[0] is not None
+    os._exit(1)
+
+
 def test_what_a_crash_left_is_found_and_removed(runs, capsys):
     (volume,) = list(runs.glob("cache/prepared/*/*.image.npy"))[:1]
     content = bytearray(volume.read_bytes())
@@ -72,7 +79,9 @@ def test_what_a_crash_left_is_found_and_removed(runs, capsys):
     partial = run / ".record.json.gone-4194304-1.partial"
     partial.touch()
     os.utime(partial, (0, 0))
-    elsewhere(run / "run.lock.1", age=1000)
+    gone = CONTEXT.Process(target=take_and_die, args=(run / "run",))
+    gone.start()
+    gone.join(60)
     found = findings(capsys, "--runs", runs, status=2)
     assert "1 of 16 volumes are not as they were written" in found["prepared volumes"]["detail"]
     assert "1 of 1 are damaged" in found["pre-trainings"]["detail"]
@@ -82,7 +91,7 @@ def test_what_a_crash_left_is_found_and_removed(runs, capsys):
     assert partial.exists()
     findings(capsys, "--runs", runs, "--fix")
     assert not partial.exists()
-    assert not (run / "run.lock.1").exists()
+    assert not (run / "run.lock").exists()
     after = findings(capsys, "--runs", runs)
     assert "left by a crash" not in after
     assert "locks" not in after
@@ -93,11 +102,11 @@ def test_what_is_at_work_is_left_alone(runs, capsys):
     (run,) = (path.parent for path in runs.glob("*/record.json"))
     (run / ".x.partial").touch()
     os.utime(run / ".x.partial", (0, 0))
-    elsewhere(run / "run.lock.1", age=1)
+    elsewhere(run / "run.lock")
     found = findings(capsys, "--runs", runs, "--fix")
     assert "process 1 on another-host" in found["at work"]["detail"]
     assert (run / ".x.partial").exists()
-    assert (run / "run.lock.1").exists()
+    assert (run / "run.lock").exists()
     assert not [each for each in cleanup.removable(runs) if each.path.parent == run]
 
 

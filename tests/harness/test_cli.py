@@ -302,9 +302,10 @@ def test_show_and_dry_run(runs, data, capsys):
 
 @pytest.mark.parametrize("words", [["--help"], ["list"], ["list", "--json"]])
 def test_help_and_list_import_no_torch(words):
-    code = f"import sys; from harness.cli import main; main({words!r}); "
+    code = f"import sys; from harness.cli.main import main; main({words!r}); "
     if words == ["--help"]:
-        code = "import sys, contextlib; from harness.cli import main\nwith contextlib.suppress(SystemExit): main(['--help'])\n"
+        code = "import sys, contextlib; from harness.cli.main import main\n"
+        code += "with contextlib.suppress(SystemExit): main(['--help'])\n"
     code += "\nassert not {'torch', 'monai', 'pandas', 'scipy', 'nibabel'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

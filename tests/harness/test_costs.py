@@ -29,7 +29,7 @@ def _quick(monkeypatch):
     monkeypatch.setattr(profile, "LOOP_SECONDS", 0.1)
 
     def here(each: TrialResult) -> None:
-        answer = trial._two_steps(each.cell.request, each.cell.stage, torch.get_num_threads())
+        answer = trial._two_steps(each.spec.request, each.spec.stage, torch.get_num_threads())
         each.flops, each.parameters, each.memory = answer
 
     monkeypatch.setattr(profile, "measure_apart", here)
@@ -96,8 +96,8 @@ def test_a_sweep_is_profiled_without_its_controls(tmp_path, capsys):
 
 
 def test_fine_tuning_can_be_profiled(tmp_path):
-    cell = resolve_trial(request("scratch"), "finetune")
-    found, rates = measure([cell], rounds=1)
+    spec = resolve_trial(request("scratch"), "finetune")
+    found, rates = measure([spec], rounds=1)
     (row,) = summarise(found, rates)
     assert row["stage"] == "finetune"
     assert row["step_ms_p50"] > 0
@@ -135,10 +135,10 @@ def test_flops_are_counted_with_attention_on_a_cpu():
 
 def test_flops_of_a_step_are_those_of_its_convolutions():
     """The first convolution's backward pass makes no gradient of the image: 2 times its forward, 3 times for the others."""
-    cell = resolve_trial(request("scratch"), "finetune")
-    flops, parameters, _ = trial._two_steps(cell.request, "finetune", torch.get_num_threads())
-    network = cell.plugins.new_backbone(cell.config, 1)
-    network.set_head(cell.task.num_outputs)
+    spec = resolve_trial(request("scratch"), "finetune")
+    flops, parameters, _ = trial._two_steps(spec.request, "finetune", torch.get_num_threads())
+    network = spec.plugins.new_backbone(spec.config, 1)
+    network.set_head(spec.task.num_outputs)
     assert parameters == sum(parameter.numel() for parameter in network.parameters())
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
@@ -164,7 +164,7 @@ def test_spread_of_rounds():
 
 def test_what_does_not_fit_the_memory_is_a_row(monkeypatch, capsys):
     def full(each: TrialResult) -> None:
-        each.problem = OUT_OF_MEMORY if each.cell.settings.batch_size == 3 else ""
+        each.problem = OUT_OF_MEMORY if each.spec.settings.batch_size == 3 else ""
 
     monkeypatch.setattr(profile, "measure_apart", full)
     cells = [resolve_trial(request("simmim", f"pretrain.batch_size={size}")) for size in (2, 3)]

@@ -160,7 +160,7 @@ def test_one_channel_serves_four_and_says_so(data, tmp_path, capsys):
 
 
 def test_named_corpora_without_data_are_phantoms(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("harness.data.CORPUS_CASES", 2)
+    monkeypatch.setattr("harness.data.datasets.CORPUS_CASES", 2)
     monkeypatch.setattr("harness.data.phantom.CORPUS_SIZE", (30, 30, 30))
     words = ["run", "--method", "simmim", "--task", "msd_spleen", "--mode", "generic", "--corpus", "luna16=-900,300"]
     harness(*words, "--corpus", "flare21", "--runs", tmp_path, *BUDGET, "--set", "task.spacing=4,4,4")
@@ -253,7 +253,7 @@ def test_absent_organs_are_counted_not_averaged(data, tmp_path, capsys, monkeypa
         found[0] = 1
         return found
 
-    monkeypatch.setattr("harness.evaluation.predict", nothing)
+    monkeypatch.setattr("harness.evaluation.evaluate.predict", nothing)
     harness("run", "--method", "scratch", "--task", "btcv", "--data", root, *BUDGET, "--runs", tmp_path / "runs")
     metrics = record_of(tmp_path / "runs", "scratch")["metrics"]
     assert metrics["esophagus"] == {

@@ -111,9 +111,9 @@ WORDS = st.sampled_from([*NAMES, "none", "1e400", "1_0", "1,2,3", ",,,", "a" * 5
 def test_overrides_of_anything_are_resolved_or_refused(pairs):
     """`--set` of real fields with any value."""
     with suppress(UserError):
-        wanted = parse_overrides([f"{key}={value}" for key, value in pairs])
-        task = change_task(KNOWN.task("msd_hippocampus"), wanted)
-        resolve(KNOWN, task, method="official", backbone="unet", preset="demo", overrides=wanted)
+        settings = tuple(f"{key}={value}" for key, value in pairs)
+        task = change_task(KNOWN.task("msd_hippocampus"), parse_overrides(settings))
+        resolve(Request(method="official", task="msd_hippocampus", settings=settings), KNOWN, task)
 
 
 @fuzz(per_second=500)

@@ -1,13 +1,13 @@
 """Locks: one holder at a time, whatever starts together; the dead are found and followed."""
 
-import json
 import os
+import signal
 import time
 
 import pytest
 
 from harness.system import locks
-from harness.system.locks import LostLockError, Owner, acquire, dead_locks, held, holders
+from harness.system.locks import LostLockError, acquire, dead_locks, held, holders, owner_of
 from tests.harness.processes import CONTEXT, finish
 
 
@@ -33,7 +33,7 @@ def test_nothing_is_lost_between_processes(tmp_path):
     path.write_text("0")
     count_together(path, 20, processes=8)
     assert path.read_text() == "160"
-    assert not list(tmp_path.glob("*.lock.*"))
+    assert not list(tmp_path.glob("*.lock"))
 
 
 def count_and_die(path):
@@ -52,62 +52,113 @@ def test_dead_owners_are_followed_by_one_at_a_time(tmp_path):
         dying.join(60)
         assert dead_locks(tmp_path)
         count_together(path, 5, processes=6)
-        assert not list(tmp_path.glob("*.lock.*"))
+        assert not list(tmp_path.glob("*.lock"))
     assert path.read_text() == "150"
 
 
-def elsewhere(path, age):
-    """A lock of another host that was touched `age` seconds ago."""
-    owner = Owner("another-host", "its place", 1, "its process", time.time(), "token")
-    path.write_text(json.dumps(owner.__dict__))
-    os.utime(path, (time.time() - age, time.time() - age))
+def elsewhere(file, host="another-host", pid=1):
+    """A lock file of a process of another host, as filelock writes it."""
+    lines = ["filelock/2", f"pid={pid}", f"host={host}", "mode=lease", "token=0123", f"duration={locks.LEASE!r}"]
+    file.write_text("\n".join(lines) + "\n")
 
 
-def test_another_host_counts_as_dead_without_signs_of_life(tmp_path):
-    elsewhere(tmp_path / "stage.lock.1", age=locks.STALE - 20)
+def test_another_host_counts_as_gone_after_a_lease_without_signs_of_life(tmp_path, monkeypatch):
+    elsewhere(tmp_path / "stage.lock")
     lock, owner = acquire(tmp_path / "stage")
     assert lock is None
-    assert owner.host == "another-host"
+    assert (owner.host, owner.pid) == ("another-host", 1)
     assert not dead_locks(tmp_path)
     assert [owner.host for _, owner in holders(tmp_path)] == ["another-host"]
-    elsewhere(tmp_path / "stage.lock.1", age=locks.STALE + 20)
-    assert dead_locks(tmp_path) == [tmp_path / "stage.lock.1"]
-    lock, _ = acquire(tmp_path / "stage")
-    assert (tmp_path / "stage.lock.2").exists()
-    lock.release()
-    assert not list(tmp_path.glob("*.lock.*"))
+    monkeypatch.setattr(locks, "LEASE", 0.5)
+    monkeypatch.setattr(locks, "HEARTBEAT", 0.1)
+    monkeypatch.setattr(locks, "POLL", 0.02)
+    elsewhere(tmp_path / "stage.lock")
+    began = time.monotonic()
+    with held(tmp_path / "stage", "the stage"):
+        assert time.monotonic() - began > 0.5
+        assert owner_of(tmp_path / "stage.lock").pid == os.getpid()
+    assert not list(tmp_path.glob("*.lock"))
 
 
-def test_a_lock_cut_short_is_not_taken_at_once(tmp_path):
-    (tmp_path / "stage.lock.1").write_text('{"host": "h')
+def test_a_host_that_gives_signs_of_life_is_never_robbed(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "LEASE", 0.5)
+    monkeypatch.setattr(locks, "HEARTBEAT", 0.1)
+    file = tmp_path / "stage.lock"
+    elsewhere(file)
+    lease = locks._lease(file)
+    for _ in range(20):
+        os.utime(file)
+        assert acquire(tmp_path / "stage", lease)[0] is None
+        time.sleep(0.06)
+
+
+def test_a_lock_file_cut_short_is_not_taken_at_once(tmp_path):
+    (tmp_path / "stage.lock").write_text("filelock/2\npid=1\nho")
     assert acquire(tmp_path / "stage") == (None, None)
-    os.utime(tmp_path / "stage.lock.1", (0, 0))
-    lock, _ = acquire(tmp_path / "stage")
-    lock.release()
+    assert not dead_locks(tmp_path)
 
 
-def test_who_was_given_up_notices(tmp_path, monkeypatch):
+def hold(path, ready, seconds):
+    locks.HEARTBEAT, locks.LEASE = 0.1, 0.5
+    lock, _ = acquire(path)
+    ready.set()
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            lock.check()
+        except LostLockError:
+            os._exit(3)
+        time.sleep(0.005)
+    os._exit(0)
+
+
+def test_who_was_suspended_and_given_up_stops_before_it_writes_on(tmp_path, monkeypatch):
+    """The holder is stopped (SIGSTOP) for longer than its lease; the file is another's once it goes on."""
+    monkeypatch.setattr(locks, "HEARTBEAT", 0.1)
+    monkeypatch.setattr(locks, "LEASE", 0.5)
+    ready = CONTEXT.Event()
+    holder = CONTEXT.Process(target=hold, args=(tmp_path / "stage", ready, 30))
+    holder.start()
+    assert ready.wait(60)
+    os.kill(holder.pid, signal.SIGSTOP)
+    elsewhere(tmp_path / "stage.lock")  # taken over meanwhile
+    time.sleep(0.3)
+    os.kill(holder.pid, signal.SIGCONT)
+    assert finish(holder) == 3
+    assert owner_of(tmp_path / "stage.lock").host == "another-host"
+
+
+def test_who_was_given_up_notices_and_leaves_the_others_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "HEARTBEAT", 0.01)
     lock, _ = acquire(tmp_path / "stage")
     lock.check()
-    elsewhere(tmp_path / "stage.lock.2", age=0)
+    (tmp_path / "stage.lock").unlink()
+    elsewhere(tmp_path / "stage.lock")
     deadline = time.monotonic() + 10
     while not lock.lost and time.monotonic() < deadline:
         time.sleep(0.01)
     with pytest.raises(LostLockError, match="has taken over stage"):
         lock.check()
     lock.release()
-    assert (tmp_path / "stage.lock.2").exists()
+    assert (tmp_path / "stage.lock").exists()
 
 
 def test_who_waits_is_told_for_whom(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(locks, "POLL", 0.01)
-    elsewhere(tmp_path / "stage.lock.1", age=0)
+    elsewhere(tmp_path / "stage.lock")
 
     def release(seconds):
-        (tmp_path / "stage.lock.1").unlink(missing_ok=True)
+        (tmp_path / "stage.lock").unlink(missing_ok=True)
 
     monkeypatch.setattr(locks.time, "sleep", release)
     with held(tmp_path / "stage", "the stage"):
         pass
-    assert "the stage is being computed by process 1 on another-host, since" in capsys.readouterr().err
+    assert "the stage is being computed by process 1 on another-host: waiting" in capsys.readouterr().err
+
+
+def test_a_live_lock_is_not_removed_as_dead(tmp_path):
+    lock, _ = acquire(tmp_path / "stage")
+    locks.remove_dead(tmp_path / "stage.lock")
+    assert not dead_locks(tmp_path)
+    assert (tmp_path / "stage.lock").exists()
+    lock.release()
+    assert not (tmp_path / "stage.lock").exists()

@@ -7,6 +7,7 @@ import pytest
 
 from backbones.unet import UNet
 from harness import UserError
+from harness.config.request import Request
 from harness.config.resolve import resolve
 from harness.training.compatibility import check_fit
 from harness.training.models import Plugins
@@ -15,9 +16,9 @@ from harness.training.models import Plugins
 def fits(registry, method="scratch", backbone="unet", **settings):
     """`check_fit` under settings, with another class in the place of the backbone's where one is given."""
     cls = settings.pop("cls", registry.load("backbone", backbone))
-    wanted = {key.replace("__", "."): value for key, value in settings.items()}
-    task = registry.task("msd_hippocampus")
-    config = resolve(registry, task, method=method, backbone=backbone, preset="demo", overrides=wanted)
+    pairs = tuple(f"{key.replace('__', '.')}={value}" for key, value in settings.items())
+    request = Request(method=method, task="msd_hippocampus", backbone=backbone, settings=pairs)
+    config = resolve(request, registry, registry.task(request.task))
     check_fit(registry, config, Plugins(registry.load("method", method), cls), 1, 1)
 
 
@@ -43,11 +44,23 @@ def test_weights_that_no_memory_holds_are_refused(registry, method, backbone, se
         fits(registry, method, backbone, **{setting: value})
 
 
+def once(build):
+    """Builds one thing, without values, to know its size; asked for another one it fails."""
+    calls = []
+
+    def checked(*arguments):
+        calls.append(arguments)
+        assert len(calls) == 1, "built although it does not fit"
+        return build(*arguments)
+
+    return checked
+
+
 @pytest.mark.parametrize("backbone", ["genesis_unet3d", "segresnet", "swinunetr", "unet", "unetr"])
 def test_nothing_is_made_that_does_not_fit(registry, backbone, monkeypatch):
     fits(registry, backbone=backbone)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
-    monkeypatch.setattr("harness.training.compatibility._check_parts", None)
+    monkeypatch.setattr(Plugins, "new_backbone", once(Plugins.new_backbone))
     with pytest.raises(UserError, match=r"with these settings do not fit the 0\.0 GiB that are free"):
         fits(registry, backbone=backbone)
 

@@ -30,7 +30,7 @@ def test_a_foreign_package_that_shadows_ours_is_recognisable(tmp_path):
     (tmp_path / "methods" / "scratch.py").write_text("")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from harness.cli import main\n"
+        "from harness.cli.main import main\n"
         "sys.exit(main(['run', '--method', 'scratch', '--task', 'brats', '--dry-run']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

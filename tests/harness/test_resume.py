@@ -123,7 +123,7 @@ def test_a_signal_leaves_a_checkpoint_and_status_75(name, data, whole, tmp_path)
     assert finish(process) == 75
     assert f"stopped by {name}, pretrain step" in (tmp_path / "log").read_text()
     (checkpoint,) = tmp_path.glob("cache/pretrain/*/checkpoints/*.ckpt")
-    assert not list(tmp_path.rglob("*.lock.*"))
+    assert not list(tmp_path.rglob("*.lock"))
     assert finish(start(words(data, tmp_path), tmp_path / "log")) == 0
     assert f"pretrain goes on after step {int(checkpoint.stem[5:])} of 12" in (tmp_path / "log").read_text()
     assert_same(only_run(tmp_path), whole)

@@ -180,7 +180,7 @@ def test_reproduce_prints_the_command_and_what_differs(runs, hippocampus_phantom
     (tmp_path / "record.json").write_text(json.dumps(record))
     assert main(["reproduce", str(tmp_path / "record.json"), "--runs", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "harness run --method simmim --task msd_hippocampus --backbone unet" in said
+    assert "harness run --method simmim --backbone unet --task msd_hippocampus" in said
     assert "--set backbone.features=4,4,8,8,8" in said
     assert f"torch: there 1.0, here {torch.__version__}" in said
     assert "gpu: there another one, here" in said

@@ -107,7 +107,7 @@ class Sweep:
         for path in folders:
             lines = [json.loads(line) for line in (path.parent / "history.jsonl").read_text().splitlines()]
             assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-        assert not list(self.runs.rglob("*.lock.*"))
+        assert not list(self.runs.rglob("*.lock"))
 
 
 def kill_step(number):

@@ -40,7 +40,7 @@ def test_label_fractions_are_nested(hippocampus_phantom, tmp_path):
     used = []
     for fraction in (0.1, 0.5, 0.7, 1.0):
         request = Request(
-            "scratch", "msd_hippocampus", data=hippocampus_phantom, runs=tmp_path, label_fraction=fraction
+            method="scratch", task="msd_hippocampus", data=hippocampus_phantom, runs=tmp_path, label_fraction=fraction
         )
         used.append([case.id for case in plan(request, *locate(request)).label_cases])
     assert [len(cases) for cases in used] == [1, 2, 3, 3]

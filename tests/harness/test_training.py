@@ -10,11 +10,11 @@ from backbones.unet import UNet
 from harness import UserError
 from harness.api.global_batch import gather
 from harness.compute.devices import new_accelerator
-from harness.config.request import Execution
+from harness.config.request import Execution, Request
 from harness.config.resolve import resolve
 from harness.config.schema import Training
 from harness.training.checkpoints import read
-from harness.training.loop import StageContext, train
+from harness.training.loop import StageContext, StagePlan, train
 from harness.training.transfer import transfer
 
 
@@ -31,11 +31,16 @@ def settings(**changed):
     return Training(**{"steps": 20, "crop": 32, "batch_size": 2, "lr": 0.1, "weight_decay": 0.0} | changed)
 
 
+def plan(of=None):
+    """A short pre-training."""
+    return StagePlan("pretrain", of or settings(), steps=20, warmup=2)
+
+
 def test_loop_minimises_and_writes_every_step(tmp_path):
     module, history = Slope(), tmp_path / "history.jsonl"
     data = [{"image": torch.ones(1, 2, 2, 2)}] * 40
     seen = []
-    done = train(module, data, settings(), 20, 2, new_accelerator(), history, "pretrain", after_step=seen.append)
+    done = train(plan(), module, data, history, new_accelerator(), after_step=seen.append)
     lines = [json.loads(line) for line in history.read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 21)) == seen
     assert lines[-1]["loss"] < 0.2 * lines[0]["loss"]
@@ -64,7 +69,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(tmp_path):
     with pytest.raises(
         UserError, match=r"at step 5 \(fit nan; cases case8, case9\); the state before it is kept: lower pre"
     ):
-        train(module, Crops(), settings(), 20, 2, new_accelerator(), tmp_path / "history.jsonl", "pretrain")
+        train(plan(), module, Crops(), tmp_path / "history.jsonl", new_accelerator())
     assert torch.isfinite(module.weight).all()
     (kept,) = (tmp_path / "checkpoints").iterdir()
     assert kept.name == "step-000000004.ckpt"
@@ -76,9 +81,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(tmp_path):
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, capsys):
     module, history = Slope(), tmp_path / "history.jsonl"
     with pytest.raises(UserError, match="go on with --on-nonfinite skip"):
-        train(module, Crops(), settings(), 20, 2, new_accelerator(), history, "pretrain")
-    again, skip = Slope(), StageContext(how=Execution(on_nonfinite="skip"))
-    done = train(again, Crops(), settings(), 20, 2, new_accelerator(), history, "pretrain", carried=skip)
+        train(plan(), module, Crops(), history, new_accelerator())
+    again, skip = Slope(), StageContext(execution=Execution(on_nonfinite="skip"))
+    done = train(plan(), again, Crops(), history, new_accelerator(), skip)
     assert (done.skipped, done.resumed) == ([5], 1)
     assert "left out, 1 so far" in capsys.readouterr().err
     lines = [json.loads(line) for line in history.read_text().splitlines()]
@@ -87,7 +92,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, capsys):
     # As if nothing of that step had been: one finite step fewer.
     whole = Slope()
     data = [{"image": torch.ones(1, 2, 2, 2)}] * 40
-    train(whole, data, settings(), 20, 2, new_accelerator(), tmp_path / "whole.jsonl", "other")
+    train(plan(), whole, data, tmp_path / "whole.jsonl", new_accelerator())
     assert 0 < abs(float((again.weight - whole.weight).detach())) < 0.1
 
 
@@ -121,23 +126,14 @@ def test_what_would_fit_the_memory_is_tried(edge, advice, tmp_path):
     with pytest.raises(
         UserError, match=f"does not fit the memory of cpu with crops of {edge}x.*, 4 a step, in fp32.*{advice}"
     ):
-        train(Hungry(), data, given, 20, 2, new_accelerator(), tmp_path / "history.jsonl", "pretrain")
+        train(plan(given), Hungry(), data, tmp_path / "history.jsonl", new_accelerator())
 
 
 def test_micro_batches_are_no_advice_for_batch_norm(tmp_path):
     module, data = Hungry(), [{"image": torch.ones(1, 7, 7, 7)}] * 80
     module.norm = nn.BatchNorm3d(1, affine=False)
     with pytest.raises(UserError, match=r"found to fit: --set pretrain.batch_size=2"):
-        train(
-            module,
-            data,
-            settings(crop=7, batch_size=4),
-            20,
-            2,
-            new_accelerator(),
-            tmp_path / "history.jsonl",
-            "pretrain",
-        )
+        train(plan(settings(crop=7, batch_size=4)), module, data, tmp_path / "history.jsonl", new_accelerator())
 
 
 def unet(first=4):
@@ -171,8 +167,8 @@ def test_epochs_become_steps_and_a_long_warm_up_is_refused():
 
 
 def resolved(registry, preset="demo", task="brats", **overrides):
-    names = {key.replace("__", "."): value for key, value in overrides.items()}
-    return resolve(registry, registry.task(task), method="hybridmim", backbone="unet", preset=preset, overrides=names)
+    pairs = tuple(f"{key.replace('__', '.')}={value}" for key, value in overrides.items())
+    return resolve(Request(method="hybridmim", task=task, preset=preset, settings=pairs), registry, registry.task(task))
 
 
 def test_presets_are_layered_and_overridden(registry):

@@ -140,8 +140,8 @@ def test_exactly_one_distortion_with_equal_probability():
 
 
 def test_discovery_is_remembered_timed_and_shared(tmp_path, registry, capsys):
-    bench = MethodFixture(TransVW, registry.load("backbone", "unet"), tmp_path)
-    first = bench.new()
+    fixture = MethodFixture(TransVW, registry.load("backbone", "unet"), tmp_path)
+    first = fixture.new()
     capsys.readouterr()
     other = MethodFixture(TransVW, registry.load("backbone", "segresnet"), tmp_path).new()
     assert "words found in" in capsys.readouterr().err
@@ -150,8 +150,8 @@ def test_discovery_is_remembered_timed_and_shared(tmp_path, registry, capsys):
 
 
 def test_what_follows_does_not_depend_on_whether_words_were_found_or_computed(tmp_path, registry):
-    bench = MethodFixture(TransVW, registry.load("backbone", "unet"), tmp_path, {"words": "300"})
-    computed, found = bench.new().method.state_dict(), bench.new().method.state_dict()
+    fixture = MethodFixture(TransVW, registry.load("backbone", "unet"), tmp_path, {"words": "300"})
+    computed, found = fixture.new().method.state_dict(), fixture.new().method.state_dict()
     assert all(torch.equal(value, found[key]) for key, value in computed.items())
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from harness import UserError
-from methods.volume_fusion import VolumeFusion, dice_loss
+from methods.volume_fusion import VolumeFusion
 from tests.methods.parts import generator, images, unet
 
 
@@ -75,9 +75,14 @@ def test_perfect_logits_have_no_loss(monkeypatch):
     assert made({"image": image})["dice"].item() > 0.5
 
 
-def test_dice_is_monais():
+def test_dice_is_monais(monkeypatch):
+    """The term of a forward pass whose logits and classes are known."""
     from monai.losses import DiceLoss
 
-    logits, label = torch.randn(2, 5, 8, 8, 8, generator=generator()), make().draw_label(images(2, size=(8, 8, 8)))
+    method, image = make(), images(2, size=(32, 32, 32))
+    label = method.draw_label(image)
+    logits = torch.randn(2, 1 + method.config.coefficients, 32, 32, 32, generator=generator())
+    monkeypatch.setattr(method, "draw_label", lambda image: label)
+    monkeypatch.setattr(method.classify, "forward", lambda features: logits)
     theirs = DiceLoss(softmax=True, to_onehot_y=True, batch=True)(logits, label[:, None])
-    torch.testing.assert_close(dice_loss(logits, label), theirs)
+    torch.testing.assert_close(method({"image": image})["dice"], theirs)

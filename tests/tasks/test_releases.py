@@ -227,10 +227,11 @@ def test_paper_presets_are_section_iv():
         ("msd_liver", 600, 4, 96, (1.5, 1.5, 2.0)),
         ("msd_spleen", 600, 4, 96, (1.5, 1.5, 2.0)),
     ]:
+        from harness.config.request import Request
         from harness.config.resolve import resolve
 
         task = registry.task(name)
-        config = resolve(registry, task, method="scratch", backbone="unet", preset="paper", overrides={})
+        config = resolve(Request(method="scratch", task=name, preset="paper"), registry, task)
         assert config.finetune.epochs == epochs
         assert config.finetune.batch_size == config.pretrain.batch_size == batch
         assert config.finetune.crop == config.pretrain.crop == (crop,) * 3
