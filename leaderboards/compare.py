@@ -9,7 +9,7 @@ import pandas as pd
 from leaderboards import board, statistics
 from leaderboards.board import Group, NotComparableError, Table
 from leaderboards.records import Run
-from leaderboards.table import printable
+from leaderboards.text import printable
 
 
 @dataclass(frozen=True)

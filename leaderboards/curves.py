@@ -8,7 +8,7 @@ from typing import Any
 from leaderboards import statistics
 from leaderboards.board import Group, Table
 from leaderboards.records import SHARED
-from leaderboards.table import printable
+from leaderboards.text import align, printable
 
 FRACTION = SHARED.index("label_fraction")
 
@@ -31,18 +31,16 @@ class Curves:
     curves: list[Curve]
 
     def __str__(self) -> str:
-        lines = [printable(self.title)]
         fractions = sorted({fraction for curve in self.curves for fraction in curve.fractions})
-        width = max(len(curve.name) for curve in self.curves)
-        lines.append(f"{'':{width}}  " + "  ".join(f"{fraction:>6.0%}" for fraction in fractions) + "  area [95 % CI]")
         widest = max((curve.fractions for curve in self.curves), key=len)
+        rows = [["", *(f"{fraction:.0%}" for fraction in fractions), "area [95 % CI]"]]
         for curve in sorted(self.curves, key=lambda curve: -curve.area[0]):
             dice = dict(zip(curve.fractions, (group.dice.mean[-1] for group in curve.groups), strict=True))
-            cells = "  ".join(f"{dice[f]:6.4f}" if f in dice else f"{'-':>6}" for f in fractions)
             value, low, high = curve.area
             note = "" if curve.fractions == widest else "  (other fractions: not comparable)"
-            lines.append(f"{printable(curve.name):{width}}  {cells}  {value:.4f} [{low:.4f}, {high:.4f}]{note}")
-        return "\n".join(lines)
+            cells = [f"{dice[fraction]:.4f}" if fraction in dice else "-" for fraction in fractions]
+            rows.append([printable(curve.name), *cells, f"{value:.4f} [{low:.4f}, {high:.4f}]{note}"])
+        return "\n".join([printable(self.title), *align(rows, right=range(1, 1 + len(fractions)))])
 
 
 def find(tables: Sequence[Table]) -> list[Curves]:

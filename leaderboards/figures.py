@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from leaderboards.board import Group, Table
 from leaderboards.curves import Curves
-from leaderboards.table import printable
+from leaderboards.text import printable
 
 MOST = 24
 """Rows that a figure shows; of more, the best."""

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from leaderboards import figures
-from leaderboards.table import align, escape, printable
+from leaderboards.text import align, escape_cell, printable
 
 COLUMNS = (
     *("machine", "device", "threads", "torch", "harness", "revision"),
@@ -31,7 +31,9 @@ LOST = 0.02  # share of a loop that waits for data above which something is to b
 
 def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """The CSV; numbers to six digits, empty where nothing was measured."""
-    frame = pd.DataFrame([{name: escape(row.get(name)) for name in COLUMNS} for row in rows], columns=list(COLUMNS))
+    frame = pd.DataFrame(
+        [{name: escape_cell(row.get(name)) for name in COLUMNS} for row in rows], columns=list(COLUMNS)
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     frame.to_csv(path, index=False, float_format="%.6g")
 

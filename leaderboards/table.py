@@ -1,7 +1,5 @@
 """The leaderboard in files and in the terminal: one CSV whose columns are a contract, Markdown, LaTeX, text."""
 
-import html
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ import pandas as pd
 
 from leaderboards.board import Group, Table
 from leaderboards.statistics import Estimate
+from leaderboards.text import align, escape_cell, escape_latex, escape_markdown, printable
 
 COLUMNS = [
     *("task", "data", "preset", "mode", "protocol", "label_fraction", "method", "backbone", "n_seeds", "target"),
@@ -24,9 +23,6 @@ COLUMNS = [
 
 EXACT = ("label_fraction", "surface_tolerance_mm")
 """Numbers that tell rows apart, so that they keep every digit."""
-
-FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
-"""What a spreadsheet takes for the beginning of a formula, full-width forms included."""
 
 
 class EndingError(Exception):
@@ -54,15 +50,6 @@ def write(frame: pd.DataFrame, path: Path) -> None:
         written.replace(path)
 
 
-def escape(text: Any) -> Any:
-    """Text that a spreadsheet would take for a formula, with an apostrophe before it; anything else as it is.
-
-    An apostrophe that is there already gets a second one, so that no two texts become one.
-    """
-    risky = isinstance(text, str) and (text.lstrip(" ").startswith(FORMULA) or text.startswith(("'", *FORMULA)))
-    return f"'{text}" if risky else text
-
-
 def render(tables: Sequence[Table], reported: pd.DataFrame | None = None) -> str:
     """The tables for a terminal, the best average first; phantom data is marked as such."""
     parts = []
@@ -82,12 +69,6 @@ def render(tables: Sequence[Table], reported: pd.DataFrame | None = None) -> str
     return "\n\n".join(parts) or "no finished runs"
 
 
-def align(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of equally many texts -> lines with their columns below each other."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-
-
 def markdown(frame: pd.DataFrame) -> str:
     """A table per group of comparable rows, the averages over targets."""
     parts = []
@@ -102,14 +83,14 @@ def latex(frame: pd.DataFrame) -> str:
     """A booktabs tabular per group of comparable rows, the averages over targets."""
     parts = []
     for heading, rows in _averages(frame):
-        lines = [" & ".join(map(_latex, row)) + r" \\" for row in rows]
+        lines = [" & ".join(map(escape_latex, row)) + r" \\" for row in rows]
         parts.append(
             "\n".join(
                 [
                     f"% {printable(heading)}",
                     r"\begin{tabular}{rllrllllr}",
                     r"\toprule",
-                    " & ".join(map(_latex, HEADINGS)) + r" \\",
+                    " & ".join(map(escape_latex, HEADINGS)) + r" \\",
                     r"\midrule",
                     *lines,
                     r"\bottomrule",
@@ -118,11 +99,6 @@ def latex(frame: pd.DataFrame) -> str:
             )
         )
     return "\n\n".join([*parts, ""])
-
-
-def printable(text: str) -> str:
-    """One line without control characters, so that no name moves a terminal's cursor or breaks a comment."""
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _rows(table: Table) -> Iterable[dict[str, Any]]:
@@ -184,7 +160,7 @@ def _csv(frame: pd.DataFrame) -> str:
     for column in EXACT:
         safe[column] = [_digits(value) for value in safe[column]]
     for column in safe.columns[safe.dtypes.map(lambda kind: not pd.api.types.is_numeric_dtype(kind))]:
-        safe[column] = safe[column].map(escape)
+        safe[column] = safe[column].map(escape_cell)
     text: str = safe.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     return text
 
@@ -257,16 +233,6 @@ def _averages(frame: pd.DataFrame) -> Iterable[tuple[str, list[list[str]]]]:
             for row in rows.sort_values(["rank", "method", "backbone"]).to_dict("records")
         ]
         yield heading, cells
-
-
-def escape_markdown(text: Any) -> str:
-    """Text as it is, in a line of Markdown."""
-    return re.sub(r"([\\`*_{}\[\]|~#])", r"\\\1", html.escape(printable(str(text)), quote=False))
-
-
-def _latex(text: Any) -> str:
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in printable(str(text)))
 
 
 def _interval(row: Any, value: str, ends: str, form: str) -> str:

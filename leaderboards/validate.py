@@ -1,7 +1,6 @@
 """Are records and leaderboards from anywhere whole, in range, unchanged, and do their averages follow from their cases?"""
 
 import csv
-import hashlib
 import io
 import math
 import re
@@ -12,9 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from harness.system.files import digest_file
 from leaderboards import board, reported, statistics, table
 from leaderboards.records import STATUS, RecordError, Run, load_run
 from leaderboards.table import COLUMNS, EXACT
+from leaderboards.text import escape_cell
 
 TOLERANCE = 1e-9
 PRINTED = 2e-5
@@ -94,8 +95,7 @@ def _check_digests(run: Run) -> Iterable[str]:
         if name in digests and path.exists() and not path.is_file():
             yield f"{name} is no regular file"
         elif name in digests and path.exists():
-            with path.open("rb") as file:
-                actual = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+            actual = digest_file(path)
             if actual != digests[name]:
                 yield f"{name} was changed after the run: its digest is {actual}, the record says {digests[name]}"
 
@@ -238,7 +238,7 @@ def _recompute(frame: pd.DataFrame, runs: Sequence[Run]) -> tuple[list[str], str
         return found, f"not recomputed: none of its {len(wanted)} runs is at hand ({lacking[0]:.80} ...)"
     fresh = table.build(board.gather(known))
     for column in fresh.columns:
-        fresh[column] = fresh[column].map(table.escape)
+        fresh[column] = fresh[column].map(escape_cell)
     for column in EXACT:
         fresh[column] = fresh[column].map(_digits)
     again = {tuple(row[name] for name in KEY): row for row in fresh.to_dict("records")}
@@ -269,7 +269,7 @@ def _check_reported(frame: pd.DataFrame) -> list[str]:
     names = [*KEY[:5], "method", "backbone", "target", "note"]
     values: dict[tuple[str, ...], list[tuple[float, ...]]] = {}
     for row in known.to_dict("records"):
-        key = tuple(table.escape(row[name]) for name in names)
+        key = tuple(escape_cell(row[name]) for name in names)
         values.setdefault(key, []).append(tuple(_or_nan(row[name]) for name in ("label_fraction", "dice", "hd95_mm")))
     found = []
     for line, row in zip(frame.index + 2, frame.to_dict("records"), strict=True):

@@ -125,7 +125,8 @@ def compare_two(arguments: argparse.Namespace) -> int:
     """Two methods wherever they share a table, or two runs, case by case."""
     import pandas as pd
 
-    from leaderboards import board, compare, table
+    from leaderboards import board, compare
+    from leaderboards.text import escape_cell
 
     runs, problems = load(arguments)
     if arguments.first == arguments.second:
@@ -150,7 +151,7 @@ def compare_two(arguments: argparse.Namespace) -> int:
         frames = [each.cases.assign(table=each.title, a=each.names[0], b=each.names[1]) for each in found]
         whole = pd.concat(frames, ignore_index=True)
         for column in ("case", "target", "table", "a", "b"):
-            whole[column] = whole[column].map(table.escape)
+            whole[column] = whole[column].map(escape_cell)
         whole.to_csv(arguments.out, index=False, float_format="%.6g")
         print(f"\nevery case:\n  {arguments.out}")
     return _finish(problems)
@@ -158,7 +159,8 @@ def compare_two(arguments: argparse.Namespace) -> int:
 
 def ranks(arguments: argparse.Namespace) -> int:
     """How firm the ranks are."""
-    from leaderboards import board, table
+    from leaderboards import board
+    from leaderboards.text import align, printable
 
     runs, problems = load(arguments)
     for each in board.gather(runs):
@@ -172,10 +174,7 @@ def ranks(arguments: argparse.Namespace) -> int:
             group = each.groups[number]
             shares = [f"{share:.0%}" for share in stability.shares[number, :shown]]
             lines.append([group.method, group.backbone, *shares])
-        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-        print(table.printable(each.title))
-        for line in lines:
-            print(table.printable("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()))
+        print(*map(printable, [each.title, *align(lines)]), sep="\n")
         print(f"Kendall's tau between resampled ranks and these: {stability.tau:.2f}\n")
     return _finish(problems)
 
@@ -196,7 +195,8 @@ def efficiency(arguments: argparse.Namespace) -> int:
 
 def check(arguments: argparse.Namespace) -> int:
     """Records, CSVs and sites from anywhere."""
-    from leaderboards import records, table, validate
+    from leaderboards import records, validate
+    from leaderboards.text import printable
 
     problems: list[str] = []
     files = [each for path in arguments.files for each in _parts(path)]
@@ -214,7 +214,7 @@ def check(arguments: argparse.Namespace) -> int:
             print(f"{path}: {len(mine)} runs, {f'{len(found)} problems' if found else 'valid'}")
         problems += found
     for problem in problems:
-        print(f"harness: error: {table.printable(problem)}", file=sys.stderr)
+        print(f"harness: error: {printable(problem)}", file=sys.stderr)
     return 2 if problems else 0
 
 
@@ -273,13 +273,13 @@ def load(arguments: argparse.Namespace) -> "tuple[list[Run], list[str]]":
 
 def _lines(found: object) -> str:
     """Text in lines that move no terminal's cursor."""
-    from leaderboards.table import printable
+    from leaderboards.text import printable
 
     return "\n".join(map(printable, str(found).splitlines()))
 
 
 def _finish(problems: Sequence[str]) -> int:
-    from leaderboards.table import printable
+    from leaderboards.text import printable
 
     for problem in problems:
         print(f"harness: error: left out: {printable(problem)}", file=sys.stderr)

@@ -24,6 +24,7 @@ from harness.cli import list as listing
 from harness.cli.options import Parser
 from harness.system.errors import UserError
 from harness.system.signals import STOPPED, Interrupted, catching
+from harness.system.status_file import write_ending
 
 # In the order in which `harness --help` lists them.
 COMMANDS = (
@@ -53,27 +54,39 @@ MENDABLE = {
 def main(words: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 the user can mend it, 75 stopped by a signal; a fault of ours raises (status 1)."""
     try:
+        status, message = _run(words)
+    except Exception as error:
+        write_ending(1, f"{type(error).__name__}: {error}")
+        raise
+    write_ending(status, message)
+    return status
+
+
+def _run(words: Sequence[str] | None) -> tuple[int, str]:
+    """Exit status of the command, and what it said at its end."""
+    try:
         arguments = _parser().parse_args(words)
         with catching():
-            status: int | None = arguments.command(arguments)
-        return status or 0
+            return arguments.command(arguments) or 0, ""
     except UserError as error:
-        print("harness: error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return _refuse(" ".join(str(error).split()))
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"harness: stopped by {error or 'Ctrl-C'}; the same command goes on from there", file=sys.stderr)
-        return STOPPED
+        message = f"stopped by {error or 'Ctrl-C'}"
+        print(f"harness: {message}; the same command goes on from there", file=sys.stderr)
+        return STOPPED, message
     except BrokenPipeError:
         # The reader (`head`, a pager) has left; nothing is wrong with the run.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 0, ""
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
-        print(
-            f"harness: error: {error.strerror}: {error.filename or 'writing'}; mend it and ask again", file=sys.stderr
-        )
-        return 2
+        return _refuse(f"{error.strerror}: {error.filename or 'writing'}; mend it and ask again")
+
+
+def _refuse(message: str) -> tuple[int, str]:
+    print(f"harness: error: {message}", file=sys.stderr)
+    return 2, message
 
 
 def _parser() -> Parser:

@@ -27,7 +27,7 @@ def reproduce(arguments: argparse.Namespace) -> None:
     """Print the command and the differences; with --go carry it out and compare every case."""
     from harness.runs.status import find_run
     from leaderboards.records import RecordError, read_record
-    from leaderboards.table import printable
+    from leaderboards.text import printable
 
     named = Path(arguments.run)
     path = named if named.is_file() else find_run(arguments.run, arguments.runs) / "record.json"

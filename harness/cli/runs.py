@@ -51,7 +51,7 @@ def list_runs(arguments: argparse.Namespace) -> None:
     """All runs of a folder, and where each of them is."""
     from harness.runs.status import where
     from harness.system.locks import holders
-    from leaderboards.table import align
+    from leaderboards.text import align
 
     runs = _existing(arguments.runs)
     at_work = {lock.parent: owner for lock, owner in holders(runs)}

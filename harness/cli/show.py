@@ -34,6 +34,7 @@ def show(arguments: argparse.Namespace) -> None:
     """Its table, and what its record says."""
     from harness.runs.status import find_run
     from leaderboards import board, records, table
+    from leaderboards.text import printable
 
     try:
         run = records.load_run(find_run(arguments.run, arguments.runs))
@@ -44,4 +45,4 @@ def show(arguments: argparse.Namespace) -> None:
         return
     print(table.render(board.gather([run])))
     lines = as_lines({name: run.record.get(name) for name in SECTIONS}).splitlines()
-    print(*map(table.printable, lines), sep="\n")
+    print(*map(printable, lines), sep="\n")

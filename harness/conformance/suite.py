@@ -18,6 +18,7 @@ from harness.conformance.checks import CHECKS
 from harness.conformance.consistency import check_processes
 from harness.conformance.fixture import CheckError, MethodFixture
 from harness.system.errors import UserError
+from leaderboards.text import align
 
 TWO = "two processes"
 
@@ -127,8 +128,7 @@ def report(results: Sequence[Result]) -> str:
     for check in checks:
         cells = [found.get((check, backbone)) for backbone in backbones]
         rows.append([check, *(cell.status if cell else "-" for cell in cells)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = align(rows)
     details: dict[tuple[str, str, str], list[str]] = {}
     for result in results:
         if result.status != "n/a":

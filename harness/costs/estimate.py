@@ -28,7 +28,7 @@ from harness.system.console import say
 from harness.system.files import digest
 from harness.training.models import new_network
 from harness.training.trainer import compiled
-from leaderboards.table import align
+from leaderboards.text import align
 
 STEPS_SECONDS = 4.0  # that a stage is watched for
 PER_STEP_BYTES = 300  # of history.jsonl

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from harness.api.registry import Registry
 from harness.runs.restore import Restored, in_memory, read_run, restore
 from harness.system.errors import UserError
-from leaderboards.table import escape_markdown
+from leaderboards.text import escape_markdown
 
 FORMATS = ("monai", "safetensors", "onnx")
 EQUAL = 1e-4

@@ -8,16 +8,18 @@ from pathlib import Path
 
 from harness.config.request import command
 from harness.sweeps.cells import Planned
+from harness.system.status_file import VARIABLE, Ending, read_ending
 
-POLL = 0.2
+POLL = 0.2  # seconds between looks at what runs
 
 
 @dataclass(frozen=True)
 class Job:
-    """One process, or several of one run: a cell, or the pre-training that several cells share.
+    """A command in a process of its own, or several that share it: a cell, or the pre-training that several cells share.
 
     Attributes:
-        needs: the job that has to come to its end before.
+        until: the stage after which it ends; empty: a whole run.
+        needs: the job that has to end before this one begins.
         attempt: how often it was started before.
     """
 
@@ -32,17 +34,17 @@ class Job:
         return f"{self.planned.cell.name}{'-' if self.until else ''}{self.until}"
 
     def words(self, processes: int) -> list[str]:
-        """What is started."""
+        """The command line."""
         start = [sys.executable, "-m", "harness"]
         if processes > 1:
-            several = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-            start = [sys.executable, "-m", *several, "-m", "harness"]
+            torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+            start = [sys.executable, "-m", *torchrun, "-m", "harness"]
         until = ["--until", self.until] if self.until else []
         return [*start, *command(self.planned.cell.request)[1:], *until]
 
 
 def make_jobs(todo: Sequence[Planned]) -> list[Job]:
-    """Jobs of the cells; where cells share a pre-training that is still to come, it is a job of its own before them."""
+    """Jobs of the cells. A pre-training that several cells share, and that is not finished, is a job before them."""
     sharing: dict[Path, list[Planned]] = {}
     for each in todo:
         if each.pretrain is not None and not (each.pretrain / "stage.json").exists():
@@ -52,7 +54,7 @@ def make_jobs(todo: Sequence[Planned]) -> list[Job]:
 
 
 class Launcher(ABC):
-    """Where jobs run. Messages of a job go to `NAME.log` in `notes`."""
+    """Where jobs run. What a job prints goes to `NAME.log` in `notes`, how it ended to `NAME.status.json`."""
 
     waits_itself = False
     """Whether it holds jobs back until what they need has ended."""
@@ -71,18 +73,28 @@ class Launcher(ABC):
 
     @abstractmethod
     def poll(self) -> list[tuple[Job, int | None]]:
-        """Jobs that ended, with their exit status; None where nobody knows."""
+        """Jobs that ended, with the exit status of the process; None where nobody knows it."""
 
     @abstractmethod
     def stop(self) -> str:
         """The sweep ends before its jobs; says what becomes of them."""
 
     def log(self, job: Job) -> Path:
-        """Where its messages go."""
+        """The file with what a job prints."""
         return self.notes / f"{job.name}.log"
 
+    def status_file(self, job: Job) -> Path:
+        """The file in which a job says how it ended."""
+        return self.notes / f"{job.name}.status.json"
 
-def own_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """For a job: it is told its data and its runs folder, and is not one of the processes of what started it."""
+    def ending(self, job: Job) -> Ending | None:
+        """How a job ended, in its own words; None where it was killed before it could say so."""
+        return read_ending(self.status_file(job))
+
+
+def job_environment(environment: Mapping[str, str], status_file: Path) -> dict[str, str]:
+    """The environment of a job: without what the sweep was told by it, which the command line of the job says."""
     dropped = ("HARNESS_DATA", "HARNESS_RUNS", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {key: value for key, value in environment.items() if key not in dropped}
+    return {key: value for key, value in environment.items() if key not in dropped} | {
+        VARIABLE: str(status_file.resolve())
+    }

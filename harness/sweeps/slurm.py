@@ -10,19 +10,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import submitit
-
-from harness.sweeps.job import POLL, Job, Launcher, own_environment
+from harness.sweeps.job import POLL, Job, Launcher, job_environment
 from harness.system.console import say
 from harness.system.errors import UserError
 from harness.system.files import read_json, write_atomic
 
+# Parameters that submitit names alike for all clusters; others get the prefix `slurm_`.
+SHARED = ("timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node", "stderr_to_stdout")
+
 
 class Slurm(Launcher):
-    """Arrays of a Slurm cluster, through submitit; cells depend on the pre-training that they share.
+    """Arrays of a Slurm cluster; cells depend on the pre-training that they share.
 
-    What became of a job is read from the file that its last act is to write, and from `squeue`: accounting is not needed.
-    A job that is gone without such a file was killed.
+    Whether a job is queued or runs is asked of `squeue`, and how it ended is read from the file that it writes last:
+    accounting is not needed. A job that is gone without such a file was killed.
     """
 
     waits_itself = True
@@ -36,7 +37,7 @@ class Slurm(Launcher):
         if shutil.which("sbatch") is None:
             raise UserError("--launcher slurm: there is no sbatch here: start the sweep on a node that submits jobs")
         self.executor = submitit.AutoExecutor(folder=notes / "slurm", cluster="slurm")
-        given = {key if key in _SHARED else f"slurm_{key}": _number_or_text(text) for key, text in parameters.items()}
+        given = {key if key in SHARED else f"slurm_{key}": _number_or_text(text) for key, text in parameters.items()}
         try:
             self.executor.update_parameters(**{"timeout_min": 24 * 60, "slurm_array_parallelism": jobs, **given})
         # Its own words name what is allowed.
@@ -46,9 +47,11 @@ class Slurm(Launcher):
         self.missing: dict[str, int] = {}
 
     def room(self) -> int:
+        """Slurm queues what it cannot run yet."""
         return sys.maxsize
 
     def submit(self, jobs: Sequence[Job]) -> None:
+        """Submit the jobs as one array; those that are in the queue already are watched only."""
         jobs = [job for job in jobs if not self._attach(job)]
         if not jobs:
             return
@@ -60,10 +63,11 @@ class Slurm(Launcher):
             name=f"harness-{self.notes.name}"[:60], slurm_additional_parameters={**extra, "requeue": True}
         )
         for job in jobs:
-            self._status(job).unlink(missing_ok=True)
+            self.status_file(job).unlink(missing_ok=True)
         with self.executor.batch():
             submitted = [
-                self.executor.submit(Work(job.words(self.processes), self.log(job), self._status(job))) for job in jobs
+                self.executor.submit(Work(job.words(self.processes), self.log(job), self.status_file(job)))
+                for job in jobs
             ]
         for job, each in zip(jobs, submitted, strict=True):
             self.jobs[each.job_id] = job
@@ -71,6 +75,7 @@ class Slurm(Launcher):
             say(f"job {each.job_id}: {job.name}{f' after {needed}' if needed else ''}")
 
     def poll(self) -> list[tuple[Job, int | None]]:
+        """Jobs that left the queue; their exit status is in their status file, or unknown."""
         queued = queue()
         if queued is None:
             return []
@@ -79,22 +84,21 @@ class Slurm(Launcher):
             if number in queued:
                 self.missing.pop(number, None)
                 continue
-            status = read_json(self._status(job))
-            found = status.get("status") if isinstance(status, dict) else None
             # The file of a job that has just ended may take a moment on a network file system.
             self.missing[number] = self.missing.get(number, 0) + 1
-            if found is None and self.missing[number] < 3:
+            if self.ending(job) is None and self.missing[number] < 3:
                 continue
             del self.jobs[number]
             (self.notes / f"{job.name}.job.json").unlink(missing_ok=True)
-            ended.append((job, found))
+            ended.append((job, None))
         return ended
 
     def stop(self) -> str:
+        """Leave the jobs in the queue."""
         return f"its {len(self.jobs)} jobs stay in the queue; the same command watches them again"
 
     def _attach(self, job: Job) -> bool:
-        """Whether an earlier sweep has submitted it, and it still is in the queue."""
+        """Whether an earlier sweep has submitted the job, and it still is in the queue."""
         noted = read_json(self.notes / f"{job.name}.job.json")
         number = str(noted.get("job")) if isinstance(noted, dict) else ""
         if job.attempt or not number or number not in (queue() or {}):
@@ -103,38 +107,35 @@ class Slurm(Launcher):
         say(f"job {number}: {job.name} is in the queue already")
         return True
 
-    def _status(self, job: Job) -> Path:
-        return self.notes / f"{job.name}.status.json"
-
-
-_SHARED = ("timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node", "stderr_to_stdout")
-
 
 class Work:
-    """What submitit calls on the node: the command in a process of its own, and its exit status into a file."""
+    """What submitit pickles and calls on the node: the command of a job in a process of its own."""
 
-    def __init__(self, words: list[str], log: Path, status: Path) -> None:
-        self.words, self.log, self.status = words, str(log.resolve()), str(status.resolve())
+    def __init__(self, words: list[str], log: Path, status_file: Path) -> None:
+        self.words, self.log, self.status_file = words, str(log.resolve()), str(status_file.resolve())
         self.process: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> int:
-        own = own_environment(os.environ)
-        own.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+        """Run it; the exit status."""
+        environment = job_environment(os.environ, Path(self.status_file))
+        environment.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
         with Path(self.log).open("ab") as log:
-            self.process = subprocess.Popen(self.words, stdout=log, stderr=log, env=own)
-            status = self._wait()
-        write_atomic(Path(self.status), json.dumps({"status": status}))
-        return status
+            self.process = subprocess.Popen(self.words, stdout=log, stderr=log, env=environment)
+            return self._wait()
 
     def checkpoint(self) -> Any:
         """Slurm takes the node away: the run saves its state, and the job goes back into the queue."""
+        import submitit
+
         if self.process is not None:
             self.process.terminate()
             self._wait()
-        return submitit.helpers.DelayedSubmission(Work(self.words, Path(self.log), Path(self.status)))
+        # What the stopped process wrote is not how the job ends.
+        Path(self.status_file).unlink(missing_ok=True)
+        return submitit.helpers.DelayedSubmission(Work(self.words, Path(self.log), Path(self.status_file)))
 
     def _wait(self) -> int:
-        """As `Popen.wait`, which cannot be called once more from the handler of a signal that interrupts it."""
+        """As `Popen.wait`, which the handler of a signal that interrupts it cannot call once more."""
         assert self.process is not None
         while (status := self.process.poll()) is None:
             time.sleep(POLL)
@@ -146,8 +147,8 @@ class Work:
 
 def queue() -> dict[str, str] | None:
     """Jobs of this user and their states; None where Slurm does not answer."""
-    asked = ["squeue", "--noheader", "--array", "--me", "--format=%i|%T"]
-    answer = subprocess.run(asked, capture_output=True, text=True, check=False)
+    words = ["squeue", "--noheader", "--array", "--me", "--format=%i|%T"]
+    answer = subprocess.run(words, capture_output=True, text=True, check=False)
     if answer.returncode:
         return None
     pairs = (line.strip().partition("|") for line in answer.stdout.splitlines())

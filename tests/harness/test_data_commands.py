@@ -432,7 +432,7 @@ def test_the_report_escapes_names_and_stands_alone(data, tmp_path, capsys):
     harness("data", "check", "msd_hippocampus", "--data", root, "--report", report, "--runs", tmp_path, status=2)
     page = report.read_text()
     assert "<script" not in page
-    assert "&lt;script&gt;alert(&quot;x&quot;)&lt;script&gt;" in page
+    assert "&lt;script&gt;alert(&#34;x&#34;)&lt;script&gt;" in page
     assert {found[:5] for found in re.findall(r"""(?:src|href)=["']?([^"'\s>]*)""", page)} == {"data:"}
     assert page.count("data:image/png;base64,") == 4
     assert "files that cannot be used" in page

@@ -9,9 +9,11 @@ from harness import UserError
 from harness.cli.main import main
 from harness.config.request import Request
 from harness.sweeps.cells import SweepCell, read, sort_out
+from harness.sweeps.job import Job
 from harness.sweeps.live_table import progress_of
 from harness.sweeps.local import Local
-from harness.sweeps.schedule import execute, last_words
+from harness.sweeps.schedule import ATTEMPTS, execute, outcome_of
+from harness.system.status_file import Ending, read_ending
 
 TINY = """
 [defaults]
@@ -295,11 +297,45 @@ def test_the_live_table_knows_where_a_cell_is(tmp_path, hippocampus_phantom):
     assert progress_of(each) == "evaluating, 0 of 1 cases"
 
 
-def test_the_last_words_of_a_log(tmp_path):
+@pytest.mark.parametrize(
+    ("status", "ending", "again", "says"),
+    [
+        (0, Ending(0, ""), False, ""),
+        (2, Ending(2, "no such method"), False, "no such method"),
+        (1, Ending(1, "KeyError: 'x'"), False, "KeyError: 'x'; see"),
+        (1, Ending(75, "stopped by SIGTERM, pretrain step 2 of 40"), True, "stopped by SIGTERM, pretrain step 2 of 40"),
+        (-9, None, True, "its process died by signal 9"),
+        (None, None, True, "its process died"),
+        (0, None, False, "it ended with status 0 before its end"),
+        # What a log says decides nothing.
+        (-9, Ending(0, ""), False, ""),
+    ],
+)
+def test_how_a_job_ended_decides_whether_it_is_started_again(status, ending, again, says, tmp_path):
     log = tmp_path / "log"
-    assert last_words(log) == ""
-    log.write_text("a\nharness: error: this\nsomething after it\n")
-    assert last_words(log) == "harness: error: this"
+    log.write_text("harness: error: a line that somebody printed\n")
+    following, problem = outcome_of(Job(None), status, ending, log)
+    assert (following is not None) == again
+    assert problem.startswith(says)
+    assert bool(problem) == bool(says)
+    if again:
+        assert following.attempt == 1
+        assert outcome_of(Job(None, attempt=ATTEMPTS - 1), status, ending, log)[0] is None
+
+
+def test_a_command_writes_how_it_ended_where_it_is_asked_to(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "status.json"
+    monkeypatch.setenv("HARNESS_STATUS_FILE", str(path))
+    assert main(["list", "presets"]) == 0
+    assert read_ending(path) == Ending(0, "")
+    assert main(["list", "presetz"]) == 2
+    assert read_ending(path).message.startswith("unknown kind to list 'presetz'")
+    monkeypatch.setattr("harness.config.presets.preset_names", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["list", "presets"])
+    assert read_ending(path) == Ending(1, "ZeroDivisionError: division by zero")
+    path.write_text("{}")
+    assert read_ending(path) is None
 
 
 @pytest.mark.parametrize(
