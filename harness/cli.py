@@ -208,7 +208,9 @@ def _add_check_method(commands: Any) -> None:
 
 def _add_profile(commands: Any) -> None:
     profile = commands.add_parser("profile", help="what a training step costs", allow_abbrev=False)
-    profile.add_argument("--sweep", type=Path, metavar="FILE.toml", help="the cells of a sweep file, see sweeps/")
+    cells = profile.add_mutually_exclusive_group()
+    cells.add_argument("--sweep", type=Path, metavar="FILE.toml", help="the cells of a sweep file, see sweeps/")
+    cells.add_argument("--suite", metavar="NAME", help="the cells that NAME stands for; `paper`: minutes on a GPU")
     for name, metavar, text in (
         ("method", "M", "`harness list methods`"),
         ("backbone", "B", "`harness list backbones` (default: unet)"),
@@ -229,7 +231,7 @@ def _add_profile(commands: Any) -> None:
         metavar="VARIANT",
         help="settings that the method has a name for, side by side, for instance whole partial",
     )
-    profile.add_argument("--rounds", type=positive, default=5, metavar="N", help="of all cells in turn (default: 5)")
+    profile.add_argument("--rounds", type=positive, metavar="N", help="of all cells in turn (default: 5, of a suite 3)")
     profile.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="as in `harness run`"
     )

@@ -11,10 +11,13 @@ from pathlib import Path
 from harness.actions import request_of
 from harness.errors import UserError
 from harness.planning import Request, writable
+from harness.suites import ROUNDS, suite_path
 
 
 def profile(arguments: argparse.Namespace) -> int:
     """Time steps side by side; a table, a CSV and a figure."""
+    if arguments.suite:
+        arguments.sweep = suite_path(arguments.suite)
     requests = list(_requests(arguments))
     from harness import profiling, subject
     from leaderboards import profiles
@@ -35,7 +38,8 @@ def profile(arguments: argparse.Namespace) -> int:
         print(f"left out: {problem}", file=sys.stderr)
     out = arguments.out or writable(arguments.runs) / "profiles" / f"{_name(arguments)}.csv"
     _check_out(out)
-    found, rates = profiling.measure(cells, arguments.rounds)
+    rounds = arguments.rounds or (ROUNDS if arguments.suite else 5)
+    found, rates = profiling.measure(cells, rounds, short=bool(arguments.suite))
     rows = profiling.summarise(found, rates)
     profiles.write(rows, out)
     profiles.draw(rows, out)

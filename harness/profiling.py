@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from harness import hardware
+from harness.bounds import judge, watch
 from harness.progress import progress
-from harness.subject import Cell, Measured, Subject, made_up_volumes, measure_apart, out_of_memory
+from harness.subject import Cell, Measured, Subject, made_up_volumes, measure_apart, out_of_memory, weigh
 from harness.training import PHASES, UPDATE, compiled, new_accelerator
 
 NOISY = 0.15  # spread of a round's medians above which nothing is to be believed
@@ -22,8 +23,13 @@ ROUND_SECONDS = 1.0  # that a cell is timed for per round, at least one step
 LOOP_SECONDS = 5.0  # that a cell's loader is watched for
 
 
-def measure(cells: Sequence[Cell], rounds: int) -> tuple[list[Measured], dict[str, list[list[float]]]]:
+def measure(
+    cells: Sequence[Cell], rounds: int, short: bool = False
+) -> tuple[list[Measured], dict[str, list[list[float]]]]:
     """Profile cells side by side: every round times each cell and each ceiling once, in a new order.
+
+    `short`, on a GPU: its memory and FLOPs are measured in this process, since an allocator's own count needs no other one;
+    no peak of the host's memory, and loaders are not watched.
 
     Returns:
         the cells, in their order, and per ceiling (`gemm fp32`, `convolution fp32`, `copy`, ...) and round its rates, in
@@ -32,10 +38,11 @@ def measure(cells: Sequence[Cell], rounds: int) -> tuple[list[Measured], dict[st
     with tempfile.TemporaryDirectory(prefix="harness-profile-") as place:
         folder = Path(place)
         found = [Measured(cell) for cell in cells]
-        for each in progress(found, "memory"):
-            measure_apart(each)
-        subjects = _build(found, folder)
         device = new_accelerator().device
+        short = short and device.type == "cuda"
+        for each in progress([] if short else found, "memory", shown=not short):
+            measure_apart(each)
+        subjects = _build(found, folder, device if short else None)
         ceilings = make_ceilings(device, {subject.trainer.precision for subject in subjects.values()})
         rates: dict[str, list[list[float]]] = {name: [] for name in ceilings}
         rng = np.random.default_rng(0)
@@ -48,22 +55,28 @@ def measure(cells: Sequence[Cell], rounds: int) -> tuple[list[Measured], dict[st
                     else:
                         _one_round(found[turn], subjects[turn])
                     bar.update()
-        for number, subject in progress(subjects.items(), "loaders"):
+        for number, subject in progress({} if short else subjects.items(), "loaders", shown=not short):
             _watch_loader(found[number], subject)
         return found, rates
 
 
-def _build(found: Sequence[Measured], folder: Path) -> dict[int, Subject]:
-    """The cells that can run, by their place, warmed up."""
+def _build(found: Sequence[Measured], folder: Path, weighed: torch.device | None = None) -> dict[int, Subject]:
+    """The cells that can run, by their place, warmed up; with their memory on the device where one is given."""
     subjects = {}
     for number, each in enumerate(progress(found, "warm-up")):
         if each.problem:
             continue
         with out_of_memory(each):
+            before = 0 if weighed is None else torch.cuda.memory_allocated(weighed)
             subject = Subject(each.cell, made_up_volumes(each.cell, folder), folder / str(number))
+            if weighed is not None:
+                each.flops, each.parameters, memory = weigh(subject)
+                peak = memory["device_peak_gib"] or 0.0
+                each.memory = {"device_peak_gib": peak - before / 2**30}
             with compiled(subject.trainer.module, each.cell.settings.compile):
                 subject.timed(1)
                 subject.step_seconds = _seconds(subject.timed(1))
+                each.watched = watch(subject.step)
             each.prepare_seconds, each.used = subject.prepare_seconds, subject.trainer.used()
             each.batch_bytes = sum(value.nbytes for value in subject.batch.values())
             subjects[number] = subject
@@ -188,9 +201,7 @@ def _timed(
     row = _milliseconds("step", np.concatenate(steps))
     for phase in (*UPDATE, "transfer"):
         row |= _milliseconds(phase, every[phase])
-    row |= _milliseconds("data_wait", np.asarray(each.waits["data"]))
-    busy = sum(float(np.sum(each.waits[phase])) for phase in PHASES[1:])
-    waited = float(np.sum(each.waits["data"]))
+    row |= _waited(each, step)
     rate = {name: float(np.median(np.concatenate(rounds))) for name, rounds in rates.items()}
     achieved = each.flops / float(np.median(every["forward"] + every["backward"]))
     copied = float(np.median(every["transfer"]))
@@ -201,10 +212,8 @@ def _timed(
         "first_over_this": float(np.median(ratios)),
         "first_over_this_low": min(ratios),
         "first_over_this_high": max(ratios),
-        "data_wait_share": waited / (waited + busy),
-        "sample_ms": each.sample_seconds * 1000,
         "workers": settings.workers,
-        "workers_needed": int(np.ceil(settings.batch_size * each.sample_seconds / step)),
+        **judge(each.watched, step, each.flops, rate[f"convolution {precision}"], rate["copy"]),
         "gflop": each.flops / 1e9,
         "tflop_per_s": achieved / 1e12,
         "of_gemm": achieved / rate[f"gemm {precision}"],
@@ -221,6 +230,20 @@ def _timed(
         "spread": _spread(steps),
         "ceiling_spread": max(mine.values()),
         "noisy": max(_spread(steps), *mine.values()) > NOISY,
+    }
+
+
+def _waited(each: Measured, step: float) -> dict[str, Any]:
+    """What the loop waits for its loader, and the workers that it would need; nothing where it was not watched."""
+    if not each.waits:
+        names = ("data_wait_ms_p50", "data_wait_ms_p95", "data_wait_share", "sample_ms", "workers_needed")
+        return dict.fromkeys(names)
+    busy = sum(float(np.sum(each.waits[phase])) for phase in PHASES[1:])
+    waited = float(np.sum(each.waits["data"]))
+    return _milliseconds("data_wait", np.asarray(each.waits["data"])) | {
+        "data_wait_share": waited / (waited + busy),
+        "sample_ms": each.sample_seconds * 1000,
+        "workers_needed": int(np.ceil(each.cell.settings.batch_size * each.sample_seconds / step)),
     }
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from harness import hardware
+from harness.bounds import Watched
 from harness.config import RunConfig, Training, change_task, parse_overrides
 from harness.contracts import Batch, Source
 from harness.errors import UserError, unknown
@@ -68,7 +69,8 @@ class Measured:
     Attributes:
         problem: why there are none.
         rounds: per round, phase -> seconds of each step.
-        waits: of the loop with its loader, phase -> seconds of each step.
+        waits: of the loop with its loader, phase -> seconds of each step; empty where it was not watched.
+        watched: what a GPU's profiler saw.
         sample_seconds: to make one sample in one process.
     """
 
@@ -83,6 +85,7 @@ class Measured:
     sample_seconds: float = 0.0
     rounds: list[dict[str, list[float]]] = field(default_factory=list)
     waits: dict[str, list[float]] = field(default_factory=dict)
+    watched: Watched | None = None
 
     def steps(self) -> list[list[float]]:
         """Seconds of each step (`UPDATE`), per round."""
@@ -236,16 +239,21 @@ def _two_steps(request: Request, stage: str, threads: int) -> tuple[int, int, di
     with tempfile.TemporaryDirectory(prefix="harness-profile-") as place, out_of_memory(each):
         folder = Path(place)
         subject = Subject(cell, made_up_volumes(cell, folder), folder)
-        device = subject.trainer.device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        counter = FlopCounterMode(display=False, custom_mapping={FLASH_ON_CPU: sdpa_flops})
-        with counter:
-            subject.timed(1)
-        subject.timed(1)
-        parameters = sum(parameter.numel() for parameter in subject.trainer.module.parameters())
-        return counter.get_total_flops(), parameters, hardware.memory(device)
+        return weigh(subject)
     return each.problem
+
+
+def weigh(subject: Subject) -> tuple[int, int, dict[str, float | None]]:
+    """FLOPs of a step, parameters, and the peak of memory over two steps."""
+    device = subject.trainer.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    counter = FlopCounterMode(display=False, custom_mapping={FLASH_ON_CPU: sdpa_flops})
+    with counter:
+        subject.timed(1)
+    subject.timed(1)
+    parameters = sum(parameter.numel() for parameter in subject.trainer.module.parameters())
+    return counter.get_total_flops(), parameters, hardware.memory(device)
 
 
 FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
