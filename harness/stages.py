@@ -23,6 +23,7 @@ from harness.crops import Augment, CropDataset
 from harness.errors import UserError
 from harness.execution import Execution
 from harness.files import digest_file, write_atomic
+from harness.fitting import is_out_of_memory
 from harness.loop import train
 from harness.parts import total
 from harness.preparation import Workshop
@@ -154,7 +155,14 @@ def _show(method: Method, data: CropDataset, config: RunConfig, device: torch.de
     method.generator.manual_seed(seed_for(config.seed, "pretrain picture"))
     samples = [data[place] for place in range(max(2, min(3, config.pretrain.batch_size)))]
     batch = {name: torch.stack([torch.as_tensor(each[name]) for each in samples]).to(device) for name in samples[0]}
-    shown = method.eval().show(batch)
+    try:
+        shown = method.eval().show(batch)
+    except RuntimeError as error:
+        # Whole crops in fp32 may need more than the steps did, which were computed in parts or in bf16.
+        if not is_out_of_memory(error):
+            raise
+        say(f"no {path.name}: its crops do not fit the memory of {device}; the training is not touched by it")
+        return
     if shown:
         images = {name: value.float().clamp(0, 1).cpu().numpy() for name, value in shown.items()}
         picture.restoration(images, path, title)
