@@ -69,7 +69,7 @@ def test_nothing_is_watched_without_a_gpu(monkeypatch):
 
 
 def test_the_paper_suite_is_the_papers_shapes():
-    assert suite_names() == ["paper"]
+    assert "paper" in suite_names()
     cells = [resolve_cell(cell.request) for cell in read(suite_path("paper"), Request(method="", task=""))]
     shapes = {(cell.settings.crop, cell.settings.batch_size, len(cell.task.channels)) for cell in cells}
     assert shapes == {((128,) * 3, 2, 4), ((96,) * 3, 4, 1)}
