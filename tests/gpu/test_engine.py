@@ -73,10 +73,10 @@ def test_a_resumed_training_equals_an_uninterrupted_one(name, backbone, device, 
     assert [line["step"] for line in resumed_lines] == list(range(1, STEPS + 1))
     spread, apart = (distance(whole, other) for other in (again, resumed))
     said(f"two uninterrupted trainings are {spread:.1e} apart, the resumed one {apart:.1e}")
-    # Equal to the last bit where the device itself is; kernels that add by atomics are not, and then as far as those.
-    assert apart <= 3 * spread
+    # Equal to the last bit where the device itself is; the gradient of max pooling (unet) adds by atomics and is not.
+    assert apart <= 10 * spread
     losses = np.array([[line["loss"] for line in each] for each in (lines, resumed_lines)])
-    assert np.abs(losses[0] - losses[1]).max() <= (0 if spread == 0 else 0.05 * np.abs(losses[0]).max())
+    assert np.abs(losses[0] - losses[1]).max() <= (0 if spread == 0 else 0.1 * np.abs(losses[0]).max())
 
 
 def distance(one: torch.nn.Module, other: torch.nn.Module) -> float:
@@ -171,26 +171,29 @@ def test_an_option_changes_no_loss(option, backbone, device, tmp_path, said):
     assert apart.max() < 2e-2
 
 
-def test_fused_adamw_is_adamw(device, tmp_path, said):
-    states = []
-    for fused in (True, False):
-        folder = tmp_path / str(fused)
-        folder.mkdir()
-        subject = fit("simmim", "unet", folder, device)
-        trainer = subject.trainer
-        assert trainer.used()["optimizer"] == "fused AdamW"
-        trainer.fused = fused
-        for group in trainer.optimizer.param_groups:
-            group["fused"] = fused
-        with same_draws():
-            subject.losses([1])
-        states.append([p.detach().cpu() for p in trainer.trained])
-    apart = max(float((a - b).abs().max()) for a, b in zip(*states, strict=True))
-    said(f"weights {apart:.1e} apart after a step")
-    # A step is of size lr; where a gradient is all rounding its sign may differ.
-    assert apart <= 2.1 * BUDGET["lr"]
-    close = [float(((a - b).abs() < 1e-6).float().mean()) for a, b in zip(*states, strict=True)]
-    assert np.mean(close) > 0.95
+def test_fused_adamw_is_adamw(device, tmp_path):
+    """A step's update, against the same gradients and torch's plain AdamW on the CPU in double precision."""
+    subject = fit("simmim", "unet", tmp_path, device)
+    trainer = subject.trainer
+    assert trainer.used()["optimizer"] == "fused AdamW"
+    groups = trainer.optimizer.param_groups
+    copies = [[p.detach().cpu().double().requires_grad_() for p in group["params"]] for group in groups]
+    plain = torch.optim.AdamW(
+        [{"params": own, "weight_decay": group["weight_decay"]} for own, group in zip(copies, groups, strict=True)],
+        fused=False,
+        foreach=False,
+    )
+    for number in (1, 2, 3):
+        subject.step(number)
+        for own, group, mine in zip(copies, groups, plain.param_groups, strict=True):
+            mine["lr"] = group["lr"]
+            for p, given in zip(own, group["params"], strict=True):
+                p.grad = None if given.grad is None else given.grad.detach().cpu().double()
+        plain.step()
+    pairs = [
+        (p, q) for own, group in zip(copies, groups, strict=True) for p, q in zip(own, group["params"], strict=True)
+    ]
+    assert max(float((p - q.detach().cpu().double()).abs().max()) for p, q in pairs) < 1e-6
 
 
 def test_a_step_that_is_not_finite_changes_nothing_before_the_host_reads_of_it(device, tmp_path):

