@@ -11,7 +11,9 @@ The rule, from three numbers of a step, each of which can be had from the profil
   that read again, and operators that are fused, are not told: it is what torch's operators would move if each were perfect.
 
 A step whose device idles for more than `IDLE` of it is bound by `launch`: the host does not hand work over fast enough.
-Otherwise the larger of the two shares names it, `compute` or `memory`. Where no GPU is there, nothing is said.
+Otherwise the larger of the two shares names it, `compute` or `memory`. Where both are small, the step is nearer to that ceiling
+than to the other and yet far below it: its kernels are slow, and a table of them (`torch.profiler`) says which. Where no GPU is
+there, nothing is said.
 """
 
 from collections.abc import Callable, Iterable
