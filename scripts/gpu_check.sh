@@ -4,7 +4,8 @@
 #   python scripts/pack_wheels.py           here, once: what the machine lacks, into .whl/
 #   scripts/gpu_check.sh [tests] [profile]  there, in the checkout with .whl/ in it; both if neither is named
 #
-# PYTHON names the interpreter (python3). Logs and tables go to OUT (runs/gpu). Words for pytest: PYTEST_WORDS.
+# PYTHON names the interpreter (python3). Logs and tables go to OUT (runs/gpu). PYTEST_WORDS are further words for pytest, tests among
+# them ("-n 4 tests/gpu"; all of tests/gpu by default), PROFILE_WORDS for the profile ("--rounds 1").
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -24,10 +25,11 @@ for part in "${@:-tests profile}"; do
     case $each in
       tests)
         # shellcheck disable=SC2086
-        "$python" -m pytest -m gpu tests/gpu --durations=20 -p no:cacheprovider ${PYTEST_WORDS:-} 2>&1 | tee "$out/pytest.log" || status=1
+        "$python" -m pytest -m gpu --durations=20 -rs -p no:cacheprovider ${PYTEST_WORDS:-tests/gpu} 2>&1 | tee "$out/pytest.log" || status=1
         ;;
       profile)
-        "$python" -m harness profile --suite paper --out "$out/paper.csv" 2>&1 | tee "$out/profile.log" || status=1
+        # shellcheck disable=SC2086
+        "$python" -m harness profile --suite paper --out "$out/paper.csv" ${PROFILE_WORDS:-} 2>&1 | tee "$out/profile.log" || status=1
         ;;
       *)
         echo "gpu_check.sh: $each: say tests or profile" >&2
