@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from leaderboards import figures
 from leaderboards.text import align, escape_cell, printable
 
+# `bound` and the two before it: harness/costs/bounds.py.
 COLUMNS = (
     *("machine", "device", "threads", "torch", "harness", "revision"),
     *("stage", "method", "variant", "backbone", "task", "channels", "crop", "batch_size", "precision"),
@@ -20,6 +21,7 @@ COLUMNS = (
     *("data_wait_ms_p50", "data_wait_ms_p95", "data_wait_share", "sample_ms", "workers", "workers_needed"),
     *("samples_per_s", "first_over_this", "first_over_this_low", "first_over_this_high"),
     *("gflop", "tflop_per_s", "of_gemm", "of_convolution", "of_copy"),
+    *("device_busy", "of_bandwidth", "bound"),
     *("gemm_tflop_per_s", "convolution_tflop_per_s", "copy_gb_per_s"),
     *("host_peak_gib", "device_peak_gib", "parameters"),
     *("rounds", "steps", "spread", "ceiling_spread", "noisy", "problem"),
@@ -55,7 +57,7 @@ def _words(row: dict[str, Any]) -> list[str]:
 def render(rows: Sequence[dict[str, Any]]) -> str:
     """A table for the terminal, and what to know before believing it."""
     heads = ["", "step ms (p95)", "forward", "backward", "update", "data wait", "samples/s", "first/this", "GFLOP"]
-    heads += ["of GEMM", "of conv", "GiB"]
+    heads += ["of GEMM", "of conv", "of copy", "busy", "bound", "GiB"]
     lines = [heads]
     for row in rows:
         if row["problem"]:
@@ -68,12 +70,16 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
                 label(row),
                 f"{row['step_ms_p50']:.1f} ({row['step_ms_p95']:.1f})",
                 *(f"{row[f'{phase}_ms_p50']:.1f}" for phase in ("forward", "backward", "optimizer")),
-                f"{row['data_wait_ms_p50']:.1f} ({row['data_wait_share']:.1%})",
+                "-"
+                if row["data_wait_share"] is None
+                else f"{row['data_wait_ms_p50']:.1f} ({row['data_wait_share']:.1%})",
                 f"{row['samples_per_s']:.2f}",
                 f"{row['first_over_this']:.2f} ({low:.2f} to {high:.2f})",
                 f"{row['gflop']:.1f}",
                 f"{row['of_gemm']:.0%}",
                 f"{row['of_convolution']:.0%}",
+                *("-" if row[name] is None else f"{row[name]:.0%}" for name in ("of_bandwidth", "device_busy")),
+                row["bound"] or "-",
                 f"{memory:.2f}" if memory is not None else "-",
             ]
         )
@@ -103,7 +109,7 @@ def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
             "something else used the machine, do not believe them; stop it and profile again"
         )
     for row in timed:
-        if row["data_wait_share"] > LOST:
+        if row["data_wait_share"] is not None and row["data_wait_share"] > LOST:
             needed = row["workers_needed"] + 1
             found.append(
                 f"{label(row)}: {row['data_wait_share']:.0%} of the loop waits for data, a sample takes "

@@ -17,7 +17,9 @@ from harness.system.errors import UserError
 def add_parser(commands: Any) -> None:
     """The options of `harness profile`."""
     parser = commands.add_parser("profile", help="what a training step costs", allow_abbrev=False)
-    parser.add_argument("--sweep", type=Path, metavar="FILE.toml", help="the cells of a sweep file, see sweeps/")
+    cells = parser.add_mutually_exclusive_group()
+    cells.add_argument("--sweep", type=Path, metavar="FILE.toml", help="the cells of a sweep file, see sweeps/")
+    cells.add_argument("--suite", metavar="NAME", help="the cells that NAME stands for; `paper`: minutes on a GPU")
     for name, many, metavar, text in (
         ("method", "methods", "M", "`harness list methods`"),
         ("backbone", "backbones", "B", "`harness list backbones` (default: unet)"),
@@ -38,7 +40,7 @@ def add_parser(commands: Any) -> None:
         help="settings that the method has a name for, side by side, for instance whole partial",
     )
     parser.add_argument(
-        "--rounds", type=argument(positive), default=5, metavar="N", help="of all cells in turn (default: 5)"
+        "--rounds", type=argument(positive), metavar="N", help="of all cells in turn (default: 5, of a suite 3)"
     )
     add_options(parser, "settings", text="as in `harness run`")
     parser.add_argument("--out", type=Path, metavar="CSV", help="default: profiles/NAME.csv in the runs folder")
@@ -49,6 +51,10 @@ def add_parser(commands: Any) -> None:
 
 def profile(arguments: argparse.Namespace) -> int:
     """Time steps side by side; a table, a CSV and a figure."""
+    from harness.costs.suites import ROUNDS, suite_path
+
+    if arguments.suite:
+        arguments.sweep = suite_path(arguments.suite)
     requests = list(_requests(arguments))
     from harness.costs.profile import measure, summarise
     from harness.costs.trial import resolve_trial
@@ -71,7 +77,8 @@ def profile(arguments: argparse.Namespace) -> int:
         print(f"left out: {problem}", file=sys.stderr)
     out = arguments.out or writable(arguments.runs) / "profiles" / f"{_name(arguments)}.csv"
     _check_out(out)
-    results, rates = measure(trials, arguments.rounds)
+    rounds = arguments.rounds or (ROUNDS if arguments.suite else 5)
+    results, rates = measure(trials, rounds, short=bool(arguments.suite))
     rows = summarise(results, rates)
     profiles.write(rows, out)
     profiles.draw(rows, out)

@@ -8,16 +8,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from harness.api.global_batch import all_reduce, processes
+from harness.compute import gpu_norm
 
 ROWS = 8192  # voxels summed in one go: float32 sums of a whole crop would lose digits
 
 
 class InstanceNorm3d(nn.InstanceNorm3d):
-    """`torch.nn.InstanceNorm3d` without its copies of channels-last features on a CPU.
+    """`torch.nn.InstanceNorm3d` without its copies of channels-last features.
 
     Torch's own turns such features into channels-first ones and back, forward and backward, which costs more than the
     norm itself; and for a batch of one its gradient is wrong where what comes back is channels-last (torch 2.14.1).
-    Elsewhere (channels-first, GPU) this is torch's own.
+    On a GPU see `harness.compute.gpu_norm`; elsewhere (channels-first) this is torch's own.
     """
 
     def forward(self, features: Tensor) -> Tensor:
@@ -27,6 +28,9 @@ class InstanceNorm3d(nn.InstanceNorm3d):
             ValueError: as `torch.nn.InstanceNorm3d`, for other shapes or a single voxel.
         """
         in_rows = features.is_contiguous(memory_format=torch.channels_last_3d) and not features.is_contiguous()
+        # A compiler has an instance norm of its own.
+        if features.is_cuda and in_rows and not self.track_running_stats and not torch.compiler.is_compiling():
+            return gpu_norm.normalise(features, self.weight, self.bias, self.eps)
         if features.device.type != "cpu" or not in_rows or self.track_running_stats:
             return super().forward(features)
         normalised: Tensor = _Normalise.apply(features, self.weight, self.bias, self.eps)

@@ -17,13 +17,14 @@ def make_ceilings(device: torch.device, precisions: set[str]) -> dict[str, Calla
     found: dict[str, Callable[[], list[float]]] = {}
     for precision in sorted(precisions):
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        matrix = torch.ones(edge, edge, dtype=dtype, device=device)
+        # Random values: a GPU computes with constants at a higher clock than with data.
+        matrix = torch.randn(edge, edge, dtype=dtype, device=device)
         layer = nn.Conv3d(64, 64, 3, padding=1, dtype=dtype, device=device).to(memory_format=torch.channels_last_3d)
-        image = torch.ones(1, 64, side, side, side, dtype=dtype, device=device)
+        image = torch.randn(1, 64, side, side, side, dtype=dtype, device=device)
         image = image.to(memory_format=torch.channels_last_3d)
         found[f"gemm {precision}"] = _rate(partial(torch.matmul, matrix, matrix), 2 * edge**3, device)
         found[f"convolution {precision}"] = _rate(partial(layer, image), 2 * 27 * 64 * 64 * side**3, device)
-    source = torch.ones(2**26 if on_gpu else 2**24, device=device)
+    source = torch.randn(2**26 if on_gpu else 2**24, device=device)
     target = torch.empty_like(source)
     found["copy"] = _rate(lambda: target.copy_(source), 2 * source.nbytes, device)
     if on_gpu:

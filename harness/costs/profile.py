@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from harness.compute import environment
 from harness.compute.devices import new_accelerator
+from harness.costs.bounds import judge, watch
 from harness.costs.ceilings import make_ceilings
 from harness.costs.trial import Trial, TrialResult, TrialSpec, made_up_volumes, measure_apart, out_of_memory
 from harness.system.console import progress
@@ -20,48 +22,60 @@ ROUND_SECONDS = 1.0  # that a cell is timed for per round, at least one step
 LOOP_SECONDS = 5.0  # that a cell's loader is watched for
 
 
-def measure(specs: Sequence[TrialSpec], rounds: int) -> tuple[list[TrialResult], dict[str, list[list[float]]]]:
-    """Profile cells side by side: every round times each cell and each ceiling once, in a new order.
+def measure(
+    specs: Sequence[TrialSpec], rounds: int, short: bool = False
+) -> tuple[list[TrialResult], dict[str, list[list[float]]]]:
+    """Profile trials side by side: every round times each trial and each ceiling once, in a new order.
+
+    Args:
+        short: on a GPU, measure memory and FLOPs in this process, since its allocator counts for each trial; measure no
+            peak of the host's memory, and do not watch the loaders.
 
     Returns:
-        the cells, in their order, and per ceiling (`gemm fp32`, `convolution fp32`, `copy`, ...) and round its rates, in
-        FLOP/s or bytes/s.
+        the results in the order of `specs`, and per ceiling (`gemm fp32`, `convolution fp32`, `copy`, ...) and round its
+        rates, in FLOP/s or bytes/s.
     """
     with tempfile.TemporaryDirectory(prefix="harness-profile-") as place:
         folder = Path(place)
         results = [TrialResult(spec) for spec in specs]
-        for result in progress(results, "memory"):
-            measure_apart(result)
-        trials = _build(results, folder)
         device = new_accelerator().device
+        short = short and device.type == "cuda"
+        for result in progress([] if short else results, "memory", shown=not short):
+            measure_apart(result)
+        trials = _build(results, folder, device if short else None)
         ceilings = make_ceilings(device, {trial.trainer.precision for trial in trials.values()})
         rates: dict[str, list[list[float]]] = {name: [] for name in ceilings}
         rng = np.random.default_rng(0)
         with progress(None, "rounds", total=rounds * (len(trials) + len(ceilings))) as bar:
             for _ in range(rounds):
                 turns: list[Any] = [*trials, *ceilings]
-                for turn in (turns[place] for place in rng.permutation(len(turns))):
+                for turn in (turns[index] for index in rng.permutation(len(turns))):
                     if isinstance(turn, str):
                         rates[turn].append(ceilings[turn]())
                     else:
                         _one_round(results[turn], trials[turn])
                     bar.update()
-        for number, trial in progress(trials.items(), "loaders"):
+        for number, trial in progress({} if short else trials.items(), "loaders", shown=not short):
             _watch_loader(results[number], trial)
         return results, rates
 
 
-def _build(results: Sequence[TrialResult], folder: Path) -> dict[int, Trial]:
-    """The cells that can run, by their place, warmed up."""
+def _build(results: Sequence[TrialResult], folder: Path, gpu: torch.device | None = None) -> dict[int, Trial]:
+    """The trials that can run, by their index, warmed up; on a GPU that is given, their memory is measured here."""
     trials = {}
     for number, result in enumerate(progress(results, "warm-up")):
         if result.problem:
             continue
         with out_of_memory(result):
+            before = 0 if gpu is None else torch.cuda.memory_allocated(gpu)
             trial = Trial(result.spec, made_up_volumes(result.spec, folder), folder / str(number))
+            if gpu is not None:
+                result.flops, result.parameters, peak = trial.weigh()
+                result.memory = {"device_peak_gib": (peak["device_peak_gib"] or 0.0) - before / 2**30}
             with compiled(trial.trainer.module, result.spec.settings.compile):
                 trial.timed(1)
                 trial.step_seconds = _seconds(trial.timed(1))
+                result.watched = watch(trial.step)
             result.prepare_seconds, result.used = trial.prepare_seconds, trial.trainer.used()
             result.batch_bytes = sum(value.nbytes for value in trial.batch.values())
             trials[number] = trial
@@ -150,9 +164,7 @@ def _timed(
     row = _milliseconds("step", np.concatenate(steps))
     for phase in (*UPDATE, "transfer"):
         row |= _milliseconds(phase, every[phase])
-    row |= _milliseconds("data_wait", np.asarray(result.waits["data"]))
-    busy = sum(float(np.sum(result.waits[phase])) for phase in PHASES[1:])
-    waited = float(np.sum(result.waits["data"]))
+    row |= _waited(result, step)
     rate = {name: float(np.median(np.concatenate(rounds))) for name, rounds in rates.items()}
     achieved = result.flops / float(np.median(every["forward"] + every["backward"]))
     copied = float(np.median(every["transfer"]))
@@ -163,10 +175,8 @@ def _timed(
         "first_over_this": float(np.median(ratios)),
         "first_over_this_low": min(ratios),
         "first_over_this_high": max(ratios),
-        "data_wait_share": waited / (waited + busy),
-        "sample_ms": result.sample_seconds * 1000,
         "workers": settings.workers,
-        "workers_needed": int(np.ceil(settings.batch_size * result.sample_seconds / step)),
+        **judge(result.watched, step, result.flops, rate[f"convolution {precision}"], rate["copy"]),
         "gflop": result.flops / 1e9,
         "tflop_per_s": achieved / 1e12,
         "of_gemm": achieved / rate[f"gemm {precision}"],
@@ -183,6 +193,20 @@ def _timed(
         "spread": _spread(steps),
         "ceiling_spread": max(mine.values()),
         "noisy": max(_spread(steps), *mine.values()) > NOISY,
+    }
+
+
+def _waited(result: TrialResult, step: float) -> dict[str, Any]:
+    """What the loop waits for its loader, and the workers that it would need; None where it was not watched."""
+    if not result.waits:
+        names = ("data_wait_ms_p50", "data_wait_ms_p95", "data_wait_share", "sample_ms", "workers_needed")
+        return dict.fromkeys(names)
+    busy = sum(float(np.sum(result.waits[phase])) for phase in PHASES[1:])
+    waited = float(np.sum(result.waits["data"]))
+    return _milliseconds("data_wait", np.asarray(result.waits["data"])) | {
+        "data_wait_share": waited / (waited + busy),
+        "sample_ms": result.sample_seconds * 1000,
+        "workers_needed": int(np.ceil(result.spec.settings.batch_size * result.sample_seconds / step)),
     }
 
 

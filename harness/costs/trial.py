@@ -19,12 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from harness.api.method import Batch, Source
 from harness.api.registry import Registry
 from harness.api.task import Case, Task
-from harness.compute import memory
 from harness.compute.devices import new_accelerator
-from harness.compute.memory import is_out_of_memory
+from harness.compute.memory import is_out_of_memory, peak_memory
 from harness.config.request import Request
 from harness.config.resolve import change_task, parse_overrides, resolve
 from harness.config.schema import RunConfig, Training
+from harness.costs.bounds import WatchedStep
 from harness.data.preprocessing import STEPS
 from harness.data.volumes import Volume
 from harness.system.errors import UserError, unknown
@@ -40,6 +40,15 @@ from harness.training.segmenter import Segmenter
 from harness.training.trainer import Trainer
 
 OUT_OF_MEMORY = "out of memory"
+
+
+FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def sdpa_flops(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **named: Any) -> int:
+    """FLOPs of torch's attention on a CPU, which its own counter does not know."""
+    flops: int = sdpa_flop_count(query, key, value)
+    return flops
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,8 @@ class TrialResult:
     Attributes:
         problem: why there are none.
         rounds: per round, phase -> seconds of each step.
-        waits: of the loop with its loader, phase -> seconds of each step.
+        waits: of the loop with its loader, phase -> seconds of each step; empty where it was not watched.
+        watched: what a GPU's profiler saw of a step.
         sample_seconds: to make one sample in one process.
     """
 
@@ -91,6 +101,7 @@ class TrialResult:
     sample_seconds: float = 0.0
     rounds: list[dict[str, list[float]]] = field(default_factory=list)
     waits: dict[str, list[float]] = field(default_factory=dict)
+    watched: WatchedStep | None = None
 
     def steps(self) -> list[list[float]]:
         """Seconds of each step (`UPDATE`), per round."""
@@ -156,6 +167,18 @@ class Trial:
             self.step()
         clock.read()
         return {phase: list(values) for phase, values in clock.seconds.items()}
+
+    def weigh(self) -> tuple[int, int, dict[str, float | None]]:
+        """FLOPs of a step, number of parameters, and the peak of memory over two steps."""
+        device = self.trainer.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        counter = FlopCounterMode(display=False, custom_mapping={FLASH_ON_CPU: sdpa_flops})
+        with counter:
+            self.timed(1)
+        self.timed(1)
+        parameters = sum(parameter.numel() for parameter in self.trainer.module.parameters())
+        return counter.get_total_flops(), parameters, peak_memory(device)
 
     def sample_seconds(self) -> float:
         """To make one sample in one process."""
@@ -234,25 +257,8 @@ def _two_steps(request: Request, stage: str, threads: int) -> tuple[int, int, di
     with tempfile.TemporaryDirectory(prefix="harness-profile-") as place, out_of_memory(result):
         folder = Path(place)
         trial = Trial(spec, made_up_volumes(spec, folder), folder)
-        device = trial.trainer.device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        counter = FlopCounterMode(display=False, custom_mapping={FLASH_ON_CPU: sdpa_flops})
-        with counter:
-            trial.timed(1)
-        trial.timed(1)
-        parameters = sum(parameter.numel() for parameter in trial.trainer.module.parameters())
-        return counter.get_total_flops(), parameters, memory.peak_memory(device)
+        return trial.weigh()
     return result.problem
-
-
-FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
-def sdpa_flops(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **named: Any) -> int:
-    """FLOPs of torch's attention on a CPU, which its own counter does not know."""
-    flops: int = sdpa_flop_count(query, key, value)
-    return flops
 
 
 def made_up_volumes(spec: TrialSpec, folder: Path, number: int = 4) -> list[Volume]:

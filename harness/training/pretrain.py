@@ -11,7 +11,7 @@ import torch
 
 from harness.api.method import Method, Source
 from harness.compute.devices import new_accelerator
-from harness.compute.memory import peak_memory
+from harness.compute.memory import is_out_of_memory, peak_memory
 from harness.config.request import Execution
 from harness.config.schema import RunConfig
 from harness.data import pictures
@@ -128,7 +128,14 @@ def _draw_restoration(
     method.generator.manual_seed(seed_for(config.seed, "pretrain picture"))
     samples = [data[index] for index in range(max(2, min(3, config.pretrain.batch_size)))]
     batch = {name: torch.stack([torch.as_tensor(each[name]) for each in samples]).to(device) for name in samples[0]}
-    images = method.eval().show(batch)
+    try:
+        images = method.eval().show(batch)
+    except RuntimeError as error:
+        # Whole crops in fp32 may need more than the steps did, which were computed in parts or in bf16.
+        if not is_out_of_memory(error):
+            raise
+        say(f"no {path.name}: its crops do not fit the memory of {device}; the training does not depend on it")
+        return
     if images:
         arrays = {name: value.float().clamp(0, 1).cpu().numpy() for name, value in images.items()}
         pictures.restoration(arrays, path, title)
