@@ -11,10 +11,11 @@ from harness import Backbone, Pyramid, Settings
 class GenesisUNet3D(Backbone):
     """The four-level 3D U-Net of Models Genesis and TransVW, stride 8 (keys of their published weights).
 
-    Source: Zhou et al. 2021, repository MrGiovanni/ModelsGenesis (`pytorch/unet3d.py`); TransVW's network is the same with a
-    classification head. Every convolution is followed by batch norm that uses the batch's statistics in evaluation too, and
-    ReLU: what a window gives depends on the windows beside it. `norm="running"` has the usual evaluation instead. The
-    published head ends in a sigmoid, which belongs to restoration and not to this head.
+    Source: Zhou et al. 2021, repository MrGiovanni/ModelsGenesis (`pytorch/unet3d.py`). TransVW's network is the same
+    with a classification head. Every convolution is followed by batch norm and ReLU. The batch norm uses the batch's
+    statistics in evaluation too, so the output for a window depends on the other windows of its batch. `norm="running"`
+    selects the usual evaluation instead. The published head ends in a sigmoid, which belongs to the restoration task, so
+    this head has none.
     """
 
     name = "genesis_unet3d"
@@ -28,6 +29,8 @@ class GenesisUNet3D(Backbone):
     strides = tuple((2**level,) * 3 for level in range(4))
 
     class Config(Settings):
+        """Settings of the network: channels, norm, dropout."""
+
         first: PositiveInt = Field(32, description="channels of the first convolution; published weights have 32")
         norm: str = Field(
             "batch", pattern="^(batch|running)$", description="statistics in evaluation; published: batch"
@@ -49,15 +52,18 @@ class GenesisUNet3D(Backbone):
         self.up_tr64 = Up(4 * f, 2 * f, always)
 
     def set_head(self, num_outputs: int) -> None:
+        """Attach a new head: one 1x1x1 convolution."""
         self.out_tr = Head(self.width, num_outputs)
 
     def trunk(self, image: Tensor) -> Pyramid:
+        """(N, in_channels, x, y, z) -> four levels, fine to coarse, strides 1 to 8."""
         pyramid = [self.down_tr64(image)]
         for down in (self.down_tr128, self.down_tr256, self.down_tr512):
             pyramid.append(down(F.max_pool3d(pyramid[-1], 2)))
         return pyramid
 
     def decode(self, pyramid: Pyramid) -> Tensor:
+        """Pyramid, whole or cropped -> (N, width, x, y, z) at the resolution of level 0."""
         *skips, features = pyramid
         for up, skip in zip((self.up_tr256, self.up_tr128, self.up_tr64), reversed(skips), strict=True):
             features = up(features, skip)
@@ -65,9 +71,10 @@ class GenesisUNet3D(Backbone):
 
 
 class BatchStatisticsNorm(nn.BatchNorm3d):
-    """Batch norm that normalises by the batch at hand, in evaluation too if `always`; the published `ContBatchNorm3d`.
+    """Batch norm that uses the statistics of the current batch, in evaluation too if `always`.
 
-    The running statistics exist, so that published weights load whole, and are updated in training only.
+    It is the published `ContBatchNorm3d`. The running statistics exist so that published weights load completely. They are
+    updated in training only.
     """
 
     def __init__(self, channels: int, always: bool) -> None:
@@ -75,13 +82,14 @@ class BatchStatisticsNorm(nn.BatchNorm3d):
         self.always = always
 
     def forward(self, features: Tensor) -> Tensor:
+        """(N, channels, x, y, z) -> the same shape, normalised."""
         if self.training or not self.always:
             return super().forward(features)
         return F.batch_norm(features, None, None, self.weight, self.bias, training=True, eps=self.eps)
 
 
 class Convolution(nn.Module):
-    """Convolution, norm, ReLU."""
+    """A 3x3x3 convolution, norm and ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, always: bool) -> None:
         super().__init__()
@@ -89,11 +97,12 @@ class Convolution(nn.Module):
         self.bn1 = BatchStatisticsNorm(out_channels, always)
 
     def forward(self, features: Tensor) -> Tensor:
+        """(N, in_channels, x, y, z) -> (N, out_channels, x, y, z)."""
         return F.relu(self.bn1(self.conv1(features)))
 
 
 class Down(nn.Module):
-    """Two convolutions; the second doubles the channels."""
+    """Two convolutions. The second one doubles the channels."""
 
     def __init__(self, in_channels: int, channels: int, always: bool) -> None:
         super().__init__()
@@ -102,12 +111,13 @@ class Down(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
+        """(N, in_channels, x, y, z) -> (N, 2 * channels, x, y, z)."""
         out: Tensor = self.ops(features)
         return out
 
 
 class Up(nn.Module):
-    """Upsample, put the skip connection behind it, two convolutions."""
+    """Upsampling by 2, concatenation with the skip connection, and two convolutions."""
 
     def __init__(self, in_channels: int, channels: int, always: bool) -> None:
         super().__init__()
@@ -117,17 +127,19 @@ class Up(nn.Module):
         )
 
     def forward(self, features: Tensor, skip: Tensor) -> Tensor:
+        """Features (N, in_channels, x, y, z) and `skip` at twice their extent -> (N, channels, 2x, 2y, 2z)."""
         out: Tensor = self.ops(torch.cat([self.up_conv(features), skip], dim=1))
         return out
 
 
 class Head(nn.Module):
-    """One 1x1x1 convolution."""
+    """The segmentation head: one 1x1x1 convolution."""
 
     def __init__(self, in_channels: int, num_outputs: int) -> None:
         super().__init__()
         self.final_conv = nn.Conv3d(in_channels, num_outputs, kernel_size=1)
 
     def forward(self, features: Tensor) -> Tensor:
+        """(N, in_channels, x, y, z) -> logits (N, num_outputs, x, y, z)."""
         logits: Tensor = self.final_conv(features)
         return logits

@@ -1,4 +1,4 @@
-"""SegResNet: MONAI's modules and keys behind the encoder / decoder contract."""
+"""SegResNet as a backbone, with the modules and keys of MONAI."""
 
 from typing import Any
 
@@ -26,13 +26,15 @@ class SegResNet(Backbone):
     }
     strides = tuple((2**level,) * 3 for level in range(4))
 
-    # MONAI's modules, under MONAI's names; `__init__` takes them over.
+    # MONAI's modules under MONAI's names. `__init__` takes them from MONAI's network.
     convInit: nn.Module  # noqa: N815
     down_layers: nn.ModuleList
     up_layers: nn.ModuleList
     up_samples: nn.ModuleList
 
     class Config(Settings):
+        """Settings of the network: channels and dropout."""
+
         init_filters: int = Field(32, gt=0, multiple_of=8, description="channels of the first level; the paper's 32")
         dropout: float = Field(0.1, ge=0, lt=1, description="on the deepest features, after the trunk; SimCSE's 0.1")
 
@@ -49,6 +51,7 @@ class SegResNet(Backbone):
             self.add_module(name, getattr(network, name))
 
     def set_head(self, num_outputs: int) -> None:
+        """Attach a new head: norm, ReLU and one 1x1x1 convolution, as in MONAI."""
         self.conv_final = nn.Sequential(
             get_norm_layer(name=NORM, spatial_dims=3, channels=self.width),
             nn.ReLU(inplace=True),
@@ -56,10 +59,12 @@ class SegResNet(Backbone):
         )
 
     def monai(self, num_outputs: int) -> tuple[str, dict[str, Any]]:
+        """MONAI's `SegResNet` and its arguments. It has the same keys and outputs."""
         arguments = {"init_filters": self.config.init_filters, "norm": NORM}
         return "SegResNet", {"in_channels": self.in_channels, "out_channels": num_outputs, **arguments}
 
     def trunk(self, image: Tensor) -> Pyramid:
+        """(N, in_channels, x, y, z) -> four levels, fine to coarse, strides 1 to 8."""
         features, pyramid = self.convInit(image), []
         for down in self.down_layers:
             features = down(features)
@@ -67,6 +72,7 @@ class SegResNet(Backbone):
         return pyramid
 
     def decode(self, pyramid: Pyramid) -> Tensor:
+        """Pyramid, whole or cropped -> (N, width, x, y, z) at the resolution of level 0."""
         *skips, features = pyramid
         for sample, layer, skip in zip(self.up_samples, self.up_layers, reversed(skips), strict=True):
             features = layer(sample(features) + skip)

@@ -1,4 +1,4 @@
-"""SwinUNETR: MONAI's modules and keys behind the encoder / decoder contract."""
+"""SwinUNETR as a backbone, with the modules and keys of MONAI, and a faster forward pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,40 +16,49 @@ from torch.utils.checkpoint import checkpoint
 
 from harness import Backbone, Pyramid, Settings
 
-IN_CACHE = 2**20  # attention probabilities that are handled at a time on a CPU
+IN_CACHE = 2**20  # attention probabilities that the CPU's backward pass computes at a time, so that they fit its cache
 Stages = Annotated[tuple[PositiveInt, ...], Field(min_length=4, max_length=4)]
 
 
 class SwinUNETR(Backbone):
     """Swin transformer encoder with a convolutional decoder, stride 32 (keys of MONAI's SwinUNETR).
 
-    Level 0 of the pyramid is the image itself: the convolutions on the skip connections (`encoder1`..`encoder4`,
-    `encoder10`) belong to the decoder, so that partial decoding does not pay for them on the whole volume.
+    Level 0 of the pyramid is the image itself. The convolutions on the skip connections (`encoder1`..`encoder4`,
+    `encoder10`) belong to the decoder, so that partial decoding does not compute them on the whole volume.
 
-    The modules are MONAI's, their forward pass is not: tokens stay channels-last, one indexed copy replaces padding, roll
-    and window partition, and attention is `scaled_dot_product_attention` with the relative position bias and the shift
-    mask. Outputs and gradients equal MONAI's for MONAI's weights.
+    The modules are MONAI's, but their forward pass is written here. Tokens stay channels-last. One indexed copy replaces
+    padding, roll and window partition. Attention is `scaled_dot_product_attention` with the relative position bias and
+    the shift mask. Outputs and gradients equal MONAI's for MONAI's weights.
     """
 
     name = "swinunetr"
     reference = "Hatamizadeh et al. 2022, arXiv:2201.01266; MONAI SwinUNETR"
     presets = {
         "check": {"backbone.feature_size": 12, "backbone.window_size": 4, "backbone.depths": (1, 1, 1, 1)},
-        # Windows of 4 divide the token grids of the demo crops; those of 7 pad them.
+        # Windows of 4 divide the token grids of the demo crops. Windows of 7 would need padding.
         "demo": {"backbone.feature_size": 12, "backbone.window_size": 4},
         "small": {"backbone.feature_size": 24},
     }
     parts = {
         "encoder": ("swinViT",),
         "decoder": (
-            *("encoder1", "encoder2", "encoder3", "encoder4", "encoder10"),
-            *("decoder5", "decoder4", "decoder3", "decoder2", "decoder1"),
+            "encoder1",
+            "encoder2",
+            "encoder3",
+            "encoder4",
+            "encoder10",
+            "decoder5",
+            "decoder4",
+            "decoder3",
+            "decoder2",
+            "decoder1",
         ),
         "head": ("out",),
     }
     abilities = frozenset({"tokens"})
     aliases = (
-        # MONAI's self-supervised weights name the encoder `swin_vit`, or nothing; disruptive autoencoders `encoder`.
+        # In MONAI's self-supervised weights the prefix of the encoder is `swin_vit` or missing. In the weights of
+        # disruptive autoencoders it is `encoder`.
         (r"^swin_vit\.", "swinViT."),
         (r"^encoder\.(layers\d\.0\.)0\.", r"swinViT.\1"),
         (r"^encoder\.(patch_embed\.)", r"swinViT.\1"),
@@ -59,7 +68,7 @@ class SwinUNETR(Backbone):
     strides = tuple((2**level,) * 3 for level in range(6))
     token_stride = 2
 
-    # MONAI's modules, under MONAI's names; `__init__` takes them over.
+    # MONAI's modules under MONAI's names. `__init__` takes them from MONAI's network.
     swinViT: Any  # noqa: N815
     encoder1: nn.Module
     encoder2: nn.Module
@@ -73,6 +82,8 @@ class SwinUNETR(Backbone):
     decoder1: nn.Module
 
     class Config(Settings):
+        """Settings of the network: widths, windows, depths, heads, dropout, checkpointing."""
+
         feature_size: int = Field(
             48, gt=0, multiple_of=12, description="channels after the patch embedding; MONAI's 48"
         )
@@ -117,24 +128,28 @@ class SwinUNETR(Backbone):
                 self.add_module(name, child)
 
     def set_head(self, num_outputs: int) -> None:
+        """Attach a new head: one 1x1x1 convolution, as in MONAI."""
         self.out = UnetOutBlock(spatial_dims=3, in_channels=self.width, out_channels=num_outputs)
 
     def monai(self, num_outputs: int) -> tuple[str, dict[str, Any]]:
+        """MONAI's `SwinUNETR` and its arguments. It has the same keys and outputs."""
         names = ("depths", "num_heads", "window_size", "feature_size")
         arguments = {name: getattr(self.config, name) for name in names} | {"dropout_path_rate": self.config.drop_path}
         return "SwinUNETR", {"in_channels": self.in_channels, "out_channels": num_outputs, **arguments}
 
     def trunk(self, image: Tensor) -> Pyramid:
+        """(N, in_channels, x, y, z) -> the image and the outputs of five encoder stages, strides 2 to 32."""
         return self._stages(image, self.swinViT.patch_embed(image))
 
     def encode_masked(self, image: Tensor, mask: Tensor, token: Tensor) -> Pyramid:
+        """Encode with the mask token in place of the embedded patches that are masked. Masked voxels are 0."""
         visible = image * ~mask
         embedded = self.swinViT.patch_embed(visible)
         embedded = torch.where(mask[:, :, ::2, ::2, ::2], token.view(1, -1, 1, 1, 1).to(embedded.dtype), embedded)
         return self._drop(self._stages(visible, embedded))
 
     def _stages(self, image: Tensor, features: Tensor) -> Pyramid:
-        """Patch embedding -> pyramid; every level is normalised over channels."""
+        """Patch embedding (N, feature_size, x, y, z) -> pyramid. Every level but the image is normalised over channels."""
         swin = self.swinViT
         tokens = swin.pos_drop(features).permute(0, 2, 3, 4, 1).contiguous()
         pyramid = [image, _as_level(tokens)]
@@ -149,6 +164,7 @@ class SwinUNETR(Backbone):
         return pyramid
 
     def decode(self, pyramid: Pyramid) -> Tensor:
+        """Pyramid, whole or cropped -> (N, width, x, y, z) at the resolution of level 0."""
         image, tokens_2, tokens_4, tokens_8, tokens_16, tokens_32 = pyramid
         features = self.decoder5(self.encoder10(tokens_32), tokens_16)
         features = self.decoder4(features, self.encoder4(tokens_8))
@@ -160,46 +176,52 @@ class SwinUNETR(Backbone):
 
 @dataclass(frozen=True)
 class _Windows:
-    """Where the tokens of a batch lie in (shifted) windows; windows under the same mask lie together.
+    """Where the tokens of a batch lie in (shifted) windows. Windows with the same mask are adjacent.
+
+    Tokens are rows, in the order (sample, x, y, z). Slots are the positions inside windows, in the order (window,
+    position).
 
     Attributes:
-        tokens: for every place in the windows the row of its token among (samples * x * y * z).
-        places: for every token its place in the windows.
-        padding: places that no token has.
-        volume: tokens in a window.
-        groups: number of windows and their mask (volume, volume), 0 or -100; None where all see each other.
+        tokens: for every slot, the row of its token.
+        slots: for every token, its slot.
+        padding: the slots without a token.
+        volume: slots per window.
+        groups: number of adjacent windows with the same mask, and this mask: (volume, volume), 0 or -100, or None if all
+            tokens of a window attend to each other.
     """
 
     tokens: Tensor
-    places: Tensor
+    slots: Tensor
     padding: Tensor
     volume: int
     groups: tuple[tuple[int, Tensor | None], ...]
 
 
-# What is kept was first needed by an evaluation or by a training step: gradients must be able to use it in any case.
+# The cached tensors may be created during evaluation and used in training later. Inference tensors cannot be used in
+# computations that need gradients, so inference mode is switched off.
 @torch.compiler.disable
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _windows(
     samples: int, grid: tuple[int, ...], window: tuple[int, ...], shift: tuple[int, ...], device: torch.device
 ) -> _Windows:
-    """The partition of Liu et al. 2021 as MONAI makes it: pad at the end, roll back by `shift`, cut in windows."""
+    """The window partition of Liu et al. 2021, as in MONAI: pad at the end, roll back by `shift`, cut into windows."""
     padded = [-(-extent // edge) * edge for extent, edge in zip(grid, window, strict=True)]
     numbers = [extent // edge for extent, edge in zip(padded, window, strict=True)]
     row, region, last = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long), torch.zeros(1)
     missing = torch.zeros(1, 1, dtype=torch.bool)
     for extent, whole, edge, step, number in zip(grid, padded, window, shift, numbers, strict=True):
-        place = (torch.arange(whole) + step) % whole
-        # What the roll brings next to each other though it is far apart must not attend: the last `step` places.
+        position = (torch.arange(whole) + step) % whole
+        # The roll puts the first `step` positions behind the last ones, though they are far apart. They must not attend
+        # to each other.
         beyond = (torch.arange(whole) >= whole - step).long()
         at_end = torch.arange(number) == number - 1 if step else torch.zeros(number)
         row, region, missing = (
             _outer(whole_so_far, along.view(number, edge))
             for whole_so_far, along in (
-                (row * extent, place.clamp(max=extent - 1)),
+                (row * extent, position.clamp(max=extent - 1)),
                 (region * 2, beyond),
-                (missing.long(), (place >= extent).long()),
+                (missing.long(), (position >= extent).long()),
             )
         )
         last = (last[:, None] * 2 + at_end[None]).flatten()
@@ -207,21 +229,21 @@ def _windows(
     count = grid[0] * grid[1] * grid[2]
     tokens, padding, groups = [], [], []
     for kind in last.unique().tolist():
-        mine = (last == kind).nonzero()[:, 0]
-        tokens.append((row[mine] + count * torch.arange(samples)[:, None, None]).flatten())
-        padding.append(missing[mine].expand(samples, -1, -1).flatten())
-        regions = region[mine[0]]
+        members = (last == kind).nonzero()[:, 0]
+        tokens.append((row[members] + count * torch.arange(samples)[:, None, None]).flatten())
+        padding.append(missing[members].expand(samples, -1, -1).flatten())
+        regions = region[members[0]]
         mask = -100.0 * (regions[:, None] != regions[None]).float()
-        groups.append((samples * len(mine), mask.to(device) if mask.any() else None))
+        groups.append((samples * len(members), mask.to(device) if mask.any() else None))
     all_tokens, is_padding = torch.cat(tokens), torch.cat(padding)
-    places = torch.empty(samples * count, dtype=torch.long)
-    places[all_tokens[~is_padding]] = (~is_padding).nonzero()[:, 0]
+    slots = torch.empty(samples * count, dtype=torch.long)
+    slots[all_tokens[~is_padding]] = (~is_padding).nonzero()[:, 0]
     blank = is_padding.nonzero()[:, 0]
-    return _Windows(all_tokens.to(device), places.to(device), blank.to(device), row.shape[1], tuple(groups))
+    return _Windows(all_tokens.to(device), slots.to(device), blank.to(device), row.shape[1], tuple(groups))
 
 
 def _outer(so_far: Tensor, along: Tensor) -> Tensor:
-    """(windows, voxels) and one more axis's (windows, edge) -> all windows, all voxels; indices add up."""
+    """Add every index of (windows, slots) to every index of one more axis, (windows, edge). Returns all combinations."""
     return (so_far[:, None, :, None] + along[None, :, None, :]).flatten(2).flatten(0, 1)
 
 
@@ -229,7 +251,7 @@ def _outer(so_far: Tensor, along: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
 def _merging(samples: int, grid: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of the 2 x 2 x 2 tokens that MONAI's `PatchMerging` joins, in its order, and the way back."""
+    """Rows of the 2 x 2 x 2 tokens that MONAI's `PatchMerging` joins, in its order, and the inverse permutation."""
     row = torch.arange(samples * grid[0] * grid[1] * grid[2]).view(samples, *grid)
     # MONAI's order: 000 100 010 001 110 101 011 111.
     corners = sorted(product(range(2), repeat=3), key=lambda corner: (sum(corner), tuple(-c for c in corner)))
@@ -238,33 +260,40 @@ def _merging(samples: int, grid: tuple[int, ...], device: torch.device) -> tuple
 
 
 class _Reorder(torch.autograd.Function):
-    """Rows (R, C) -> rows[index], 0 at `blank`. Each row goes to one place, so the gradient is a copy as well, not a sum."""
+    """Rows (R, C) -> rows[index], with 0 at `blank`.
+
+    Each row goes to one position. So the gradient is a copy as well, by the inverse index `back` with 0 at `lost`, and not
+    a sum.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, index: Tensor, back: Tensor, blank: Tensor | None, lost: Tensor | None
     ) -> Tensor:
+        """Rows (R, C) -> rows[index], with 0 at `blank`."""
         ctx.save_for_backward(back, lost)
         return _take(rows, index, blank)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """The gradient of the rows, (R, C)."""
         back, lost = ctx.saved_tensors
         return _take(slope, back, lost), None, None, None, None
 
 
 def _take(rows: Tensor, index: Tensor, blank: Tensor | None) -> Tensor:
+    """rows[index], with 0 at `blank`."""
     taken = rows.index_select(0, index)
     return taken if blank is None or not len(blank) else taken.index_fill_(0, blank, 0)
 
 
 def _as_level(tokens: Tensor) -> Tensor:
-    """Tokens (N, x, y, z, C) -> (N, C, x, y, z), normalised over channels; no copy."""
+    """Tokens (N, x, y, z, C) -> (N, C, x, y, z), normalised over channels. The axes are swapped without a copy."""
     return F.layer_norm(tokens, tokens.shape[-1:]).permute(0, 4, 1, 2, 3)
 
 
 def _merge(downsample: Any, tokens: Tensor) -> Tensor:
-    """MONAI's `PatchMerging`: 2 x 2 x 2 tokens become one of twice the channels."""
+    """MONAI's `PatchMerging`: 2 x 2 x 2 tokens become one token with twice the channels."""
     samples, *grid, width = tokens.shape
     x, y, z = grid
     order, back = _merging(samples, (x, y, z), tokens.device)
@@ -276,81 +305,83 @@ def _merge(downsample: Any, tokens: Tensor) -> Tensor:
 def _block(block: Any, tokens: Tensor) -> Tensor:
     """MONAI's `SwinTransformerBlock` on tokens (N, x, y, z, C)."""
     samples, *grid, width = tokens.shape
-    # An axis that one window covers is neither cut nor shifted.
+    # An axis is neither cut nor shifted if one window covers it.
     fits = [extent <= edge for extent, edge in zip(grid, block.window_size, strict=True)]
     window = tuple(n if whole else w for n, w, whole in zip(grid, block.window_size, fits, strict=True))
     shift = tuple(0 if whole else s for s, whole in zip(block.shift_size, fits, strict=True))
     windows = _windows(samples, tuple(grid), window, shift, tokens.device)
     rows = tokens.reshape(-1, width)
-    placed = _Reorder.apply(block.norm1(rows), windows.tokens, windows.places, windows.padding, None)
-    seen = _attend(block.attn, placed, windows)
-    seen = block.attn.proj(_Reorder.apply(seen, windows.places, windows.tokens, None, windows.padding))
-    tokens = tokens + block.drop_path(seen.view(tokens.shape))
+    in_windows = _Reorder.apply(block.norm1(rows), windows.tokens, windows.slots, windows.padding, None)
+    attended = _attend(block.attn, in_windows, windows)
+    attended = block.attn.proj(_Reorder.apply(attended, windows.slots, windows.tokens, None, windows.padding))
+    tokens = tokens + block.drop_path(attended.view(tokens.shape))
     mixed: Tensor = tokens + block.drop_path(block.mlp(block.norm2(tokens)))
     return mixed
 
 
-def _attend(attention: Any, placed: Tensor, windows: _Windows) -> Tensor:
-    """Rows in windows (B * volume, C) -> what each token takes from its window, before the projection."""
+def _attend(attention: Any, in_windows: Tensor, windows: _Windows) -> Tensor:
+    """Rows in windows (B * volume, C) -> output of the attention before its projection, same shape."""
     volume, heads = windows.volume, attention.num_heads
-    triple = attention.qkv(placed).view(-1, volume, 3, heads, placed.shape[1] // heads)
+    qkv = attention.qkv(in_windows).view(-1, volume, 3, heads, in_windows.shape[1] // heads)
     index = attention.relative_position_index[:volume, :volume].flatten()
     bias = attention.relative_position_bias_table.index_select(0, index).view(volume, volume, heads).permute(2, 0, 1)
-    bias = bias.to(triple.dtype).contiguous()
-    if triple.device.type == "cpu" and torch.is_grad_enabled():
-        seen: Tensor = _Attention.apply(triple, bias, windows.groups)
+    bias = bias.to(qkv.dtype).contiguous()
+    if qkv.device.type == "cpu" and torch.is_grad_enabled():
+        attended: Tensor = _Attention.apply(qkv, bias, windows.groups)
     else:
-        seen = _attention(triple, bias, windows.groups)
-    return seen.reshape(-1, placed.shape[1])
+        attended = _attention(qkv, bias, windows.groups)
+    return attended.reshape(-1, in_windows.shape[1])
 
 
-def _attention(triple: Tensor, bias: Tensor, groups: Sequence[tuple[int, Tensor | None]]) -> Tensor:
-    """Queries, keys and values (B, volume, 3, heads, d) -> (B, volume, heads, d)."""
-    seen = []
-    for part, (_, mask) in zip(triple.split([number for number, _ in groups]), groups, strict=True):
-        q, k, v = part.permute(2, 0, 3, 1, 4).contiguous()
+def _attention(qkv: Tensor, bias: Tensor, groups: Sequence[tuple[int, Tensor | None]]) -> Tensor:
+    """Queries, keys and values (B, volume, 3, heads, d) and `bias` (heads, volume, volume) -> (B, volume, heads, d)."""
+    outputs = []
+    for of_group, (_, mask) in zip(qkv.split([number for number, _ in groups]), groups, strict=True):
+        q, k, v = of_group.permute(2, 0, 3, 1, 4).contiguous()
         added = bias if mask is None else bias + mask.to(bias.dtype)
-        # Without a stride of 0 over windows the GPU's kernels do not take the bias.
-        seen.append(F.scaled_dot_product_attention(q, k, v, attn_mask=added.expand(len(q), -1, -1, -1)))
-    return torch.cat(seen).transpose(1, 2)
+        # The GPU's kernels take the bias only if its stride over windows is 0, as `expand` makes it.
+        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=added.expand(len(q), -1, -1, -1)))
+    return torch.cat(outputs).transpose(1, 2)
 
 
 class _Attention(torch.autograd.Function):
-    """`_attention` on a CPU, where torch has no fused gradient once the bias needs one.
+    """`_attention` for a CPU. Torch has no fused gradient there if the bias needs a gradient.
 
-    The backward pass makes the probabilities again for a few windows at a time, so that they stay in the cache and are
-    never kept: a whole stage's are half a gigabyte at 96^3.
+    The backward pass computes the probabilities again, for a few windows at a time. So they fit the CPU's cache and are
+    never stored. Those of a whole stage take half a gigabyte for a crop of 96^3.
     """
 
     @staticmethod
-    def forward(ctx: Any, triple: Tensor, bias: Tensor, groups: Sequence[tuple[int, Tensor | None]]) -> Tensor:
-        ctx.save_for_backward(triple, bias)
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor, groups: Sequence[tuple[int, Tensor | None]]) -> Tensor:
+        """See `_attention`."""
+        ctx.save_for_backward(qkv, bias)
         ctx.groups = groups
-        # A bias that asks for a gradient keeps torch from its fused kernel, here too.
-        return _attention(triple, bias.detach(), groups)
+        # Torch does not use its fused kernel for a bias that requires a gradient, not even in the forward pass.
+        return _attention(qkv, bias.detach(), groups)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]:
-        triple, bias = ctx.saved_tensors
+        """The gradients of queries, keys and values, and of the bias."""
+        qkv, bias = ctx.saved_tensors
         heads, volume, _ = bias.shape
-        scale, at_once = triple.shape[-1] ** -0.5, max(1, IN_CACHE // (heads * volume**2))
-        triple_slope, bias_slope = torch.empty_like(triple), torch.zeros_like(bias, dtype=torch.float32)
+        scale, at_once = qkv.shape[-1] ** -0.5, max(1, IN_CACHE // (heads * volume**2))
+        qkv_slope, bias_slope = torch.empty_like(qkv), torch.zeros_like(bias, dtype=torch.float32)
         start = 0
         for number, mask in ctx.groups:
             added = bias if mask is None else bias + mask.to(bias.dtype)
             for first in range(start, start + number, at_once):
-                some = slice(first, min(first + at_once, start + number))
-                # Channels before tokens: with heads of few channels, products of that form are much faster.
-                q, k, v = triple[some].permute(2, 0, 3, 4, 1).contiguous()
-                seen = slope[some].permute(0, 2, 3, 1).contiguous()
+                windows = slice(first, min(first + at_once, start + number))
+                # The channel axis comes before the token axis. For heads of few channels such products are much faster.
+                q, k, v = qkv[windows].permute(2, 0, 3, 4, 1).contiguous()
+                output_slope = slope[windows].permute(0, 2, 3, 1).contiguous()
                 q = q * scale
                 p = (q.transpose(2, 3) @ k).add_(added).softmax(dim=-1)
-                ds = torch.ops.aten._softmax_backward_data(seen.transpose(2, 3) @ v, p, -1, p.dtype)
-                into = triple_slope[some].permute(2, 0, 3, 4, 1)
-                into[0] = (k @ ds.transpose(2, 3)) * scale
-                into[1] = q @ ds
-                into[2] = seen @ p
+                ds = torch.ops.aten._softmax_backward_data(output_slope.transpose(2, 3) @ v, p, -1, p.dtype)
+                gradients = qkv_slope[windows].permute(2, 0, 3, 4, 1)
+                gradients[0] = (k @ ds.transpose(2, 3)) * scale
+                gradients[1] = q @ ds
+                gradients[2] = output_slope @ p
                 bias_slope += ds.sum(dim=0, dtype=torch.float32)
             start += number
-        return triple_slope, bias_slope.to(bias.dtype), None
+        return qkv_slope, bias_slope.to(bias.dtype), None

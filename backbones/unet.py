@@ -1,4 +1,4 @@
-"""3D U-Net from the building blocks of MONAI's BasicUNet."""
+"""3D U-Net made of the blocks of MONAI's BasicUNet."""
 
 from typing import Annotated, Any
 
@@ -16,10 +16,10 @@ NORM = ("instance", {"affine": True})
 class UNet(Backbone):
     """Five-level 3D U-Net (MONAI BasicUNet's blocks and keys), stride 16.
 
-    Child names are BasicUNet's, so that its state dicts load as they are. The default widths are those of
-    HybridMIM's released network. That one defines a dropout layer and never calls it (its only dropout is inside the
-    convolution blocks) and its last pooling keeps the size; here dropout acts on the deepest features in training, and
-    every level halves.
+    Child modules have BasicUNet's names, so that its state dicts load unchanged. The default widths are those of
+    HybridMIM's released network. That network defines a dropout layer but never calls it (its only dropout is inside the
+    convolution blocks), and its last pooling keeps the size. Here dropout acts on the deepest features in training, and
+    every level halves the size.
     """
 
     name = "unet"
@@ -37,6 +37,8 @@ class UNet(Backbone):
     strides = tuple((2**level,) * 3 for level in range(5))
 
     class Config(Settings):
+        """Settings of the network: channels and dropout."""
+
         features: Annotated[tuple[PositiveInt, ...], Field(min_length=5, max_length=5)] = Field(
             (64, 64, 128, 256, 512),
             description="channels of the five levels, fine to coarse; HybridMIM's released UNet",
@@ -64,23 +66,28 @@ class UNet(Backbone):
         self.upcat_1 = UpCat(3, f[1], f[0], self.width, *style, halves=False)
 
     def set_head(self, num_outputs: int) -> None:
+        """Attach a new head: one 1x1x1 convolution."""
         self.final_conv = nn.Conv3d(self.width, num_outputs, kernel_size=1)
 
     def monai(self, num_outputs: int) -> tuple[str, dict[str, Any]]:
+        """MONAI's `BasicUNet` and its arguments. It has the same keys and outputs."""
         config = self.config
         arguments = {"spatial_dims": 3, "in_channels": self.in_channels, "out_channels": num_outputs}
         style = {"act": ACTIVATION, "norm": NORM, "dropout": config.block_dropout}
         return "BasicUNet", {**arguments, "features": (*config.features, self.width), **style}
 
     def trunk(self, image: Tensor) -> Pyramid:
+        """(N, in_channels, x, y, z) -> five levels, fine to coarse, strides 1 to 16."""
         pyramid = [self.conv_0(image)]
         for down in (self.down_1, self.down_2, self.down_3, self.down_4):
             pyramid.append(down(pyramid[-1]))
         return pyramid
 
     def decode(self, pyramid: Pyramid) -> Tensor:
+        """Pyramid, whole or cropped -> (N, width, x, y, z) at the resolution of level 0."""
         *skips, features = pyramid
         for up, skip in zip((self.upcat_4, self.upcat_3, self.upcat_2, self.upcat_1), reversed(skips), strict=True):
-            # MONAI's UpCat pads what is upsampled to the skip's extent; crops are multiples of the stride, so it fits.
+            # MONAI's UpCat pads upsampled features to the skip's extent. Crops are multiples of the stride, so both
+            # extents are equal here and nothing needs padding.
             features = up.convs(torch.cat([skip, up.upsample(features)], dim=1))
         return features

@@ -1,4 +1,4 @@
-"""UNETR: MONAI's modules and keys behind the encoder / decoder contract."""
+"""UNETR as a backbone, with the modules and keys of MONAI."""
 
 from typing import Any
 
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from harness import Backbone, Pyramid, Settings, Size3
 
-TAPS = (3, 6, 9)  # hidden states that feed the skip connections, as in MONAI
+TAPS = (3, 6, 9)  # transformer blocks whose outputs feed the skip connections, as in MONAI
 
 
 class UNETR(Backbone):
     """Plain vision transformer with a convolutional decoder, stride 16 (keys of MONAI's UNETR).
 
-    The pyramid is the image and four states of the transformer, all of stride 16; the upsampling of the skip connections
-    belongs to the decoder. Position embeddings are made for `image_size` and interpolated (trilinear) for other extents, so
-    that crops of any multiple of 16 can be used; MONAI's network takes `image_size` only.
+    The pyramid is the image and four states of the transformer. The states have stride 16. The upsampling of the skip
+    connections belongs to the decoder. Position embeddings are made for `image_size` and interpolated (trilinear) for
+    other extents, so that the extent of a crop can be any multiple of 16. MONAI's network accepts `image_size` only.
     """
 
     name = "unetr"
@@ -44,8 +44,14 @@ class UNETR(Backbone):
     parts = {
         "encoder": ("vit",),
         "decoder": (
-            *("encoder1", "encoder2", "encoder3", "encoder4"),
-            *("decoder5", "decoder4", "decoder3", "decoder2"),
+            "encoder1",
+            "encoder2",
+            "encoder3",
+            "encoder4",
+            "decoder5",
+            "decoder4",
+            "decoder3",
+            "decoder2",
         ),
         "head": ("out",),
     }
@@ -53,7 +59,7 @@ class UNETR(Backbone):
     strides = ((1, 1, 1), *((16, 16, 16),) * 4)
     token_stride = 16
 
-    # MONAI's modules, under MONAI's names; `__init__` takes them over.
+    # MONAI's modules under MONAI's names. `__init__` takes them from MONAI's network.
     vit: Any
     encoder1: nn.Module
     encoder2: nn.Module
@@ -65,6 +71,8 @@ class UNETR(Backbone):
     decoder2: nn.Module
 
     class Config(Settings):
+        """Settings of the network: extent of the position embeddings, sizes of transformer and decoder, dropout."""
+
         image_size: Size3 = Field((96, 96, 96), description="extent that the position embeddings are made for")
         feature_size: PositiveInt = Field(16, description="channels of the decoder's finest level; MONAI's 16")
         hidden_size: PositiveInt = Field(768, description="channels of a token; the paper's 768")
@@ -100,28 +108,33 @@ class UNETR(Backbone):
         for name in (*self.parts["encoder"], *self.parts["decoder"]):
             self.add_module(name, getattr(network, name))
         for block in self.vit.blocks:
-            # MONAI makes this norm for a cross-attention that UNETR does not have: a parameter that nothing reaches.
+            # MONAI creates this norm for a cross-attention that UNETR does not have, so its parameters are never used.
             if hasattr(block, "norm_cross_attn"):
                 del block.norm_cross_attn
 
     def set_head(self, num_outputs: int) -> None:
+        """Attach a new head: one 1x1x1 convolution, as in MONAI."""
         self.out = UnetOutBlock(spatial_dims=3, in_channels=self.width, out_channels=num_outputs)
 
     def monai(self, num_outputs: int) -> tuple[str, dict[str, Any]]:
+        """MONAI's `UNETR` and its arguments. It has the same keys and outputs."""
         names = ("feature_size", "hidden_size", "mlp_dim", "num_heads")
         arguments = {name: getattr(self.config, name) for name in names} | {"img_size": self.config.image_size}
         return "UNETR", {"in_channels": self.in_channels, "out_channels": num_outputs, **arguments}
 
     def trunk(self, image: Tensor) -> Pyramid:
+        """(N, in_channels, x, y, z) -> the image and four states of the transformer. The states have stride 16."""
         return self._states(image, self.vit.patch_embedding.patch_embeddings(image))
 
     def encode_masked(self, image: Tensor, mask: Tensor, token: Tensor) -> Pyramid:
+        """Encode with the mask token in place of the embedded patches that are masked. Masked voxels are 0."""
         embedded = self.vit.patch_embedding.patch_embeddings(image * ~mask)
         hidden = mask[:, :, ::16, ::16, ::16]
         embedded = torch.where(hidden, token.view(1, -1, 1, 1, 1).to(embedded.dtype), embedded)
         return self._drop(self._states(image * ~mask, embedded))
 
     def decode(self, pyramid: Pyramid) -> Tensor:
+        """Pyramid, whole or cropped -> (N, width, x, y, z) at the resolution of level 0."""
         image, *states, deepest = pyramid
         features = self.decoder5(deepest, self.encoder4(states[2]))
         features = self.decoder4(features, self.encoder3(states[1]))
@@ -130,6 +143,7 @@ class UNETR(Backbone):
         return whole
 
     def _states(self, image: Tensor, embedded: Tensor) -> Pyramid:
+        """Embedded patches (N, hidden_size, x, y, z) -> pyramid."""
         grid = embedded.shape[2:]
         tokens = embedded.flatten(2).transpose(1, 2) + self._positions(grid).to(embedded.dtype)
         pyramid = [image]
@@ -140,11 +154,12 @@ class UNETR(Backbone):
         return [*pyramid, _as_volume(self.vit.norm(tokens), grid)]
 
     def _positions(self, grid: torch.Size) -> Tensor:
+        """Position embeddings (1, tokens, hidden_size) for a grid of patches, interpolated if it is another grid."""
         positions: Tensor = self.vit.patch_embedding.position_embeddings
-        made_for = [edge // 16 for edge in self.config.image_size]
-        if list(grid) == made_for:
+        own_grid = [edge // 16 for edge in self.config.image_size]
+        if list(grid) == own_grid:
             return positions
-        volume = positions.transpose(1, 2).unflatten(2, made_for)
+        volume = positions.transpose(1, 2).unflatten(2, own_grid)
         return F.interpolate(volume, size=grid, mode="trilinear", align_corners=False).flatten(2).transpose(1, 2)
 
 

@@ -1,1 +1,1 @@
-"""Run records -> tables, statistics. Reads what runs wrote; knows no torch and no engine."""
+"""Tables and statistics from the records of runs. This package reads files of runs, and imports neither torch nor the engine."""

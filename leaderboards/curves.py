@@ -15,7 +15,13 @@ FRACTION = SHARED.index("label_fraction")
 
 @dataclass(frozen=True)
 class Curve:
-    """One method on one backbone. `area` is value, low, high; it is a mean Dice over the range of the fractions."""
+    """The curve of one method on one backbone.
+
+    Attributes:
+        fractions: the label fractions, in ascending order.
+        groups: the rows of the method, one per fraction.
+        area: value, low, high; the area under the curve divided by its range, which is a mean Dice.
+    """
 
     name: str
     fractions: tuple[float, ...]
@@ -25,7 +31,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Curves:
-    """Curves that may be compared: they share all but the label fraction. Only those over the same fractions have ranks."""
+    """Curves that share everything but the label fraction. Areas are comparable only between curves over the same fractions."""
 
     title: str
     curves: list[Curve]
@@ -38,19 +44,19 @@ class Curves:
             dice = dict(zip(curve.fractions, (group.dice.mean[-1] for group in curve.groups), strict=True))
             value, low, high = curve.area
             note = "" if curve.fractions == widest else "  (other fractions: not comparable)"
-            cells = [f"{dice[fraction]:.4f}" if fraction in dice else "-" for fraction in fractions]
-            rows.append([printable(curve.name), *cells, f"{value:.4f} [{low:.4f}, {high:.4f}]{note}"])
+            table_cells = [f"{dice[fraction]:.4f}" if fraction in dice else "-" for fraction in fractions]
+            rows.append([printable(curve.name), *table_cells, f"{value:.4f} [{low:.4f}, {high:.4f}]{note}"])
         return "\n".join([printable(self.title), *align(rows, right=range(1, 1 + len(fractions)))])
 
 
 def find(tables: Sequence[Table]) -> list[Curves]:
-    """All methods with two label fractions or more, in sets that share everything else."""
+    """The curves of all methods with two or more label fractions, in sets that share everything else."""
     sets: dict[tuple[Any, ...], dict[str, list[tuple[float, Group]]]] = defaultdict(lambda: defaultdict(list))
     for table in tables:
         rest = (*table.key[:FRACTION], *table.key[FRACTION + 1 :], table.targets)
         for group in table.groups:
             sets[rest][group.name].append((table.key[FRACTION], group))
-    found = []
+    curve_sets = []
     for rest, members in sets.items():
         curves = []
         for name, points in members.items():
@@ -62,5 +68,5 @@ def find(tables: Sequence[Table]) -> list[Curves]:
             curves.append(Curve(name, fractions, groups, area))
         if curves:
             task, data, preset, mode, protocol = rest[:5]
-            found.append(Curves(f"{task}, {data}, preset {preset}, {mode}, {protocol}", curves))
-    return found
+            curve_sets.append(Curves(f"{task}, {data}, preset {preset}, {mode}, {protocol}", curves))
+    return curve_sets

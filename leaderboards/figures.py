@@ -1,4 +1,4 @@
-"""Figures of a leaderboard, as PNG and SVG: readable in print and with any colour vision (hatches and markers tell as well)."""
+"""Figures of a leaderboard as PNG and SVG. Hatches and markers keep them readable in print and with any colour vision."""
 
 import json
 from collections import defaultdict
@@ -18,7 +18,7 @@ from leaderboards.curves import Curves
 from leaderboards.text import printable
 
 MOST = 24
-"""Rows that a figure shows; of more, the best."""
+"""Largest number of rows in a figure; of more rows, the best are shown."""
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
 MARKERS = "osD^vP*X<>"
 PHASES = ("forward", "backward", "optimizer")
@@ -32,9 +32,9 @@ Draw = Callable[[Axes], None]
 
 
 def table_figures(table: Table, folder: Path) -> dict[str, str]:
-    """All figures of one table below `folder`: name of the file without its ending -> what it shows, in words."""
+    """Draw all figures of a table into `folder`. Returns file name without ending -> description of the figure."""
     groups = _best(table)
-    found = {}
+    descriptions = {}
     kinds: tuple[tuple[str, bool, Callable[[Table, list[Group], Path], str]], ...] = (
         ("dice", True, dice_bars),
         ("ranks", len(groups) > 1, rank_stability),
@@ -43,18 +43,19 @@ def table_figures(table: Table, folder: Path) -> dict[str, str]:
         ("settings", len(_settings(groups)) > 0, settings_and_time),
         ("training", any((group.runs[0].folder / "history.jsonl").exists() for group in groups), training),
     )
-    for name, there, draw in kinds:
-        if there:
-            found[name] = draw(table, groups, folder / name)
-    return found
+    for name, drawable, draw in kinds:
+        if drawable:
+            descriptions[name] = draw(table, groups, folder / name)
+    return descriptions
 
 
 def dice_bars(table: Table, groups: list[Group], path: Path) -> str:
-    """Dice per target with its 95 % interval."""
+    """Draw Dice per target with 95 % intervals. Returns a description."""
     names = table.names if len(table.targets) > 1 else table.targets
     palette, width = colours(len(groups)), 0.8 / len(groups)
 
     def draw(axes: Axes) -> None:
+        """Draw into the axes."""
         for number, group in enumerate(groups):
             mean, low, high = (values[: len(names)] for values in (group.dice.mean, group.dice.low, group.dice.high))
             axes.bar(
@@ -80,12 +81,13 @@ def dice_bars(table: Table, groups: list[Group], path: Path) -> str:
 
 
 def rank_stability(table: Table, groups: list[Group], path: Path) -> str:
-    """How often each method holds each rank over the bootstrap resamples."""
+    """Draw how often each method holds each rank over the bootstrap resamples. Returns a description."""
     stability = table.stability()
-    places = [table.groups.index(group) for group in groups]
-    shares = stability.shares[places][:, : len(groups)]
+    indices = [table.groups.index(group) for group in groups]
+    shares = stability.shares[indices][:, : len(groups)]
 
     def draw(axes: Axes) -> None:
+        """Draw into the axes."""
         seaborn.heatmap(
             shares,
             ax=axes,
@@ -111,18 +113,24 @@ def rank_stability(table: Table, groups: list[Group], path: Path) -> str:
 
 
 def pareto(table: Table, groups: list[Group], path: Path) -> str:
-    """Dice over hours of pre-training, with the front of those that nothing beats at no more cost."""
+    """Draw Dice over hours of pre-training, with the Pareto front. Returns a description."""
     hours = [(group.pretrain_seconds or 0.0) / 3600 for group in groups]
     dice = [float(group.dice.mean[-1]) for group in groups]
     front: list[int] = []
-    for place in sorted(range(len(groups)), key=lambda place: (hours[place], -dice[place])):
-        if not np.isnan(dice[place]) and (not front or dice[place] > dice[front[-1]]):
-            front.append(place)
+    for index in sorted(range(len(groups)), key=lambda index: (hours[index], -dice[index])):
+        if not np.isnan(dice[index]) and (not front or dice[index] > dice[front[-1]]):
+            front.append(index)
 
     def draw(axes: Axes) -> None:
+        """Draw into the axes."""
         palette = colours(len(groups))
         axes.plot(
-            [hours[p] for p in front], [dice[p] for p in front], color="0.5", linestyle="--", zorder=1, label="front"
+            [hours[index] for index in front],
+            [dice[index] for index in front],
+            color="0.5",
+            linestyle="--",
+            zorder=1,
+            label="front",
         )
         for number, group in enumerate(groups):
             low, high = group.dice.low[-1], group.dice.high[-1]
@@ -142,11 +150,11 @@ def pareto(table: Table, groups: list[Group], path: Path) -> str:
         legend(axes)
 
     save(path, (6.5, 4), table.title, draw)
-    return f"Dice over hours of pre-training; on the front: {', '.join(groups[place].name for place in front)}"
+    return f"Dice over hours of pre-training; on the front: {', '.join(groups[index].name for index in front)}"
 
 
 def step_times(table: Table, groups: list[Group], path: Path) -> str:
-    """Median pre-training step, split in its phases (the paper's Figure 5)."""
+    """Draw the median pre-training step, split into its phases (the paper's Figure 5). Returns a description."""
     timed = [group for group in groups if group.step_ms]
     splits = []
     for group in timed:
@@ -154,6 +162,7 @@ def step_times(table: Table, groups: list[Group], path: Path) -> str:
         splits.append([float(np.median([step[phase]["p50_ms"] for step in steps])) for phase in PHASES])
 
     def draw(axes: Axes) -> None:
+        """Draw into the axes."""
         stacked(axes, np.nan_to_num(splits), [plain(group.name) for group in timed])
         axes.set_xlabel("median pre-training step, ms (without the wait for data)")
         legend(axes)
@@ -163,7 +172,7 @@ def step_times(table: Table, groups: list[Group], path: Path) -> str:
 
 
 def stacked(axes: Axes, splits: Any, names: Sequence[str]) -> Any:
-    """A bar per name, of the phases of a step: (names, phases) in ms -> where the bars end."""
+    """Draw one bar per name, stacked from the phases of a step in ms, (names, phases). Returns the ends of the bars."""
     left = np.zeros(len(names))
     for number, phase in enumerate(PHASES):
         values = np.asarray(splits)[:, number]
@@ -184,33 +193,35 @@ def stacked(axes: Axes, splits: Any, names: Sequence[str]) -> Any:
 
 
 def settings_and_time(table: Table, groups: list[Group], path: Path) -> str:
-    """Settings of one method: Dice beside the time of a step (the paper's Figure 6)."""
-    shown = [group for members in _settings(groups).values() for group in members]
+    """Draw Dice and the time of a step for several settings of a method (the paper's Figure 6). Returns a description."""
+    rows = [group for members in _settings(groups).values() for group in members]
 
     def draw(axes: Axes) -> None:
+        """Draw into the axes."""
         axes.bar(
-            range(len(shown)), [group.step_ms or 0 for group in shown], color="0.8", edgecolor="black", linewidth=0.5
+            range(len(rows)), [group.step_ms or 0 for group in rows], color="0.8", edgecolor="black", linewidth=0.5
         )
         axes.set_ylabel("median step, ms (bars)")
-        axes.set_xticks(range(len(shown)), [plain(group.name) for group in shown], rotation=30, ha="right")
+        axes.set_xticks(range(len(rows)), [plain(group.name) for group in rows], rotation=30, ha="right")
         other = axes.twinx()
-        mean = np.array([group.dice.mean[-1] for group in shown])
-        ends = np.stack([mean - [g.dice.low[-1] for g in shown], [g.dice.high[-1] for g in shown] - mean])
+        mean = np.array([group.dice.mean[-1] for group in rows])
+        ends = np.stack([mean - [group.dice.low[-1] for group in rows], [group.dice.high[-1] for group in rows] - mean])
         ends = np.nan_to_num(ends).clip(0)
-        other.errorbar(range(len(shown)), mean, yerr=ends, marker="o", color=colours(1)[0], linestyle="", capsize=2)
+        other.errorbar(range(len(rows)), mean, yerr=ends, marker="o", color=colours(1)[0], linestyle="", capsize=2)
         other.set_ylabel("Dice (points)")
 
-    save(path, (3 + 0.8 * len(shown), 4.2), table.title, draw)
+    save(path, (3 + 0.8 * len(rows), 4.2), table.title, draw)
     return "Dice and time of a step by setting: " + ", ".join(
-        f"{group.name} {group.dice.mean[-1]:.4f} at {group.step_ms or float('nan'):.0f} ms" for group in shown
+        f"{group.name} {group.dice.mean[-1]:.4f} at {group.step_ms or float('nan'):.0f} ms" for group in rows
     )
 
 
 def training(table: Table, groups: list[Group], path: Path) -> str:
-    """Loss of fine-tuning over its steps, the mean over seeds, smoothed."""
+    """Draw the loss of fine-tuning over its steps, averaged over the seeds and smoothed. Returns a description."""
     curves = {group.name: curve for group in groups if (curve := _losses(group)) is not None}
 
     def draw(axes: Axes) -> None:
+        """Draw into the axes."""
         palette = colours(len(curves))
         for number, (name, (steps, losses)) in enumerate(curves.items()):
             style = ("-", "--", ":", "-.")[number % 4]
@@ -225,12 +236,13 @@ def training(table: Table, groups: list[Group], path: Path) -> str:
 
 
 def label_efficiency(curves: Curves, path: Path) -> str:
-    """Dice over the share of the labels (the paper's Figure 4)."""
-    shown = sorted(curves.curves, key=lambda curve: -curve.area[0])[:MOST]
+    """Draw Dice over the share of the labels (the paper's Figure 4). Returns a description."""
+    best = sorted(curves.curves, key=lambda curve: -curve.area[0])[:MOST]
 
     def draw(axes: Axes) -> None:
-        palette = colours(len(shown))
-        for number, curve in enumerate(shown):
+        """Draw into the axes."""
+        palette = colours(len(best))
+        for number, curve in enumerate(best):
             share = [100 * fraction for fraction in curve.fractions]
             mean, low, high = (
                 [getattr(group.dice, end)[-1] for group in curve.groups] for end in ("mean", "low", "high")
@@ -246,44 +258,46 @@ def label_efficiency(curves: Curves, path: Path) -> str:
 
     save(path, (6, 4), curves.title, draw)
     return "Dice over the share of labels; area: " + ", ".join(
-        f"{curve.name} {curve.area[0]:.3f} [{curve.area[1]:.3f}, {curve.area[2]:.3f}]" for curve in shown
+        f"{curve.name} {curve.area[0]:.3f} [{curve.area[1]:.3f}, {curve.area[2]:.3f}]" for curve in best
     )
 
 
 def _best(table: Table) -> list[Group]:
+    """The rows with the best ranks, at most `MOST`."""
     ranked = sorted(zip(table.ranks(), table.groups, strict=True), key=lambda pair: (pair[0] or np.inf, pair[1].name))
     return [group for _, group in ranked[:MOST]]
 
 
 def _best_in_words(groups: Sequence[Group]) -> str:
+    """Name and average Dice of the first eight rows."""
     return ", ".join(f"{group.name} {group.dice.mean[-1]:.4f}" for group in groups[:8])
 
 
 def _settings(groups: Sequence[Group]) -> dict[tuple[str, str], list[Group]]:
-    """Groups that are one method on one backbone under several settings."""
+    """The rows of each method and backbone that has several settings."""
     members: dict[tuple[str, str], list[Group]] = defaultdict(list)
     for group in groups:
         members[group.runs[0].record["method"], group.backbone].append(group)
-    return {key: sorted(found, key=lambda group: group.name) for key, found in members.items() if len(found) > 1}
+    return {key: sorted(rows, key=lambda group: group.name) for key, rows in members.items() if len(rows) > 1}
 
 
 def _losses(group: Group) -> tuple[Any, Any] | None:
-    """Steps and smoothed losses of fine-tuning, over the seeds whose history is at hand."""
-    found = [losses for run in group.runs if (losses := read_losses(run.folder / "history.jsonl").get("finetune"))]
-    if not found:
+    """Steps and smoothed losses of fine-tuning, averaged over the seeds that have a history; None where none has one."""
+    histories = [losses for run in group.runs if (losses := read_losses(run.folder / "history.jsonl").get("finetune"))]
+    if not histories:
         return None
-    length = min(map(len, found))
-    mean = np.mean([losses[:length] for losses in found], axis=0)
+    length = min(map(len, histories))
+    mean = np.mean([losses[:length] for losses in histories], axis=0)
     window = max(1, length // 25)
-    smooth = np.convolve(mean, np.ones(window) / window, mode="valid")
-    return np.arange(window, length + 1), smooth
+    smoothed = np.convolve(mean, np.ones(window) / window, mode="valid")
+    return np.arange(window, length + 1), smoothed
 
 
 def read_losses(path: Path) -> dict[str, list[float]]:
-    """Losses per stage of a run, in the order of the steps; empty where there is no history, lines that are none left out."""
-    found: dict[str, list[float]] = defaultdict(list)
+    """Losses per stage of a run, in the order of the steps. Lines that hold no loss are left out; empty without a history."""
+    losses_of: dict[str, list[float]] = defaultdict(list)
     if not path.is_file():
-        return found
+        return losses_of
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
@@ -292,11 +306,12 @@ def read_losses(path: Path) -> dict[str, list[float]]:
             except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
                 continue
             if abs(loss) < 1e30:
-                found[stage].append(loss)
-    return found
+                losses_of[stage].append(loss)
+    return losses_of
 
 
 def save(path: Path, size: tuple[float, float], title: str, draw: Draw) -> None:
+    """Draw a figure of `size` inches with `draw`, and write it as PNG and SVG. `path`: without an ending."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with seaborn.axes_style("ticks", rc=STYLE), seaborn.plotting_context("paper"):
         figure = Figure(figsize=size, layout="constrained")
@@ -310,6 +325,7 @@ def save(path: Path, size: tuple[float, float], title: str, draw: Draw) -> None:
 
 
 def legend(axes: Axes, outside: bool = False) -> None:
+    """Add a legend; beside the axes where it is `outside` or has more than six entries."""
     handles, _ = axes.get_legend_handles_labels()
     if outside or len(handles) > 6:
         axes.legend(frameon=False, fontsize="x-small", loc="upper left", bbox_to_anchor=(1.01, 1))
@@ -318,17 +334,18 @@ def legend(axes: Axes, outside: bool = False) -> None:
 
 
 def colours(number: int) -> list[Any]:
-    """Seaborn's colour-blind palette; beyond its ten colours hatches and markers tell them apart."""
+    """`number` colours of Seaborn's colour-blind palette. Beyond ten they repeat, and hatches and markers tell rows apart."""
     return list(seaborn.color_palette("colorblind", min(number, 10))) * (1 + number // 10)
 
 
 def plain(text: str, most: int = 44) -> str:
-    """Text that is no formula: a dollar sign would begin one."""
+    """Text for Matplotlib, cut to `most` characters. A dollar sign is escaped: it would start a formula."""
     short = printable(text)
     return (short if len(short) <= most else f"{short[: most - 1]}…").replace("$", r"\$")
 
 
 def _wrapped(title: str, width: int) -> str:
+    """The title, broken into lines of at most `width` characters."""
     words, lines = printable(title)[:300].replace("$", r"\$").split(" "), [""]
     for word in words:
         if len(lines[-1]) + len(word) > width:

@@ -1,4 +1,4 @@
-"""Profiles of training steps: the CSV, the table in the terminal, the figure. Written by `harness profile`."""
+"""Profiles of training steps as a CSV, as a table in the terminal and as a figure, for `harness profile`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from leaderboards import figures
 from leaderboards.text import align, escape_cell, printable
 
-# `bound` and the two before it: harness/costs/bounds.py.
+# harness/costs/bounds.py describes `device_busy`, `of_bandwidth` and `bound`.
 COLUMNS = (
     *("machine", "device", "threads", "torch", "harness", "revision"),
     *("stage", "method", "variant", "backbone", "task", "channels", "crop", "batch_size", "precision"),
@@ -26,13 +26,14 @@ COLUMNS = (
     *("host_peak_gib", "device_peak_gib", "parameters"),
     *("rounds", "steps", "spread", "ceiling_spread", "noisy", "problem"),
 )
-"""Times in ms; `step` is forward, backward and update. `first_over_this`: of the first row's step, paired by round."""
+"""Columns of the CSV. Times are in ms; `step` is forward, backward and update. `first_over_this` is the step of the first row
+divided by the step of this row, paired by round."""
 
-LOST = 0.02  # share of a loop that waits for data above which something is to be changed
+LOST = 0.02  # share of the loop spent waiting for data above which the user is told to add workers
 
 
 def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """The CSV; numbers to six digits, empty where nothing was measured."""
+    """Write the CSV: numbers with six digits, empty where nothing was measured."""
     frame = pd.DataFrame(
         [{name: escape_cell(row.get(name)) for name in COLUMNS} for row in rows], columns=list(COLUMNS)
     )
@@ -41,27 +42,28 @@ def write(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def label(row: dict[str, Any]) -> str:
-    """A row in a few words."""
+    """A short name of a row."""
     return printable(", ".join(_words(row)))
 
 
 def _words(row: dict[str, Any]) -> list[str]:
-    own = [
+    """The words of a row's name: method, its settings, stage, backbone, crop and batch, precision."""
+    own_settings = [
         pair.partition(".")[2] for pair in str(row["settings"]).split(", ") if pair.startswith(("method.", "backbone."))
     ]
     stage = [] if row["stage"] == "pretrain" else [row["stage"]]
-    named = [row["variant"]] if row["variant"] else own
-    return [row["method"], *named, *stage, row["backbone"], f"{row['crop']} x {row['batch_size']}", row["precision"]]
+    settings = [row["variant"]] if row["variant"] else own_settings
+    return [row["method"], *settings, *stage, row["backbone"], f"{row['crop']} x {row['batch_size']}", row["precision"]]
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
-    """A table for the terminal, and what to know before believing it."""
-    heads = ["", "step ms (p95)", "forward", "backward", "update", "data wait", "samples/s", "first/this", "GFLOP"]
-    heads += ["of GEMM", "of conv", "of copy", "busy", "bound", "GiB"]
-    lines = [heads]
+    """A table for the terminal, with remarks below it."""
+    heading = ["", "step ms (p95)", "forward", "backward", "update", "data wait", "samples/s", "first/this", "GFLOP"]
+    heading += ["of GEMM", "of conv", "of copy", "busy", "bound", "GiB"]
+    lines = [heading]
     for row in rows:
         if row["problem"]:
-            lines.append([label(row), row["problem"], *[""] * (len(heads) - 2)])
+            lines.append([label(row), row["problem"], *[""] * (len(heading) - 2)])
             continue
         memory = row["device_peak_gib"] if row.get("device_peak_gib") is not None else row["host_peak_gib"]
         low, high = row["first_over_this_low"], row["first_over_this_high"]
@@ -87,58 +89,64 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The machine, its ceilings, and what makes the numbers doubtful or the loop slow, in words."""
+    """Remarks: the machine, its ceilings, noise in the numbers, and loops that wait for data."""
     timed = [row for row in rows if not row["problem"]]
     if not timed:
         return []
-    found = [
+    texts = [
         f"{printable(timed[0]['machine'])}, {timed[0]['threads']} threads, torch {timed[0]['torch']}; a step is forward, "
         "backward and update, without reading, preprocessing and copying"
     ]
     for precision in dict.fromkeys(row["precision"] for row in timed):
         row = next(row for row in timed if row["precision"] == precision)
-        found.append(
+        texts.append(
             f"{precision}: a matrix product reaches {row['gemm_tflop_per_s']:.2f} TFLOP/s, a convolution of 64 channels "
             f"{row['convolution_tflop_per_s']:.2f}; a copy {row['copy_gb_per_s']:.1f} GB/s"
         )
     noisy = [row for row in timed if row["noisy"]]
     if noisy:
         worst = max(max(row["spread"], row["ceiling_spread"]) for row in noisy)
-        found.append(
+        texts.append(
             f"NOISY: from round to round medians differ by up to {worst:.0%} in {len(noisy)} of {len(timed)} rows: "
             "something else used the machine, do not believe them; stop it and profile again"
         )
     for row in timed:
         if row["data_wait_share"] is not None and row["data_wait_share"] > LOST:
             needed = row["workers_needed"] + 1
-            found.append(
+            texts.append(
                 f"{label(row)}: {row['data_wait_share']:.0%} of the loop waits for data, a sample takes "
                 f"{row['sample_ms']:.0f} ms: set {row['stage']}.workers={needed} (it is {row['workers']}), if there are so "
                 "many cores to spare"
             )
-    return found
+    return texts
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """The paper's Figure 5: median step, split in its phases, with the 95th percentile; PNG and SVG beside each other."""
+    """Draw the paper's Figure 5: the median step, split into its phases, with the 95th percentile; as PNG and SVG."""
     timed = [row for row in rows if not row["problem"]]
     words = [_words(row) for row in timed]
-    # What holds for all bars stands above them, once.
+    # Words that all bars have in common go into the title.
     common = [word for word in words[0] if len(words) > 1 and all(word in others for others in words)] if words else []
-    own = [", ".join(word for word in each if word not in common) or each[0] for each in words]
+    names = [", ".join(word for word in row_words if word not in common) or row_words[0] for row_words in words]
 
     def bars(axes: Axes) -> None:
+        """Draw the bars into the axes."""
         splits = [[row[f"{phase}_ms_p50"] for phase in figures.PHASES] for row in timed]
-        left = figures.stacked(axes, splits, [figures.plain(text, most=80) for text in own])
+        ends = figures.stacked(axes, splits, [figures.plain(text, most=80) for text in names])
         median = np.array([row["step_ms_p50"] for row in timed])
-        late = np.array([row["step_ms_p95"] for row in timed])
+        percentile_95 = np.array([row["step_ms_p95"] for row in timed])
         axes.errorbar(
-            median, range(len(timed)), xerr=[np.zeros(len(timed)), late - median], color="0.2", linestyle="", capsize=3
+            median,
+            range(len(timed)),
+            xerr=[np.zeros(len(timed)), percentile_95 - median],
+            color="0.2",
+            linestyle="",
+            capsize=3,
         )
-        for place, row in enumerate(timed):
+        for index, row in enumerate(timed):
             text = f"  {row['step_ms_p50']:.0f} ms, {row['first_over_this']:.2f}x"
-            axes.text(max(late[place], left[place]), place, text, va="center", fontsize=8)
-        axes.set_xlim(0, 1.3 * max(late.max(), left.max()))
+            axes.text(max(percentile_95[index], ends[index]), index, text, va="center", fontsize=8)
+        axes.set_xlim(0, 1.3 * max(percentile_95.max(), ends.max()))
         axes.set_xlabel("median step, ms; whisker: 95th percentile; x: first row's step over this one's")
         figures.legend(axes)
 

@@ -1,6 +1,6 @@
-"""Finished runs as the leaderboard sees them: the record, and Dice, HD95 and surface Dice per case.
+"""Finished runs for the leaderboard: the record, and Dice, HD95 and surface Dice per case.
 
-Records come from anywhere, so nothing in them is believed before it is checked: types, ranges, names that become files.
+Records may come from anywhere, so everything in them is checked before it is used: types, ranges, and names that become files.
 """
 
 import csv
@@ -26,7 +26,7 @@ from leaderboards.schema import Record
 
 SCHEMA = 1
 LARGEST = 64 * 2**20
-"""Bytes of a record or of a table of cases; the largest real ones are a thousandth of it."""
+"""Largest size in bytes of a record or a table of cases. The largest real files have a thousandth of it."""
 
 STATUS = ("scored", "missed", "spurious", "empty")
 MEASURED = ("dice", "hd95_mm", "surface_dice")
@@ -48,9 +48,10 @@ class Run:
     """One finished run.
 
     Attributes:
+        cases: their names, in alphabetical order.
         targets: in the task's order.
-        dice, hd95, surface_dice: (cases, targets); NaN where a case has no value for a target.
-        status: (cases, targets), places in `STATUS`.
+        dice, hd95, surface_dice: (cases, targets); HD95 in mm; NaN where a case has no value for a target.
+        status: (cases, targets), indices into `STATUS`.
     """
 
     folder: Path
@@ -64,7 +65,7 @@ class Run:
 
     @cached_property
     def table(self) -> tuple[Any, ...]:
-        """What must be equal for two runs to share a table, see `SHARED`."""
+        """The fields that must be equal for two runs to share a table, in the order of `SHARED`."""
         record = self.record
         data, definitions = record["data"], record.get("metric_definitions", {})
         return (
@@ -81,55 +82,56 @@ class Run:
 
     @property
     def run_id(self) -> str:
-        """Name of the run, unique by all that determines its result."""
+        """The run's name, which is unique for everything that determines its result."""
         return str(self.record["run_id"])
 
     @property
     def seed(self) -> int:
-        """Of all randomness in the run."""
+        """The seed of all randomness in the run."""
         return int(self.record["seed"])
 
     @property
     def num_test_seen(self) -> int:
-        """Test cases that were trained or pre-trained on: 0 in an honest run."""
+        """Number of test cases that were trained or pre-trained on: 0 in an honest run."""
         return int(self.record["data"]["n_test_seen"])
 
     @property
     def missed(self) -> NDArray[np.bool_]:
-        """(cases, targets), the reference is there and the prediction is not."""
+        """Where the reference has a structure and the prediction does not, (cases, targets)."""
         missed: NDArray[np.bool_] = self.status == STATUS.index("missed")
         return missed
 
     @property
     def phantom(self) -> bool:
-        """Whether the data was made up."""
+        """Whether the data is a phantom."""
         return bool(self.record["data"]["source"] != "real")
 
     @property
     def _overrides(self) -> dict[str, str]:
+        """The changed settings, with the split where it is not the fixed one."""
         split = self.record["data"].get("split", "fixed")
         return dict(self.record["overrides"]) | ({"split": split} if split != "fixed" else {})
 
     @cached_property
     def method(self) -> str:
-        """Its name, with corpora and the settings that were changed; files by name and digest, not by path."""
+        """The method's name with its corpora and changed settings; a file is given by name and digest, not by path."""
         overrides = dict(self.record["overrides"])
         if corpora := self.record["data"].get("corpora"):
-            overrides["method.corpus"] = "+".join(f"{each['name']}@{each['fingerprint']}" for each in corpora)
+            overrides["method.corpus"] = "+".join(f"{corpus['name']}@{corpus['fingerprint']}" for corpus in corpora)
         for field, digest in self.record.get("files", {}).items():
             overrides[f"method.{field}"] = f"{PurePath(overrides.get(f'method.{field}', field)).name}@{digest[:8]}"
         return _label(self.record["method"], overrides, ("method",))
 
     @cached_property
     def backbone(self) -> str:
-        """Its name, with the settings that were changed from the preset."""
+        """The backbone's name with the settings that were changed from the preset."""
         return _label(self.record["backbone"], self.record["overrides"], ("backbone",))
 
 
 def load_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
     """All finished runs directly below `folders`, and one line for each record that cannot be used.
 
-    Where one run id has two contents neither is used, since nothing tells which is right.
+    Where two runs have the same id and different contents, neither is used, since nothing tells which one is right.
     """
     with _without_collector():
         return _load(folders)
@@ -137,23 +139,27 @@ def load_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """Thousands of records are millions of small objects, none of them garbage; looking for it takes a third of the time."""
-    was = gc.isenabled()
+    """Switch the garbage collector off meanwhile.
+
+    Thousands of records are millions of small objects, none of them garbage; looking for garbage takes a third of the time.
+    """
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was:
+        if was_enabled:
             gc.enable()
 
 
 def _load(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
+    """As `load_runs`."""
     runs: dict[str, Run] = {}
     problems, conflicts = [], set()
     for folder in dict.fromkeys(folder.resolve() for folder in folders):
-        for place in run_folders(folder):
+        for run_folder in run_folders(folder):
             try:
-                run = load_run(place)
+                run = load_run(run_folder)
             except RecordError as error:
                 problems.append(str(error))
                 continue
@@ -161,18 +167,18 @@ def _load(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
             if other is not run and not _same(run, other):
                 conflicts.add(run.run_id)
                 problems.append(
-                    f"{place}: run {run.run_id} is also in {other.folder}, with other content; neither is used: remove one"
+                    f"{run_folder}: run {run.run_id} is also in {other.folder}, with other content; neither is used: remove one"
                 )
     return [run for name, run in runs.items() if name not in conflicts], problems
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """Folders directly below that have a record, be it a link that leads nowhere: a run that is not read is named."""
-    return sorted(each for each in folder.iterdir() if os.path.lexists(each / "record.json"))
+    """The folders directly below that have a record. A record that is a broken link counts, so that it is reported."""
+    return sorted(path for path in folder.iterdir() if os.path.lexists(path / "record.json"))
 
 
 def load_run(folder: Path) -> Run:
-    """One run folder. Raises RecordError where the record or the cases are missing, foreign, incomplete or out of range."""
+    """Load one run folder. Raises RecordError where record or cases are missing, foreign, incomplete or out of range."""
     path = folder / "record.json"
     record = read_record(path)
     try:
@@ -200,7 +206,7 @@ def load_run(folder: Path) -> Run:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record of a run, with the fields that tables need. Raises RecordError where it is anything else."""
+    """Read and check the record of a run. Raises RecordError where it lacks a field that tables need, or is no record."""
     try:
         text = _read(path)
         record = json.loads(text, parse_constant=_refuse)
@@ -209,25 +215,33 @@ def read_record(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise RecordError(f"{path}: not a run record of schema {SCHEMA}")
     try:
-        if SURROGATE.search(text):  # half a character cannot be written to any file
+        if SURROGATE.search(text):  # half a surrogate pair cannot be encoded as UTF-8
             json.dumps(record, ensure_ascii=False).encode()
         Record.model_validate(record)
     except (ValidationError, UnicodeEncodeError) as error:
-        raise RecordError(f"{path}: {_first(error)}") from None
+        raise RecordError(f"{path}: {_first_problem(error)}") from None
     return record
 
 
-def _first(error: ValidationError | UnicodeEncodeError) -> str:
-    """The first thing that is wrong with a record, in one line."""
+def _first_problem(error: ValidationError | UnicodeEncodeError) -> str:
+    """The first problem of a record, in one line."""
     if isinstance(error, UnicodeEncodeError):
         return "holds half a character, which no file can hold"
-    found = error.errors()[0]
-    place = ".".join(str(part) for part in found["loc"])
-    return f"{place}: {found['msg']} (it is {found['input']!r:.80})" if found["type"] != "missing" else f"lacks {place}"
+    problem = error.errors()[0]
+    field = ".".join(str(part) for part in problem["loc"])
+    return (
+        f"{field}: {problem['msg']} (it is {problem['input']!r:.80})"
+        if problem["type"] != "missing"
+        else f"lacks {field}"
+    )
 
 
 def _read_cases(path: Path, targets: tuple[str, ...]) -> tuple[tuple[str, ...], dict[str, NDArray[Any]], NDArray[Any]]:
-    """Cases in the order of their names, values (cases, targets) per column, and the number of the status."""
+    """The content of cases.csv.
+
+    Returns:
+        the names of the cases in alphabetical order; column -> values (cases, targets); indices into `STATUS`, (cases, targets).
+    """
     columns = _columns(path)
     names, numbers = columns["case"], {target: number for number, target in enumerate(targets)}
     cases = tuple(sorted(set(names)))
@@ -244,8 +258,8 @@ def _read_cases(path: Path, targets: tuple[str, ...]) -> tuple[tuple[str, ...], 
             f"{path}: {_line(error)} is no target of the record or no status ({', '.join(STATUS)})"
         ) from None
     shape = len(cases), len(targets)
-    place = np.array([order[name] for name in names], dtype=int) * len(targets) + column
-    counts = np.bincount(place, minlength=len(cases) * len(targets))
+    positions = np.array([order[name] for name in names], dtype=int) * len(targets) + column
+    counts = np.bincount(positions, minlength=len(cases) * len(targets))
     if not targets or not cases or (counts != 1).any():
         raise RecordError(
             f"{path}: due is one row per case and target, it has {len(names)} for {shape[0]} x {shape[1]}"
@@ -254,39 +268,40 @@ def _read_cases(path: Path, targets: tuple[str, ...]) -> tuple[tuple[str, ...], 
     for name in MEASURED:
         values[name] = np.full(len(names), np.nan)
         if name in columns:
-            written = "".join(columns[name])
-            if not written.isascii() or "_" in written or " " in written:  # `float` reads more than a number
+            digits = "".join(columns[name])
+            # `float` also accepts underscores, spaces, and digits of other scripts.
+            if not digits.isascii() or "_" in digits or " " in digits:
                 raise RecordError(f"{path}: {name} has a value that is no plain number")
-            cells = np.array([float(cell) if cell else math.nan for cell in columns[name]])
-            if not np.isfinite(cells[[bool(cell) for cell in columns[name]]]).all():
+            floats = np.array([float(text) if text else math.nan for text in columns[name]])
+            if not np.isfinite(floats[[bool(text) for text in columns[name]]]).all():
                 raise RecordError(f"{path}: {name} has a value that is not finite")
-            values[name][place] = cells
+            values[name][positions] = floats
         values[name] = values[name].reshape(shape)
     ordered = np.empty_like(status)
-    ordered[place] = status
+    ordered[positions] = status
     return cases, values, ordered.reshape(shape)
 
 
 def _columns(path: Path) -> dict[str, list[str]]:
-    """The columns of a CSV as text. Raises RecordError for ragged rows or lacking columns."""
+    """The columns of a CSV as text. Raises RecordError for rows of different lengths or missing columns."""
     text = _read(path).replace("\r\n", "\n").removesuffix("\n")
     if '"' in text:
         rows = list(csv.reader(io.StringIO(text), strict=True))
-        header, cells, widths = rows[0], [cell for row in rows[1:] for cell in row], {len(row) for row in rows}
-    else:  # as the harness writes it, unless a name has a comma; several times faster
+        header, texts, widths = rows[0], [cell for row in rows[1:] for cell in row], {len(row) for row in rows}
+    else:  # the harness writes quotes only where a name has a comma; this is several times faster
         lines = text.split("\n")
         widths = {line.count(",") + 1 for line in lines}
-        header, cells = lines[0].split(","), ",".join(lines[1:]).split(",") if len(lines) > 1 else []
-    if widths != {len(header)} or not cells:
+        header, texts = lines[0].split(","), ",".join(lines[1:]).split(",") if len(lines) > 1 else []
+    if widths != {len(header)} or not texts:
         raise RecordError(f"{path}: rows of {', '.join(map(str, sorted(widths)))} cells: is it truncated?")
     lacking = [name for name in ("case", "target", "status", "dice", "hd95_mm") if name not in header]
     if lacking or len(set(header)) < len(header):
         raise RecordError(f"{path}: its header is {','.join(header)[:120]!r}, due are case,target,status,dice,hd95_mm")
-    return {name: cells[number :: len(header)] for number, name in enumerate(header)}
+    return {name: texts[number :: len(header)] for number, name in enumerate(header)}
 
 
 def _check_ranges(path: Path, values: dict[str, NDArray[Any]], status: NDArray[Any], policy: str) -> None:
-    """Every value is in range and fits its status under the policy. Raises RecordError."""
+    """Raises RecordError where a value is out of range or does not fit its status under the metric policy."""
     dice, hd95, surface = (values[name] for name in MEASURED)
     scored, one_sided, empty = status == 0, (status == 1) | (status == 2), status == 3
     perfect = policy.startswith("empty-is-perfect")
@@ -312,7 +327,8 @@ def _check_ranges(path: Path, values: dict[str, NDArray[Any]], status: NDArray[A
 
 
 def _read(path: Path) -> str:
-    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for without end
+    """The text of a file. Raises RecordError where it is no regular file or is too large."""
+    if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe might wait without end
         raise RecordError(f"{path}: is no regular file")
     with path.open(encoding="utf-8") as file:
         text = file.read(LARGEST + 1)
@@ -322,18 +338,20 @@ def _read(path: Path) -> str:
 
 
 def _refuse(constant: str) -> float:
+    """Raises ValueError: NaN and Infinity are no JSON."""
     raise ValueError(f"{constant} is no JSON")
 
 
 def _same(first: Run, second: Run) -> bool:
+    """Whether two runs are equal, except for their folders."""
     for field in fields(Run):
         if field.name == "folder":
             continue
-        mine, theirs = getattr(first, field.name), getattr(second, field.name)
+        first_value, second_value = getattr(first, field.name), getattr(second, field.name)
         equal = (
-            np.array_equal(mine, theirs, equal_nan=mine.dtype.kind == "f")
-            if isinstance(mine, np.ndarray)
-            else mine == theirs
+            np.array_equal(first_value, second_value, equal_nan=first_value.dtype.kind == "f")
+            if isinstance(first_value, np.ndarray)
+            else first_value == second_value
         )
         if not equal:
             return False
@@ -341,10 +359,12 @@ def _same(first: Run, second: Run) -> bool:
 
 
 def _line(error: BaseException) -> str:
+    """The message of an error as one line of at most 160 characters."""
     return " ".join(str(error).split())[:160]
 
 
 def _label(name: str, overrides: dict[str, str], sections: tuple[str, ...]) -> str:
+    """A name with the settings of these sections that were changed, in braces."""
     changed = [
         f"{key.partition('.')[2] if len(sections) == 1 else key}={value}"
         for key, value in overrides.items()

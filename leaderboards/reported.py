@@ -1,4 +1,4 @@
-"""Results that a paper prints, as rows beside the measured ones. They are never ranked or tested with these."""
+"""Results that a paper reports, as rows beside the measured rows. They are never ranked or tested with measured rows."""
 
 import csv
 from collections.abc import Iterable, Iterator
@@ -14,35 +14,37 @@ PAPER = "Xing et al. 2023, HybridMIM"
 
 
 def rows(tasks: Iterable[str]) -> pd.DataFrame:
-    """Reported Dice and HD95 of these tasks in the columns of a leaderboard, `source` = reported; empty if there are none.
+    """Reported Dice and HD95 of these tasks in the columns of a leaderboard, with `source` = reported; empty if there are none.
 
-    Percent become fractions. HD95 is as printed: the paper names no unit. What does not say otherwise is of all labels.
+    Dice in percent becomes a fraction. HD95 is as printed, since the paper names no unit. Rows whose note names no share of the
+    labels used all labels.
     """
-    wanted = {task.partition("@")[0] for task in tasks}
-    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    task_names = {task.partition("@")[0] for task in tasks}
+    row_of: dict[tuple[str, ...], dict[str, Any]] = {}
     for entry in _entries():
         task = TASKS[entry["dataset"]]
-        if task not in wanted or entry["metric"] not in ("dice", "hd95"):
+        if task not in task_names or entry["metric"] not in ("dice", "hd95"):
             continue
         note = entry["note"]
         key = tuple(entry[name] for name in ("table", "dataset", "method", "backbone", "pretraining", "target"))
-        # A remark on one number belongs to its row; settings and label fractions tell rows apart.
-        own = "" if "average" in note else note
-        row = found.setdefault((*key, own), _row(entry, task))
+        # A note on one number belongs to the row of that number; notes on settings and label fractions make another row.
+        setting = "" if "average" in note else note
+        row = row_of.setdefault((*key, setting), _row(entry, task))
         if entry["metric"] == "dice":
             row["dice"] = round(float(entry["value"]) / 100, 6)
         else:
             row["hd95_mm"] = float(entry["value"])
         row["note"] = "; ".join(dict.fromkeys([*filter(None, row["note"].split("; ")), *filter(None, [note])]))
-    return pd.DataFrame(list(found.values()), columns=COLUMNS)
+    return pd.DataFrame(list(row_of.values()), columns=COLUMNS)
 
 
 def known_tasks() -> list[str]:
-    """Tasks for which there are reported results."""
+    """The tasks that have reported results."""
     return sorted({TASKS[entry["dataset"]] for entry in _entries()})
 
 
 def _row(entry: dict[str, str], task: str) -> dict[str, Any]:
+    """The columns of a row that do not depend on the metric."""
     note = entry["note"]
     share = float(note.partition("%")[0]) / 100 if note[:1].isdigit() and "% of the labels" in note else 1.0
     mode = {"none": "task-specific", "official-weights": "generic"}.get(entry["pretraining"], entry["pretraining"])
@@ -58,16 +60,18 @@ def _row(entry: dict[str, str], task: str) -> dict[str, Any]:
         "target": entry["target"],
         "source": "reported",
         "metric_policy": "as printed",
-        "note": f"{PAPER}, {_place(entry['table'])}"
+        "note": f"{PAPER}, {_source_in_paper(entry['table'])}"
         + ("; official weights" if entry["pretraining"] == "official-weights" else ""),
     }
 
 
-def _place(table: str) -> str:
+def _source_in_paper(table: str) -> str:
+    """The figure or table of the paper, in words."""
     return f"figure {table.removeprefix('Fig')}" if table.startswith("Fig") else f"table {table}"
 
 
 def _entries() -> Iterator[dict[str, str]]:
+    """The lines of the file with the paper's numbers."""
     path = resources.files("leaderboards") / "reported" / "hybridmim.csv"
     with path.open(encoding="utf-8") as file:
         yield from csv.DictReader(file)

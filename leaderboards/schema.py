@@ -1,4 +1,4 @@
-"""What a record must hold before anything is computed from it; further fields are kept and not believed."""
+"""The fields that a record must have before anything is computed from it. Further fields are kept, but not checked or used."""
 
 from typing import Annotated, Literal
 
@@ -12,19 +12,19 @@ Cases = list[Annotated[str, Field(min_length=1, max_length=1000)]]
 
 
 class Part(BaseModel):
-    """A table of a record. Types are exact: "3" is no number."""
+    """A section of a record. Types are exact: the string "3" is no number."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
 
 class Phase(Part):
-    """Times of one phase of a step."""
+    """Median time of one phase of a step in ms."""
 
     p50_ms: Number
 
 
 class Step(Part):
-    """Times of a pre-training step."""
+    """Times of a pre-training step and of its phases."""
 
     step: Phase
     forward: Phase
@@ -33,7 +33,7 @@ class Step(Part):
 
 
 class Seconds(Part):
-    """Total time per stage."""
+    """Seconds per stage."""
 
     __pydantic_extra__: dict[str, Number]
     pretrain: Number = 0.0
@@ -41,21 +41,21 @@ class Seconds(Part):
 
 
 class Timing(Part):
-    """Costs; `pretrain_step` is None where nothing was pre-trained."""
+    """Times of a run; `pretrain_step` is None where nothing was pre-trained."""
 
     seconds: Seconds
     pretrain_step: Step | None = None
 
 
 class Corpus(Part):
-    """Scans that were pre-trained on."""
+    """A corpus that was pre-trained on."""
 
     name: Name
     fingerprint: Digest
 
 
 class Data(Part):
-    """What was trained and tested on."""
+    """The data of a run: source, and the cases of training, pre-training and testing."""
 
     source: Literal["real", "phantom"]
     fingerprint: Annotated[str, Field(min_length=1, max_length=200)]
@@ -68,7 +68,7 @@ class Data(Part):
 
 
 class Metric(Part):
-    """Averages of one target."""
+    """Averages and counts of one target; `hd95` in mm."""
 
     dice: Annotated[float, Field(ge=0, le=1)] | None = None
     hd95: Number | None = None
@@ -80,14 +80,14 @@ class Metric(Part):
 
 
 class Definitions(Part):
-    """Which of the field's definitions the metrics follow."""
+    """The definitions of the metrics, where the literature has several."""
 
     hd95: Name = "max-directed"
     surface_dice_tolerance_mm: Number | None = None
 
 
 class Environment(Part):
-    """Versions and hardware."""
+    """Versions of packages, and the git state."""
 
     packages: dict[Name, str | None] = {}
     git: dict[Name, str | bool | None] = {}

@@ -1,4 +1,4 @@
-"""The leaderboard in files and in the terminal: one CSV whose columns are a contract, Markdown, LaTeX, text."""
+"""The leaderboard as CSV, Markdown, LaTeX, and text for the terminal. The columns of the CSV are a contract."""
 
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -19,31 +19,31 @@ COLUMNS = [
     *("pretrain_seconds", "source", "run_ids", "n_test_seen"),
     *("surface_dice", "surface_dice_ci_low", "surface_dice_ci_high", "surface_tolerance_mm", "metric_policy", "note"),
 ]
-"""Those of design.md in its order; columns are added at the end only."""
+"""The columns of the CSV, in the order of design.md; new columns are added only at the end."""
 
 EXACT = ("label_fraction", "surface_tolerance_mm")
-"""Numbers that tell rows apart, so that they keep every digit."""
+"""Columns whose numbers tell rows apart, so that they are written with every digit."""
 
 
 class EndingError(Exception):
-    """A file's name says no format that tables are written in."""
+    """A file's ending names no format that tables are written in."""
 
 
 def build(tables: Sequence[Table]) -> pd.DataFrame:
     """One row per table, method, backbone and target (`average` too), in the columns of `COLUMNS`.
 
-    What cannot be computed is empty.
+    A value that cannot be computed is empty.
     """
     return pd.DataFrame([row for table in tables for row in _rows(table)], columns=COLUMNS)
 
 
 def write(frame: pd.DataFrame, path: Path) -> None:
-    """CSV, Markdown or LaTeX, as the name ends, by rename. Raises EndingError for another ending."""
+    """Write CSV, Markdown or LaTeX, by the ending of the name, atomically. Raises EndingError for another ending."""
     writers: dict[str, Callable[[pd.DataFrame], str]] = {".csv": _csv, ".md": markdown, ".tex": latex}
     if path.suffix not in writers:
         raise EndingError(f"{path.name} ends in {path.suffix or 'nothing'}, due is {', '.join(writers)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In a new folder of its own: a file of a name that can be guessed might be a link to another.
+    # Write into a new folder: a partial file with a name that can be guessed might be a link to another file.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as partial:
         written = Path(partial) / path.name
         written.write_text(writers[path.suffix](frame), encoding="utf-8")
@@ -51,40 +51,40 @@ def write(frame: pd.DataFrame, path: Path) -> None:
 
 
 def render(tables: Sequence[Table], reported: pd.DataFrame | None = None) -> str:
-    """The tables for a terminal, the best average first; phantom data is marked as such."""
-    parts = []
+    """The tables as text, rows by rank, with notes. `reported`: results of papers, which are shown below them."""
+    blocks = []
     for table in tables:
-        grid = _grid(table)
-        lines = align(grid)
+        rows = _grid(table)
+        lines = align(rows)
         notes = dict.fromkeys(f"  {group.name}: {group.note}" for group in table.groups if _worth_saying(group))
-        parts.append("\n".join([printable(table.title), *map(printable, [*lines, *list(notes)[:20]])]))
+        blocks.append("\n".join([printable(table.title), *map(printable, [*lines, *list(notes)[:20]])]))
     if reported is not None and not reported.empty:
-        shown = reported[reported["target"] == "average"][
+        averages = reported[reported["target"] == "average"][
             ["task", "mode", "method", "backbone", "dice", "hd95_mm", "note"]
         ]
-        text = shown.to_string(index=False, na_rep="-", float_format="%.4f")
-        parts.append(
+        text = averages.to_string(index=False, na_rep="-", float_format="%.4f")
+        blocks.append(
             f"reported elsewhere (other data, presets and code: never ranked or tested with the above)\n{text}"
         )
-    return "\n\n".join(parts) or "no finished runs"
+    return "\n\n".join(blocks) or "no finished runs"
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """A table per group of comparable rows, the averages over targets."""
-    parts = []
+    """One Markdown table per group of comparable rows, with the averages over targets."""
+    blocks = []
     for heading, rows in _averages(frame):
         lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "|".join(["---"] * len(HEADINGS)) + "|"]
         lines += ["| " + " | ".join(map(escape_markdown, row)) + " |" for row in rows]
-        parts.append("\n".join([f"### {escape_markdown(heading)}", "", *lines]))
-    return "\n\n".join([*parts, ""])
+        blocks.append("\n".join([f"### {escape_markdown(heading)}", "", *lines]))
+    return "\n\n".join([*blocks, ""])
 
 
 def latex(frame: pd.DataFrame) -> str:
-    """A booktabs tabular per group of comparable rows, the averages over targets."""
-    parts = []
+    """One booktabs tabular per group of comparable rows, with the averages over targets."""
+    blocks = []
     for heading, rows in _averages(frame):
         lines = [" & ".join(map(escape_latex, row)) + r" \\" for row in rows]
-        parts.append(
+        blocks.append(
             "\n".join(
                 [
                     f"% {printable(heading)}",
@@ -98,7 +98,7 @@ def latex(frame: pd.DataFrame) -> str:
                 ]
             )
         )
-    return "\n\n".join([*parts, ""])
+    return "\n\n".join([*blocks, ""])
 
 
 def _rows(table: Table) -> Iterable[dict[str, Any]]:
@@ -119,12 +119,13 @@ def _rows(table: Table) -> Iterable[dict[str, Any]]:
 
 
 def _measured(group: Group, number: int, average: bool) -> dict[str, Any]:
+    """The columns of a row for target `number`, or for the average over targets."""
     scored = [~np.isnan(run.dice) if average else ~np.isnan(run.dice[:, [number]]) for run in group.runs]
     missed = [run.missed if average else run.missed[:, number] for run in group.runs]
     row = {
         "n_seeds": len(group.runs),
-        "n_cases": int(np.any([each.any(axis=1) for each in scored], axis=0).sum()),
-        "n_missed": int(sum(each.sum() for each in missed)),
+        "n_cases": int(np.any([values.any(axis=1) for values in scored], axis=0).sum()),
+        "n_missed": int(sum(values.sum() for values in missed)),
         "step_ms_p50": group.step_ms,
         "pretrain_seconds": group.pretrain_seconds,
         "source": "measured",
@@ -147,15 +148,18 @@ def _measured(group: Group, number: int, average: bool) -> dict[str, Any]:
 
 
 def _with_ends(name: str, ends: str, estimate: Estimate, number: int) -> dict[str, float | None]:
+    """The columns of an estimate: mean, and both ends of its interval."""
     values = estimate.mean[number], estimate.low[number], estimate.high[number]
     return dict(zip((name, f"{ends}_ci_low", f"{ends}_ci_high"), map(_value, values), strict=True))
 
 
 def _value(number: float) -> float | None:
+    """A number for a table cell; None for NaN."""
     return None if np.isnan(number) else float(number)
 
 
 def _csv(frame: pd.DataFrame) -> str:
+    """The frame as CSV: six digits, every digit in the columns `EXACT`, texts escaped."""
     safe = frame.copy()
     for column in EXACT:
         safe[column] = [_digits(value) for value in safe[column]]
@@ -166,6 +170,7 @@ def _csv(frame: pd.DataFrame) -> str:
 
 
 def _digits(value: float | None) -> str:
+    """A number with six digits, or with every digit where six would change it; empty for NaN."""
     if value is None or np.isnan(value):
         return ""
     short = f"{value:.6g}"
@@ -173,6 +178,7 @@ def _digits(value: float | None) -> str:
 
 
 def _grid(table: Table) -> list[list[str]]:
+    """Heading and rows of a table for the terminal."""
     seen = any(run.num_test_seen for group in table.groups for run in group.runs)
     heading = ["rank", "method", "backbone", "seeds", "Dice [95 % CI]", "vs scratch [95 % CI]", "p (Holm)", "HD95 mm"]
     heading += [*table.targets, "cases", "missed", *(["seen"] if seen else []), "pretrain s", "ms/step"]
@@ -201,6 +207,7 @@ def _grid(table: Table) -> list[list[str]]:
 
 
 def _worth_saying(group: Group) -> bool:
+    """Whether the note of a row is printed below the table."""
     return bool(group.note) and not group.is_control
 
 
@@ -208,7 +215,7 @@ HEADINGS = ["rank", "method", "backbone", "seeds", "Dice", "vs scratch", "p (Hol
 
 
 def _averages(frame: pd.DataFrame) -> Iterable[tuple[str, list[list[str]]]]:
-    """Heading and rows of cells per group of rows that share a table."""
+    """Heading and rows of table cells for each group of rows that share a table."""
     average = frame[frame["target"] == "average"]
     shared = [*COLUMNS[:6], "metric_policy", "source"]
     for key, rows in average.groupby(shared, sort=False, dropna=False):
@@ -218,7 +225,7 @@ def _averages(frame: pd.DataFrame) -> Iterable[tuple[str, list[list[str]]]]:
             mark += "TEST CASES WERE TRAINED OR PRE-TRAINED ON: "
         share = "" if fraction in ("nan", "") else f", {float(fraction):.0%} of the labels"
         heading = f"{mark}{task}, {data}, preset {preset}, {mode}, {protocol}{share}, {policy}, {source}"
-        cells = [
+        table_cells = [
             [
                 _number(row["rank"], ".0f"),
                 row["method"],
@@ -232,10 +239,11 @@ def _averages(frame: pd.DataFrame) -> Iterable[tuple[str, list[list[str]]]]:
             ]
             for row in rows.sort_values(["rank", "method", "backbone"]).to_dict("records")
         ]
-        yield heading, cells
+        yield heading, table_cells
 
 
 def _interval(row: Any, value: str, ends: str, form: str) -> str:
+    """A value with its interval; a hyphen without a value."""
     if pd.isna(row.get(value)):
         return "-"
     if pd.isna(row.get(f"{ends}_ci_low")):
@@ -244,4 +252,5 @@ def _interval(row: Any, value: str, ends: str, form: str) -> str:
 
 
 def _number(value: Any, form: str) -> str:
+    """A formatted number; a hyphen for None or NaN."""
     return "-" if value is None or pd.isna(value) else format(value, form)

@@ -1,4 +1,4 @@
-"""Text for terminals, CSV, Markdown and LaTeX: columns aligned, and whatever could act as more than text escaped."""
+"""Text for terminals, CSV, Markdown and LaTeX: aligned columns, and escapes for everything that would act as a command."""
 
 import html
 import re
@@ -7,19 +7,22 @@ from typing import Any
 
 from rich.cells import cell_len
 
-# What spreadsheets take for the beginning of a formula, wide forms included.
+# Characters that start a formula in spreadsheets, with their full-width forms.
 FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 
 
 def align(lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Rows of equally many texts as lines, their columns below each other; wide characters count as two.
+    """Lines of text with aligned columns; wide characters count as two.
 
     Args:
-        right: indices of columns that are aligned at their right end.
+        lines: rows with equally many texts.
+        right: indices of the columns that are aligned on the right.
     """
     widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
     return [
-        "  ".join(_padded(text, w, n in right) for n, (text, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        "  ".join(
+            _padded(text, width, index in right) for index, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
         for line in lines
     ]
 
@@ -30,25 +33,29 @@ def printable(text: str) -> str:
 
 
 def escape_cell(text: Any) -> Any:
-    """A cell of a CSV that no spreadsheet takes for a formula; what is no text is left as it is.
+    """The value of a CSV cell, escaped so that no spreadsheet takes it for a formula; other types than text stay unchanged.
 
-    A text that begins with an apostrophe gets a second one, so that no two texts become one.
+    A text that starts with an apostrophe gets a second one, so that different texts stay different.
     """
     risky = isinstance(text, str) and (text.lstrip(" ").startswith(FORMULA) or text.startswith(("'", *FORMULA)))
     return f"'{text}" if risky else text
 
 
 def escape_markdown(text: Any) -> str:
-    """Text that a line of Markdown shows as it is."""
+    """Text that Markdown shows unchanged, in one line."""
     return re.sub(r"([\\`*_{}\[\]|~#])", r"\\\1", html.escape(printable(str(text)), quote=False))
 
 
 def escape_latex(text: Any) -> str:
-    """Text that LaTeX sets as it is."""
+    """Text that LaTeX sets unchanged."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(special.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in printable(str(text)))
+    return "".join(
+        special.get(character, f"\\{character}" if character in "&%$#_{}" else character)
+        for character in printable(str(text))
+    )
 
 
 def _padded(text: str, width: int, right: bool) -> str:
+    """The text with blanks up to `width`, at its right end or, for `right`, before it."""
     blank = " " * (width - cell_len(text))
     return blank + text if right else text + blank

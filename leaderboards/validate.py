@@ -1,4 +1,4 @@
-"""Are records and leaderboards from anywhere whole, in range, unchanged, and do their averages follow from their cases?"""
+"""Validation of records and leaderboards from anywhere: complete, in range, unchanged, and averages that follow from cases."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ from leaderboards.text import escape_cell
 
 TOLERANCE = 1e-9
 PRINTED = 2e-5
-"""Relative; a CSV holds six significant digits."""
+"""Relative tolerance for a CSV, which holds six significant digits."""
 
 NUMBERS = {
     "label_fraction": (0, 1),
@@ -52,38 +52,39 @@ KEY = [*SHARED, "target", "source"]
 
 
 def check_run(folder: Path) -> list[str]:
-    """What is wrong with a run folder, one line each; empty where everything follows from the cases."""
+    """The problems of a run folder, one line each; empty where everything follows from the cases."""
     path = folder / "record.json"
     try:
         run = load_run(folder)
     except RecordError as error:
         return [str(error)]
-    found = [*_check_digests(run), *_check_aggregates(run), *_check_lists(run), *_check_policy(run)]
+    problems = [*_check_digests(run), *_check_aggregates(run), *_check_lists(run), *_check_policy(run)]
     config = run.record.get("config")
     for name in ("method", "backbone", "task", "mode", "protocol", "preset", "overrides", "seed", "label_fraction"):
         if isinstance(config, dict) and config.get(name, run.record[name]) != run.record[name]:
-            found.append(f"{name} is {run.record[name]!r}, its configuration says {config[name]!r}")
+            problems.append(f"{name} is {run.record[name]!r}, its configuration says {config[name]!r}")
     if folder.resolve().name != run.run_id:
-        found.append(f"run_id is {run.run_id!r}, the folder is called {folder.resolve().name!r}")
-    return [f"{path}: {problem}" for problem in found]
+        problems.append(f"run_id is {run.run_id!r}, the folder is called {folder.resolve().name!r}")
+    return [f"{path}: {problem}" for problem in problems]
 
 
 def check_csv(path: Path, runs: Sequence[Run]) -> tuple[list[str], str]:
-    """What is wrong with a leaderboard CSV, one line each, and what was recomputed from `runs`."""
+    """The problems of a leaderboard CSV, one line each; and, in words, what was recomputed from `runs`."""
     try:
         frame = _read_csv(path)
     except (OSError, ValueError, csv.Error) as error:
         return [f"{path}: {' '.join(str(error).split())[:300]}"], ""
-    # Rows can be looked at once every cell is what it should be.
-    found = _check_cells(frame) or _check_rows(frame)
+    # Rows are checked only if every table cell is valid.
+    problems = _check_cells(frame) or _check_rows(frame)
     recomputed = "not recomputed"
-    if not found:
-        problems, recomputed = _recompute(frame, runs)
-        found += problems
-    return [f"{path}: {problem}" for problem in found], recomputed
+    if not problems:
+        row_problems, recomputed = _recompute(frame, runs)
+        problems += row_problems
+    return [f"{path}: {problem}" for problem in problems], recomputed
 
 
 def _check_digests(run: Run) -> Iterable[str]:
+    """The problems of the digests: missing, or different from the files."""
     digests = run.record.get("digests", {})
     if not isinstance(digests, dict):
         yield "digests is no table"
@@ -101,7 +102,7 @@ def _check_digests(run: Run) -> Iterable[str]:
 
 
 def _check_aggregates(run: Run) -> Iterable[str]:
-    """Every average and count of the record, from the cases."""
+    """The averages and counts of the record that do not follow from the cases."""
     metrics = run.record["metrics"]
     fields = {"dice": run.dice, "hd95": run.hd95, "surface_dice": run.surface_dice}
     for name, values in fields.items():
@@ -115,14 +116,15 @@ def _check_aggregates(run: Run) -> Iterable[str]:
                 yield f"{target} {name} is {stated}, its cases give {'nothing' if math.isnan(value) else f'{value:.12g}'}"
     for number, target in enumerate(run.targets):
         column = run.status[:, number]
-        counted = {"n_cases": int((~np.isnan(run.dice[:, number])).sum())}
-        counted |= {f"n_{name}": int((column == place).sum()) for place, name in enumerate(STATUS) if place}
-        for name, count in counted.items():
+        counts = {"n_cases": int((~np.isnan(run.dice[:, number])).sum())}
+        counts |= {f"n_{name}": int((column == index).sum()) for index, name in enumerate(STATUS) if index}
+        for name, count in counts.items():
             if metrics[target].get(name) != count:
                 yield f"{target} {name} is {metrics[target].get(name)}, its cases give {count}"
 
 
 def _check_lists(run: Run) -> Iterable[str]:
+    """The problems of the lists of cases: missing, wrong, or test cases that were trained on and not counted."""
     data = run.record["data"]
     lists = {name: data.get(name) for name in ("train", "test", "pretrain")}
     for name, cases in lists.items():
@@ -134,13 +136,14 @@ def _check_lists(run: Run) -> Iterable[str]:
         if lists[name] is not None and data.get(f"n_{name}") != len(lists[name]):
             yield f"data.n_{name} is {data.get(f'n_{name}')}, the list has {len(lists[name])}"
     overlap = data.get("overlap") or []
-    known = {case for pair in overlap if isinstance(pair, list) for case in pair}
-    seen = (set(lists["train"] or ()) | set(lists["pretrain"] or ()) | known) & set(run.cases)
+    overlapping = {case for pair in overlap if isinstance(pair, list) for case in pair}
+    seen = (set(lists["train"] or ()) | set(lists["pretrain"] or ()) | overlapping) & set(run.cases)
     if len(seen) > run.num_test_seen:
         yield f"{len(seen)} test cases were trained or pre-trained on ({min(seen)} ...), n_test_seen is {run.num_test_seen}"
 
 
 def _check_policy(run: Run) -> Iterable[str]:
+    """The problems of the metric policy: unknown, or values that do not follow it."""
     policy = run.record["metric_policy"]
     match = POLICY.fullmatch(policy)
     if match is None:
@@ -156,11 +159,11 @@ def _check_policy(run: Run) -> Iterable[str]:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    """The cells as text. Raises ValueError for another dialect or other columns."""
+    """The table cells as text. Raises ValueError for another dialect or other columns."""
     text = path.read_text(encoding="utf-8-sig")
-    first = text.partition("\n")[0].strip()
+    first_line = text.partition("\n")[0].strip()
     for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
-        if first.count(separator) >= len(COLUMNS) // 2:
+        if first_line.count(separator) >= len(COLUMNS) // 2:
             raise ValueError(f"separated by {name}, due are commas and a decimal point: save it as plain CSV")
     rows = list(csv.reader(io.StringIO(text), strict=True))
     header = rows[0] if rows else []
@@ -170,8 +173,8 @@ def _read_csv(path: Path) -> pd.DataFrame:
         raise ValueError("has no rows")
     if header[: len(COLUMNS)] != COLUMNS:
         lacking = [column for column in COLUMNS if column not in header]
-        wrong = f"lacks the columns {', '.join(lacking)}" if lacking else "has its columns in another order"
-        raise ValueError(f"{wrong}: a leaderboard begins with {','.join(COLUMNS[:4])}, ...")
+        problem = f"lacks the columns {', '.join(lacking)}" if lacking else "has its columns in another order"
+        raise ValueError(f"{problem}: a leaderboard begins with {','.join(COLUMNS[:4])}, ...")
     for number, row in enumerate(rows[1:], 2):
         if len(row) != len(header):
             raise ValueError(f"line {number} has {len(row)} cells, its header {len(header)}: is it truncated?")
@@ -179,118 +182,133 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 
 def _check_cells(frame: pd.DataFrame) -> list[str]:
-    found = []
+    """The table cells that are no number in their range, and unknown sources."""
+    problems = []
     for column, (low, high) in NUMBERS.items():
         for line, cell in enumerate(frame[column], 2):
             value = None if not cell else float(cell) if PLAIN.fullmatch(cell) else math.nan
             if value is not None and not (math.isfinite(value) and low <= value <= high):
-                found.append(
+                problems.append(
                     f"line {line}: {column} is {cell[:40]!r}, due is a number in {low:g}..{high:g}, or nothing"
                 )
     for line, cell in enumerate(frame["source"], 2):
         if cell not in ("measured", "reported"):
-            found.append(f"line {line}: source is {cell[:40]!r}, due is measured or reported")
-    return found
+            problems.append(f"line {line}: source is {cell[:40]!r}, due is measured or reported")
+    return problems
 
 
 def _check_rows(frame: pd.DataFrame) -> list[str]:
-    found = []
-    # Reported results of several tables of a paper are told apart by their notes.
-    twice = frame.duplicated([*KEY, "run_ids", "note"]) | frame[frame["source"] == "measured"].duplicated(KEY).reindex(
-        frame.index, fill_value=False
-    )
-    found += [f"line {line + 2}: a second row of {'/'.join(frame.loc[line, KEY])[:160]}" for line in frame.index[twice]]
+    """The rows that are duplicates, contradict themselves or lack something."""
+    problems = []
+    # Notes distinguish the reported results of several tables of a paper.
+    duplicates = frame.duplicated([*KEY, "run_ids", "note"]) | frame[frame["source"] == "measured"].duplicated(
+        KEY
+    ).reindex(frame.index, fill_value=False)
+    problems += [
+        f"line {line + 2}: a second row of {'/'.join(frame.loc[line, KEY])[:160]}" for line in frame.index[duplicates]
+    ]
     numbers = frame[list(NUMBERS)].replace("", "nan").astype(float)
     for value, low, high in (
         ("dice", "dice_ci_low", "dice_ci_high"),
         ("delta_dice_vs_scratch", "delta_ci_low", "delta_ci_high"),
     ):
         wrong = (numbers[low] > numbers[value] + 1e-6) | (numbers[high] < numbers[value] - 1e-6)
-        found += [f"line {line + 2}: {value} lies outside its interval" for line in frame.index[wrong]]
+        problems += [f"line {line + 2}: {value} lies outside its interval" for line in frame.index[wrong]]
     measured = frame["source"] == "measured"
     reported = ~measured & (frame[["rank", "p_value_holm", "run_ids"]] != "").any(axis=1)
-    found += [f"line {line + 2}: a reported row has a rank, a p-value or run ids" for line in frame.index[reported]]
+    problems += [f"line {line + 2}: a reported row has a rank, a p-value or run ids" for line in frame.index[reported]]
     nameless = measured & (frame["run_ids"] == "")
-    found += [f"line {line + 2}: a measured row names no run" for line in frame.index[nameless]]
+    problems += [f"line {line + 2}: a measured row names no run" for line in frame.index[nameless]]
     for _, rows in frame[measured].groupby(SHARED, sort=False):
         dice = numbers.loc[rows.index, "dice"]
         average, targets = dice[rows["target"] == "average"], dice[rows["target"] != "average"]
         expected = float(statistics.nanmean(targets.to_numpy(), 0))
         if len(average) == 1 and len(targets) and not _equal(average.iloc[0], expected, PRINTED):
             line = average.index[0] + 2
-            found.append(f"line {line}: the average Dice is {average.iloc[0]:.6g}, its targets' is {expected:.6g}")
-    return found
+            problems.append(f"line {line}: the average Dice is {average.iloc[0]:.6g}, its targets' is {expected:.6g}")
+    return problems
 
 
 def _recompute(frame: pd.DataFrame, runs: Sequence[Run]) -> tuple[list[str], str]:
-    """Every measured row again from the per-case values of its runs, as far as these are at hand."""
-    found = _check_reported(frame[frame["source"] == "reported"])
+    """Compute every measured row again from the per-case values of its runs, where all of these are in `runs`.
+
+    Returns:
+        the problems, one line each; and, in words, what was recomputed.
+    """
+    problems = _check_reported(frame[frame["source"] == "reported"])
     measured = frame[frame["source"] == "measured"]
-    wanted = {run_id for cell in measured["run_ids"] for run_id in cell.split()}
-    known = [run for run in runs if run.run_id in wanted]
-    lacking = sorted(wanted - {run.run_id for run in known})
-    if lacking and known:
+    run_ids = {run_id for cell in measured["run_ids"] for run_id in cell.split()}
+    own_runs = [run for run in runs if run.run_id in run_ids]
+    lacking = sorted(run_ids - {run.run_id for run in own_runs})
+    if lacking and own_runs:
         return [
-            *found,
-            f"{len(lacking)} of its {len(wanted)} runs are not at hand ({lacking[0]:.80} ...)",
+            *problems,
+            f"{len(lacking)} of its {len(run_ids)} runs are not at hand ({lacking[0]:.80} ...)",
         ], "not recomputed"
     if lacking:
-        return found, f"not recomputed: none of its {len(wanted)} runs is at hand ({lacking[0]:.80} ...)"
-    fresh = table.build(board.gather(known))
+        return problems, f"not recomputed: none of its {len(run_ids)} runs is at hand ({lacking[0]:.80} ...)"
+    fresh = table.build(board.gather(own_runs))
     for column in fresh.columns:
         fresh[column] = fresh[column].map(escape_cell)
     for column in EXACT:
         fresh[column] = fresh[column].map(_digits)
-    again = {tuple(row[name] for name in KEY): row for row in fresh.to_dict("records")}
+    recomputed_rows = {tuple(row[name] for name in KEY): row for row in fresh.to_dict("records")}
     for line, row in zip(measured.index + 2, measured.to_dict("records"), strict=True):
         row |= {column: _digits(row[column]) for column in EXACT}
-        mine = again.pop(tuple(row[name] for name in KEY), None)
-        if mine is None:
-            found.append(f"line {line}: its runs give no such row")
+        recomputed = recomputed_rows.pop(tuple(row[name] for name in KEY), None)
+        if recomputed is None:
+            problems.append(f"line {line}: its runs give no such row")
             continue
         for column in ("run_ids", "note"):
-            if row[column] != mine[column]:
-                found.append(f"line {line}: {column} is {row[column]!r:.80}, its runs give {mine[column]!r:.80}")
+            if row[column] != recomputed[column]:
+                problems.append(
+                    f"line {line}: {column} is {row[column]!r:.80}, its runs give {recomputed[column]!r:.80}"
+                )
         for column in NUMBERS:
-            stated, value = row[column], mine[column]
+            stated, value = row[column], recomputed[column]
             value = _or_nan(value)
             if not _equal(float(stated) if stated else None, value, PRINTED):
-                found.append(f"line {line}: {column} is {stated or 'empty'}, its cases give {value:.6g}")
-    found += [f"lacks the row of {'/'.join(map(str, key))[:160]}, which its runs give" for key in again]
-    groups = {(run.table, run.method, run.backbone) for run in known}
-    others = [run for run in runs if (run.table, run.method, run.backbone) in groups and run.run_id not in wanted]
-    left = f"; {len(others)} more runs of these rows are at hand and not in it" if others else ""
-    return found, f"{len(measured)} rows recomputed from {len(known)} runs{left}"
+                problems.append(f"line {line}: {column} is {stated or 'empty'}, its cases give {value:.6g}")
+    problems += [f"lacks the row of {'/'.join(map(str, key))[:160]}, which its runs give" for key in recomputed_rows]
+    groups = {(run.table, run.method, run.backbone) for run in own_runs}
+    others = [run for run in runs if (run.table, run.method, run.backbone) in groups and run.run_id not in run_ids]
+    remark = f"; {len(others)} more runs of these rows are at hand and not in it" if others else ""
+    return problems, f"{len(measured)} rows recomputed from {len(own_runs)} runs{remark}"
 
 
 def _check_reported(frame: pd.DataFrame) -> list[str]:
-    """Reported rows are those that are known to be reported, number by number."""
-    known = reported.rows(frame["task"])
+    """The reported rows that differ from the results which papers are known to report."""
+    reported_rows = reported.rows(frame["task"])
     names = [*KEY[:5], "method", "backbone", "target", "note"]
     values: dict[tuple[str, ...], list[tuple[float, ...]]] = {}
-    for row in known.to_dict("records"):
+    for row in reported_rows.to_dict("records"):
         key = tuple(escape_cell(row[name]) for name in names)
         values.setdefault(key, []).append(tuple(_or_nan(row[name]) for name in ("label_fraction", "dice", "hd95_mm")))
-    found = []
+    problems = []
     for line, row in zip(frame.index + 2, frame.to_dict("records"), strict=True):
         stated = tuple(_or_nan(row[name]) for name in ("label_fraction", "dice", "hd95_mm"))
-        there = values.get(tuple(row[name] for name in names), [])
-        if not any(all(_equal(a, b, PRINTED) for a, b in zip(stated, each, strict=True)) for each in there):
-            found.append(f"line {line}: no such result is known to be reported")
-    return found
+        candidates = values.get(tuple(row[name] for name in names), [])
+        if not any(
+            all(_equal(a, b, PRINTED) for a, b in zip(stated, values_of_row, strict=True))
+            for values_of_row in candidates
+        ):
+            problems.append(f"line {line}: no such result is known to be reported")
+    return problems
 
 
 def _or_nan(value: Any) -> float:
+    """A table cell as a number; NaN for an empty one."""
     return math.nan if value is None or value == "" else float(value)
 
 
 def _digits(cell: Any) -> str:
-    """Every digit of what tells rows apart, however it was written; empty where there is nothing."""
+    """A number in one spelling with every digit, to compare cells that tell rows apart; empty for an empty cell."""
     value = _or_nan(cell)
     return "" if math.isnan(value) else repr(value)
 
 
 def _equal(stated: Any, value: float, tolerance: float = TOLERANCE) -> bool:
+    """Whether a stated number is `value`, within the tolerance; None and NaN are equal."""
     if stated is None or (isinstance(stated, float) and math.isnan(stated)):
         return math.isnan(value)
     if isinstance(stated, bool) or not isinstance(stated, int | float):

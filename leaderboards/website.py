@@ -1,7 +1,7 @@
-"""The leaderboard as one static folder that opens from disk: tables, figures, a page for each run. No network is needed.
+"""The leaderboard as a static web site in one folder: tables, figures, a page for each run. It opens from disk without network.
 
-Everything that comes from a record passes through Jinja's autoescaping; what is in the pages is text, never script. The
-folder `runs` of a site is a folder of runs again, with records and cases, so that others can check and merge them.
+Jinja's autoescaping applies to everything that comes from a record, so that it appears as text and never acts as a script. The
+folder `runs` of a site is a runs folder with records and cases, so that others can check and merge them.
 """
 
 import shutil
@@ -24,14 +24,14 @@ from leaderboards.records import Run
 MARK = ".harness-site"
 LINKED = ("record.json", "cases.csv")
 INLINE = 2000
-"""Rows of tables on the first page; further tables are links."""
+"""Largest number of table rows on the first page; the other tables are links."""
 DATATABLES = {"datatables_js": "dataTables-3.1.5.min.js", "datatables_css": "dataTables-3.1.2.min.css"}
 SECTIONS = ("config", "data", "transfer", "timing", "memory", "computed_with", "environment", "method_prepare", "files")
-POINTS = 200
+POINTS = 200  # of a loss curve, at most
 
 
 class PublishError(Exception):
-    """What was asked for cannot be published; the message says why."""
+    """The site cannot be published; the message says why."""
 
 
 def publish(
@@ -43,11 +43,13 @@ def publish(
     pictures: bool = True,
     reported: pd.DataFrame | None = None,
 ) -> int:
-    """Write the site by rename: `out` is new, empty, or a site that is replaced. Number of pages.
+    """Write the site into a new folder, then rename that to `out`. Returns the number of pages.
 
     Args:
-        note: a text file; paragraphs are parted by empty lines.
-        pictures: copy the pictures of scans that runs have; False where the data's licence forbids it.
+        out: a new or empty folder, or a site, which is replaced.
+        note: a text file with paragraphs separated by empty lines.
+        pictures: copy the runs' pictures of scans; False where the licence of the data forbids it.
+        reported: rows that papers report.
 
     Raises:
         PublishError: `out` holds something else, the note is no text, or the title cannot be written.
@@ -60,19 +62,19 @@ def publish(
         raise PublishError(f"--title {title!r} has characters that cannot be printed: give another")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as partial:
-        place = Path(partial) / "site"
-        pages = _Site(place, title, _paragraphs(note), pictures).write(runs, reported)
+        site = Path(partial) / "site"
+        pages = _Site(site, title, _paragraphs(note), pictures).write(runs, reported)
         if out.exists():
             out.replace(Path(partial) / "old")
-        place.replace(out)
+        site.replace(out)
     return pages
 
 
 class _Site:
-    """What all pages have in common."""
+    """The writer of a site: its folder, its templates and the number of pages so far."""
 
-    def __init__(self, place: Path, title: str, note: list[str], pictures: bool) -> None:
-        self.place, self.note, self.pictures, self.pages = place, note, pictures, 0
+    def __init__(self, folder: Path, title: str, note: list[str], pictures: bool) -> None:
+        self.folder, self.note, self.pictures, self.pages = folder, note, pictures, 0
         loader = jinja2.PackageLoader("leaderboards", "templates")
         self.templates = jinja2.Environment(
             loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
@@ -80,68 +82,74 @@ class _Site:
         self.templates.globals |= {"title": title, "version": version("ssl-seg-harness"), **DATATABLES}
 
     def write(self, runs: Sequence[Run], reported: pd.DataFrame | None) -> int:
-        """All pages and files."""
+        """Write all pages and files. Returns the number of pages."""
         tables = board.gather(runs)
         static = resources.files("leaderboards") / "static"
-        (self.place / "static").mkdir(parents=True)
+        (self.folder / "static").mkdir(parents=True)
         for entry in static.iterdir():
-            (self.place / "static" / entry.name).write_bytes(entry.read_bytes())
+            (self.folder / "static" / entry.name).write_bytes(entry.read_bytes())
         frame = table.build(tables)
         for name in ("leaderboard.csv", "leaderboard.md", "leaderboard.tex"):
-            table.write(frame if reported is None else pd.concat([frame, reported]), self.place / name)
-        shown = [self._table(number, each) for number, each in enumerate(tables, 1)]
-        self._index(runs, tables, shown, reported)
+            table.write(frame if reported is None else pd.concat([frame, reported]), self.folder / name)
+        overview = [self._table(number, each) for number, each in enumerate(tables, 1)]
+        self._index(runs, tables, overview, reported)
         memberships: dict[str, list[tuple[int, str]]] = defaultdict(list)
-        for number, each in enumerate(tables, 1):
-            for run in (run for group in each.groups for run in group.runs):
-                memberships[run.run_id].append((number, each.title))
+        for number, ranked in enumerate(tables, 1):
+            for run in (run for group in ranked.groups for run in group.runs):
+                memberships[run.run_id].append((number, ranked.title))
         for run in runs:
             self._run(run, memberships[run.run_id])
-        (self.place / MARK).write_text("A site written by `harness leaderboard publish`, which may replace it.\n")
+        (self.folder / MARK).write_text("A site written by `harness leaderboard publish`, which may replace it.\n")
         return self.pages
 
     def _page(self, template: str, path: str, **values: Any) -> None:
+        """Render a template to `path` in the site, and count the page."""
         root = "../" * path.count("/")
-        target = self.place / path
+        target = self.folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(self.templates.get_template(template).render(root=root, **values), encoding="utf-8")
         self.pages += 1
 
-    def _table(self, number: int, each: Table) -> dict[str, Any]:
-        """The page of one table; what the first page shows of it."""
+    def _table(self, number: int, ranked: Table) -> dict[str, Any]:
+        """Write the page of one table. Returns the values that the first page shows of it."""
         rows: list[dict[str, Any]] = []
-        for rank, group in zip(each.ranks(), each.groups, strict=True):
+        for rank, group in zip(ranked.ranks(), ranked.groups, strict=True):
             missed = sum(int(run.missed.sum()) for run in group.runs)
             seen = max(run.num_test_seen for run in group.runs)
             rows.append({"rank": rank, "group": group, "missed": missed, "seen": seen})
-        rows.sort(key=_place)
-        drawn = figures.table_figures(each, self.place / "figures" / str(number)) if len(rows) > 1 else {}
-        shown = {
+        rows.sort(key=_sort_key)
+        drawn = figures.table_figures(ranked, self.folder / "figures" / str(number)) if len(rows) > 1 else {}
+        values = {
             "number": number,
-            "title": each.title,
-            "targets": each.targets,
-            "shared": each.shared,
+            "title": ranked.title,
+            "targets": ranked.targets,
+            "shared": ranked.shared,
             "rows": rows,
             "seen": any(row["seen"] for row in rows),
             "figures": drawn,
             "main_figures": {name: text for name, text in drawn.items() if name in ("dice", "ranks", "pareto")},
         }
-        self._page("table.html", f"tables/{number}.html", table=shown, backbones=_backbones([shown]))
-        return shown
+        self._page("table.html", f"tables/{number}.html", table=values, backbones=_backbones([values]))
+        return values
 
     def _index(
-        self, runs: Sequence[Run], tables: Sequence[Table], shown: list[dict[str, Any]], reported: pd.DataFrame | None
+        self,
+        runs: Sequence[Run],
+        tables: Sequence[Table],
+        overview: list[dict[str, Any]],
+        reported: pd.DataFrame | None,
     ) -> None:
+        """Write the first page."""
         inline: list[dict[str, Any]] = []
         rows = 0
-        for each in sorted(shown, key=lambda each: -len(each["rows"])):
-            if not inline or rows + len(each["rows"]) <= INLINE:
-                inline.append(each)
-                rows += len(each["rows"])
-        found = curves.find(tables)
+        for values in sorted(overview, key=lambda values: -len(values["rows"])):
+            if not inline or rows + len(values["rows"]) <= INLINE:
+                inline.append(values)
+                rows += len(values["rows"])
+        curve_sets = curves.find(tables)
         efficiency = {
-            f"efficiency_{number}": figures.label_efficiency(each, self.place / "figures" / f"efficiency_{number}")
-            for number, each in enumerate(found, 1)
+            f"efficiency_{number}": figures.label_efficiency(each, self.folder / "figures" / f"efficiency_{number}")
+            for number, each in enumerate(curve_sets, 1)
         }
         columns = ["task", "mode", "method", "backbone", "label_fraction", "target", "dice", "hd95_mm", "note"]
         self._page(
@@ -150,24 +158,25 @@ class _Site:
             note=self.note,
             phantom=any(run.phantom for run in runs),
             num_runs=len(runs),
-            overview=shown,
+            overview=overview,
             tables=inline,
-            backbones=_backbones(shown),
+            backbones=_backbones(overview),
             efficiency=efficiency,
-            efficiency_texts=list(map(str, found)),
+            efficiency_texts=list(map(str, curve_sets)),
             reported=[] if reported is None else reported[columns].astype(object).fillna("-").to_numpy().tolist(),
             reported_columns=columns,
         )
 
     def _run(self, run: Run, memberships: list[tuple[int, str]]) -> None:
-        folder = self.place / "runs" / run.run_id
+        """Write the page of one run, and copy its record, its cases and its pictures."""
+        folder = self.folder / "runs" / run.run_id
         folder.mkdir(parents=True)
         for name in LINKED:
             (folder / name).write_bytes((run.folder / name).read_bytes())
-        # Links are left out: what they lead to is not the run's.
-        shown = self.pictures and not (run.folder / "figures").is_symlink()
-        found = sorted((run.folder / "figures").glob("*.png")) if shown else []
-        pictures = [path.name for path in found if path.is_file() and not path.is_symlink()]
+        # Links are left out: their targets do not belong to the run.
+        copied = self.pictures and not (run.folder / "figures").is_symlink()
+        paths = sorted((run.folder / "figures").glob("*.png")) if copied else []
+        pictures = [path.name for path in paths if path.is_file() and not path.is_symlink()]
         for name in pictures:
             (folder / "figures").mkdir(exist_ok=True)
             shutil.copyfile(run.folder / "figures" / name, folder / "figures" / name)
@@ -188,26 +197,29 @@ class _Site:
         )
 
 
-def _place(row: dict[str, Any]) -> tuple[float, str]:
+def _sort_key(row: dict[str, Any]) -> tuple[float, str]:
+    """Sort key of a row: rank, then name; rows without a rank come last."""
     return row["rank"] or np.inf, row["group"].name
 
 
-def _backbones(shown: Sequence[dict[str, Any]]) -> list[str]:
-    return sorted({row["group"].backbone for each in shown for row in each["rows"]})
+def _backbones(overview: Sequence[dict[str, Any]]) -> list[str]:
+    """The backbones of all tables, in alphabetical order."""
+    return sorted({row["group"].backbone for values in overview for row in values["rows"]})
 
 
 def _paragraphs(note: Path | None) -> list[str]:
+    """The paragraphs of the note. Raises PublishError where it is no text."""
     if note is None:
         return []
     try:
         text = note.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise PublishError(f"--note {note} cannot be read as text ({error}): give a text file in UTF-8") from None
-    return [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
+    return [" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip()]
 
 
 def _shallow(value: Any, depth: int = 8) -> Any:
-    """Nested tables and lists to a depth that a page can show; what is deeper is left out."""
+    """Nested dictionaries and lists down to `depth` levels; deeper values become "..."."""
     if isinstance(value, dict):
         return {key: _shallow(item, depth - 1) for key, item in value.items()} if depth else "..."
     if isinstance(value, list):
@@ -216,7 +228,7 @@ def _shallow(value: Any, depth: int = 8) -> Any:
 
 
 def _curve(stage: str, losses: list[float]) -> dict[str, Any]:
-    """A loss over its steps as points of a drawing of 640 x 200, averaged to at most `POINTS`."""
+    """A loss curve as points of an SVG drawing of 640 x 200, averaged to at most `POINTS` points, with its text."""
     values = np.array([part.mean() for part in np.array_split(np.array(losses), min(POINTS, len(losses)))])
     least, most = float(values.min()), float(values.max())
     x = np.linspace(40, 630, len(values))

@@ -29,32 +29,34 @@ class HybridMIM(Method):
     """Two-level masking with partial reconstruction, patch-masking perception and dropout contrast.
 
     Source: Xing, Zhu, Yu, Xing, Wan, "HybridMIM: A Hybrid Masked Image Modeling Framework for 3D Medical Image
-    Segmentation", sections III and IV-C; equations are its numbers. Repository: ge-xing/HybridMIM.
+    Segmentation", sections III and IV-C. Equation numbers are those of the paper. Repository: ge-xing/HybridMIM.
 
-    Where the released code differs from the paper, the paper is the default; the differences are:
+    The paper is the default where the released code differs from it. The differences are:
       * Labels. The code groups 8 consecutive patches in raster order, but predicts from features pooled over 2x2x2
-        blocks; here bit k of sub-volume r is the patch that lies there (section III-C).
-      * Reconstruction. Equation 1 is the unsquared L2 norm per sub-volume; the code has the mean squared error over
-        all masked voxels. `distance` offers both. Both: sigmoid output, masked voxels of the region only.
-      * Region. The paper's lies around the centre, the code's in a corner.
-      * Consistency. The paper's squared error is on probabilities and trains the location head; the code thresholds
-        first, which leaves that half without a gradient. `consistency_on` offers both.
-      * Location. The code averages the binary cross-entropy over the bits of a sub-volume, equation 4 sums it.
-      * Contrast. The code detaches the second view; here both views have gradients. For SwinUNETR the code contrasts
-        one token; here, as for UNet, the spatial mean.
-      * Dropout. The code draws it inside the networks (`block_dropout`, `drop_path` come nearest); here it acts after
-        the trunk, so that two encodings cost one pass.
-    Where the paper is not definite:
-      * Equation 5 sums over sub-volumes while 2 and 4 average; here all three average, so that the weights do not
-        depend on the crop.
-      * Equation 1 sums over whole sub-volumes. A region on the stride's grid may cut them (64 at 16 of 96): each piece
-        then counts as one sub-volume.
-      * Equation 3 calls p = 0 masked; here 1 is masked, as equation 5 and the code need.
-      * Equation 6 leaves the positive out of the denominator, its text does not; here as in the text (and the code).
-      * Section III-A sets SwinUNETR's token to the patch; here, as in the code, the token stays 2 voxels, so that
-        the network is the one that is fine-tuned.
-    The mask is kept as a tensor, never found by comparing voxels with 0: the background of skull-stripped MR and the
-    padding of small volumes are 0 as well, so labels cannot be read from patches that lie wholly there.
+        blocks. Here bit k of sub-volume r stands for patch k inside that sub-volume (section III-C).
+      * Reconstruction. Equation 1 is the unsquared L2 norm per sub-volume. The code uses the mean squared error over
+        all masked voxels. `distance` offers both. Both use a sigmoid output and only the masked voxels of the region.
+      * Region. The paper's region lies around the centre, the code's region in a corner.
+      * Consistency. The paper's squared error uses probabilities and trains the location head. The code thresholds
+        first, so that half of the term has no gradient. `consistency_on` offers both.
+      * Location. Equation 4 sums the binary cross-entropy over the bits of a sub-volume. The code averages it.
+      * Contrast. The code detaches the second view. Here both views have gradients. For SwinUNETR the code contrasts
+        one token. Here the spatial mean is contrasted, as for UNet.
+      * Dropout. The code draws it inside the networks (`block_dropout` and `drop_path` are closest to that). Here it
+        acts after the trunk, so that two encodings cost one pass.
+    The paper leaves these points open:
+      * Equation 5 sums over sub-volumes, while equations 2 and 4 average. Here all three average, so that the weights
+        do not depend on the crop.
+      * Equation 1 sums over whole sub-volumes. A region on the stride's grid may cut them (region 64 in a crop of 96
+        with stride 16). Each piece then counts as one sub-volume.
+      * Equation 3 says that p = 0 is masked. Here 1 is masked, as equation 5 and the code need.
+      * Equation 6 leaves the positive out of the denominator, but its text does not. Here it is in the denominator, as
+        in the text and the code.
+      * Section III-A sets SwinUNETR's token to the patch. Here the token stays 2 voxels, as in the code, so that the
+        pre-trained network is the one that is fine-tuned.
+    The mask is a tensor of its own. It is never derived by comparing voxels with 0, because the background of
+    skull-stripped MR and the padding of small volumes are 0 as well. Labels can therefore not be read off patches that
+    lie entirely in such areas.
     """
 
     name = "hybridmim"
@@ -68,6 +70,8 @@ class HybridMIM(Method):
     }
 
     class Config(Settings):
+        """Settings of HybridMIM: masking, target region, weight of each loss term, contrast."""
+
         mask_ratio: float = Field(0.4, gt=0, lt=1, description="share of patches masked; section IV-C")
         sub_volume: Size3 = Field((32, 32, 32), description="first-level edge in voxels; section IV-C")
         patch: Size3 = Field((16, 16, 16), description="second-level edge in voxels; section IV-C")
@@ -96,9 +100,9 @@ class HybridMIM(Method):
         deepest = backbone.channels[-1]
         self.num_patches = prod(s // p for s, p in zip(config.sub_volume, config.patch, strict=True))
         if not config.reconstruction:
-            # Nothing reaches the decoder: handing it over would replace the control's initial values by others.
+            # No loss term reaches the decoder. Transferring it would only replace the control's initial values.
             self.trains = ("encoder",)
-        # A head exists only where a term uses it: an unused one would be a dead parameter under DDP.
+        # Each head exists only if a loss term uses it. Unused parameters are an error under DDP.
         if config.reconstruction:
             self.reconstruct = nn.Conv3d(backbone.width, backbone.in_channels, kernel_size=1)
         if config.number or config.consistency:
@@ -109,6 +113,7 @@ class HybridMIM(Method):
             self.project = nn.Linear(deepest, config.projection)
 
     def check(self, crop: Triple, batch_size: int) -> None:
+        """Raise UserError unless sub-volumes, patches, region, weights, batch size and dropout fit."""
         config, stride = self.config, self.backbone.stride
         for axis, extent in enumerate(crop):
             sub, patch = config.sub_volume[axis], config.patch[axis]
@@ -157,11 +162,12 @@ class HybridMIM(Method):
             terms["reconstruction"] = config.reconstruction * self.reconstruction_loss(first, image, mask)
         terms |= self._region_terms(first[-1], mask)
         if config.contrastive:
-            here, there = (self.project(view[-1].mean(dim=(2, 3, 4))) for view in (first, second))
-            terms["contrastive"] = config.contrastive * contrastive_loss(here, there, config.temperature)
+            first_code, second_code = (self.project(view[-1].mean(dim=(2, 3, 4))) for view in (first, second))
+            terms["contrastive"] = config.contrastive * contrastive_loss(first_code, second_code, config.temperature)
         return terms
 
     def show(self, batch: Batch) -> dict[str, Tensor]:
+        """The image, the masked image, and the restored whole crop if the reconstruction term is on."""
         image = batch["image"]
         masked = image * ~to_voxels(self.draw_mask(image), self.config.patch)
         if not self.config.reconstruction:
@@ -170,9 +176,9 @@ class HybridMIM(Method):
         return {"image": image, "what it sees": masked, "what it restores": restored}
 
     def draw_mask(self, image: Tensor) -> Tensor:
-        """Patches masked in each sample, (N, patches x, y, z) bool: the same number, drawn independently.
+        """Mask of patches, (N, patches x, y, z) bool. Every sample masks the same number, drawn independently.
 
-        216 patches at ratio 0.4: 129 kept, 87 masked, as in the released code.
+        At ratio 0.4, 216 patches give 129 visible and 87 masked ones, as in the released code.
         """
         return random_patches(image, self.config.patch, self.config.mask_ratio, self.generator)
 
@@ -180,16 +186,16 @@ class HybridMIM(Method):
         """Patch mask (N, x, y, z) -> (N, sub-volumes, patches per sub-volume) bool, both in raster order."""
         x, y, z = (s // p for s, p in zip(self.config.sub_volume, self.config.patch, strict=True))
         n, gx, gy, gz = mask.shape
-        cells = mask.view(n, gx // x, x, gy // y, y, gz // z, z).permute(0, 1, 3, 5, 2, 4, 6)
-        return cells.reshape(n, -1, x * y * z)
+        sub_volumes = mask.view(n, gx // x, x, gy // y, y, gz // z, z).permute(0, 1, 3, 5, 2, 4, 6)
+        return sub_volumes.reshape(n, -1, x * y * z)
 
     def region_features(self, deepest: Tensor) -> Tensor:
-        """Deepest features averaged over each sub-volume's footprint, (N, sub-volumes, channels) in raster order."""
+        """Deepest features averaged over each sub-volume, (N, sub-volumes, channels) in raster order."""
         footprint = [s // t for s, t in zip(self.config.sub_volume, self.backbone.stride, strict=True)]
         return F.avg_pool3d(deepest, footprint).flatten(2).transpose(1, 2)
 
     def reconstruction_loss(self, pyramid: list[Tensor], image: Tensor, mask: Tensor) -> Tensor:
-        """Equation 1: distance over the masked voxels of the target region, decoded there only."""
+        """Equation 1: distance over the masked voxels of the target region. Only this region is decoded."""
         origin, size = self._region(image.shape[2:])
         features = self.backbone.decode(crop(pyramid, self.backbone.strides, origin, size))
         spans = [slice(start, start + length) for start, length in zip(origin, size, strict=True)]
@@ -199,12 +205,12 @@ class HybridMIM(Method):
         squared = (restored - target).square() * hidden
         if self.config.distance == "mse":
             return total(squared.sum()) / (total(hidden.sum()) * squared.shape[1]).clamp_min(1)
-        cells = self._sum_over_sub_volumes(squared.sum(dim=1), origin)
-        # A sub-volume without a masked voxel is at distance 0, where the root has no gradient.
-        return torch.where(cells > 0, cells.clamp_min(1e-12).sqrt(), 0).mean()
+        sums = self._sum_over_sub_volumes(squared.sum(dim=1), origin)
+        # A sub-volume without a masked voxel has distance 0, and the gradient of the root is infinite there.
+        return torch.where(sums > 0, sums.clamp_min(1e-12).sqrt(), 0).mean()
 
     def _region_terms(self, deepest: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Equations 2, 4 and 5."""
+        """The weighted terms of equations 2, 4 and 5 that are switched on."""
         config = self.config
         terms: dict[str, Tensor] = {}
         if not (config.number or config.location or config.consistency):
@@ -225,18 +231,22 @@ class HybridMIM(Method):
         return terms
 
     def _region(self, extent: Sequence[int]) -> tuple[Triple, Triple]:
-        """Origin and size of the target region: on the deepest stride's grid, as near the centre as that allows."""
-        stride, wanted = self.backbone.stride, self.config.region
-        if wanted == "whole":
+        """Origin and size of the target region, on the grid of the deepest stride and as near the centre as it allows.
+
+        Raises:
+            UserError: the region is off that grid, exceeds the crop, or is a single voxel of the deepest features.
+        """
+        stride, region = self.backbone.stride, self.config.region
+        if region == "whole":
             size = list(extent)
-        elif wanted is None:
-            # Of two strides or fewer, what remains would lie in a corner and be a fraction of the axis.
+        elif region is None:
+            # On an axis of two strides or fewer, the region would be one stride in a corner. So the axis stays whole.
             size = [
                 length if length <= 2 * t else length * 3 // 4 // t * t
                 for length, t in zip(extent, stride, strict=True)
             ]
         else:
-            size = list(wanted)
+            size = list(region)
         if any(edge % t or edge > length for edge, t, length in zip(size, stride, extent, strict=True)):
             raise UserError(
                 f"method.region={_text(size)} must be a multiple of the deepest stride {_text(stride)} of backbone "
@@ -251,40 +261,41 @@ class HybridMIM(Method):
         return (x, y, z), (size[0], size[1], size[2])
 
     def _sum_over_sub_volumes(self, values: Tensor, origin: Triple) -> Tensor:
-        """(N, region) -> (N, sub-volumes that the region touches): the region need not lie on their grid."""
+        """(N, x, y, z) of the region -> (N, sub-volumes that it touches). The region need not lie on their grid."""
         for axis, (start, edge) in enumerate(zip(origin, self.config.sub_volume, strict=True), start=1):
             length = values.shape[axis]
             owner = (torch.arange(length, device=values.device) + start) // edge - start // edge
-            cells = (start + length - 1) // edge - start // edge + 1
-            shape = [*values.shape[:axis], cells, *values.shape[axis + 1 :]]
+            touched = (start + length - 1) // edge - start // edge + 1
+            shape = [*values.shape[:axis], touched, *values.shape[axis + 1 :]]
             values = values.new_zeros(shape).index_add(axis, owner, values)
         return values.flatten(1)
 
 
 def consistency_loss(count: Tensor, locate: Tensor, on_bits: bool = False) -> Tensor:
-    """Equation 5: the number and the locations that are predicted for a sub-volume must agree.
+    """Equation 5: the predicted number and the predicted locations of masked patches must agree in each sub-volume.
 
     Args:
-        count: logits of the number, (N, R, K + 1).
+        count: logits of the number, (N, R, K + 1) for R sub-volumes of K patches.
         locate: logits of the locations, (N, R, K).
-        on_bits: sum thresholded bits instead of probabilities (released code; no gradient for the location head).
+        on_bits: sum thresholded bits instead of probabilities, as the released code does. The location head then has
+            no gradient.
     """
     probabilities = locate.sigmoid()
     bits = probabilities > 0.5
     number_follows = F.cross_entropy(count.flatten(0, 1), bits.sum(dim=2).flatten())
-    total = bits.to(locate.dtype).sum(dim=2) if on_bits else probabilities.sum(dim=2)
-    location_follows = F.mse_loss(total, count.argmax(dim=2).to(total.dtype))
+    located = bits.to(locate.dtype).sum(dim=2) if on_bits else probabilities.sum(dim=2)
+    location_follows = F.mse_loss(located, count.argmax(dim=2).to(located.dtype))
     return (number_follows + location_follows) / 2
 
 
 def contrastive_loss(first: Tensor, second: Tensor, temperature: float) -> Tensor:
-    """Equation 6 over the global batch: two codes of a sample attract, the other 2N - 2 repel.
+    """Equation 6 over the global batch: the two codes of a sample attract, the other 2N - 2 codes repel.
 
     Args:
         first, second: codes of the two encodings, (N, D) each, of this part of the batch.
 
     Raises:
-        ValueError: one sample in the global batch, for which there are no negatives.
+        ValueError: the global batch has one sample, so there are no negatives.
     """
     first, second = gather(first.float()), gather(second.float())
     number = len(first)
@@ -293,9 +304,9 @@ def contrastive_loss(first: Tensor, second: Tensor, temperature: float) -> Tenso
     codes = F.normalize(torch.cat([first, second]), dim=1)
     with torch.autocast(codes.device.type, enabled=False):
         similarity = codes @ codes.T / temperature
-    itself = torch.eye(2 * number, dtype=torch.bool, device=codes.device)
+    diagonal = torch.eye(2 * number, dtype=torch.bool, device=codes.device)
     partner = torch.arange(2 * number, device=codes.device).roll(number)
-    return F.cross_entropy(similarity.masked_fill(itself, float("-inf")), partner)
+    return F.cross_entropy(similarity.masked_fill(diagonal, float("-inf")), partner)
 
 
 def _text(size: Sequence[int]) -> str:

@@ -17,24 +17,28 @@ Image = NDArray[np.float32]
 class ModelsGenesis(Method):
     """Restoration from local shuffling, non-linear intensities, in-painting and out-painting.
 
-    Source: Zhou, Sodha, Pang, Gotway, Liang, "Models Genesis", Medical Image Analysis 67, 2021, sections 2.1-2.3; repository
-    MrGiovanni/ModelsGenesis, whose distributions and order these are: flip (image and target alike), local shuffling,
-    non-linear intensities, then in- or out-painting. Loss: mean squared error over all voxels, through a sigmoid.
+    Source: Zhou, Sodha, Pang, Gotway, Liang, "Models Genesis", Medical Image Analysis 67, 2021, sections 2.1-2.3;
+    repository MrGiovanni/ModelsGenesis. Distributions and order are those of the repository: flip (image and target
+    alike), local shuffling, non-linear intensities, then in-painting or out-painting. The loss is the mean squared error
+    over all voxels, after a sigmoid.
 
-    Several modalities (the published network has one channel): shuffling moves voxels, so all modalities move alike; painting
-    hides a place, so it hides it in all of them, or one modality would show what another hides. Intensities belong to a
-    modality, so each has a curve of its own; so has the noise.
+    The published network has one channel. With several modalities:
+      * Shuffling moves the voxels of all modalities alike.
+      * Painting hides the same box in all modalities. Otherwise one modality would show what another one hides.
+      * Intensities belong to one modality, so each modality has its own curve and its own noise.
 
     Deviations:
-      * AdamW with the harness's schedule instead of SGD (rate 1, momentum 0.9, halved every 40 epochs).
-      * Curves are looked up in a table of 2048 steps (there: interpolated between 100,000 sorted points).
-      * Crops too short for the margin of 3 get a smaller one.
+      * AdamW with the harness's schedule replaces SGD (rate 1, momentum 0.9, halved every 40 epochs).
+      * Curves are looked up in a table of 2048 steps. The repository interpolates between 100,000 sorted points.
+      * Crops that are too short for the margin of 3 voxels get a smaller margin.
     """
 
     name = "models_genesis"
     reference = "Zhou et al. 2021, doi:10.1016/j.media.2020.101840; github.com/MrGiovanni/ModelsGenesis"
 
     class Config(Settings):
+        """Settings of Models Genesis: probabilities of the distortions and number of shuffled windows."""
+
         flip: float = Field(0.4, ge=0, lt=1, description="probability of each of up to three flips; released code")
         shuffle: float = Field(0.5, ge=0, le=1, description="probability of local shuffling; released code")
         windows: PositiveInt = Field(10_000, description="shuffled windows; released code")
@@ -52,27 +56,29 @@ class ModelsGenesis(Method):
 
     @classmethod
     def transform(cls, config: Any) -> Transform:
+        """Distort each crop in the loader's workers."""
         return Distort(config)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`image` distorted and `target` whole, both (N, C, x, y, z) -> `restoration`, mean squared error."""
+        """Distorted `image` and original `target`, both (N, C, x, y, z) -> `restoration`, mean squared error."""
         features = self.backbone.decode(self.backbone.encode(batch["image"]))
         return {"restoration": (self.restore(features).float().sigmoid() - batch["target"]).square().mean()}
 
     def show(self, batch: Batch) -> dict[str, Tensor]:
+        """The original crop, the distorted one, and the restored one."""
         features = self.backbone.decode(self.backbone.encode(batch["image"]))
         restored = self.restore(features).float().sigmoid()
         return {"image": batch["target"], "what it sees": batch["image"], "what it restores": restored}
 
 
 class Distort:
-    """The published pair: the crop (flipped) as target, and what the distortions make of it."""
+    """The published transform: the flipped crop is the target, its distorted copy is the input."""
 
     def __init__(self, config: ModelsGenesis.Config) -> None:
         self.config = config
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """`image` (C, x, y, z) in [0, 1] -> `image` distorted, `target` not."""
+        """`image` (C, x, y, z) in [0, 1] -> distorted `image` and undistorted `target`."""
         config = self.config
         target = np.ascontiguousarray(random_flips(sample["image"], config.flip, rng))
         image = target
@@ -86,7 +92,7 @@ class Distort:
 
 
 def random_flips(image: Image, probability: float, rng: np.random.Generator) -> Image:
-    """(C, x, y, z) flipped along a random axis, up to three times; goes on with `probability`."""
+    """Flip (C, x, y, z) along random axes, up to three times. Each flip happens with `probability`, else flipping ends."""
     for _ in range(3):
         if rng.random() >= probability:
             break
@@ -95,9 +101,9 @@ def random_flips(image: Image, probability: float, rng: np.random.Generator) -> 
 
 
 def shuffle_locally(image: Image, windows: int, rng: np.random.Generator) -> Image:
-    """Windows of up to a tenth of each edge, each filled with a permutation of the original's voxels there.
+    """Permute the voxels of (C, x, y, z) inside random windows, whose edges are up to a tenth of the image's edges.
 
-    Later windows overwrite earlier ones; every window draws from the undistorted (C, x, y, z), not from the result.
+    Later windows overwrite earlier ones. Every window permutes voxels of the original image, not of the result.
     """
     longest = np.maximum(np.asarray(image.shape[1:]) // 10, 1)
     shuffled = image.copy()
@@ -106,15 +112,15 @@ def shuffle_locally(image: Image, windows: int, rng: np.random.Generator) -> Ima
 
 
 def remap_intensities(image: Image, rng: np.random.Generator) -> Image:
-    """Each channel of (C, x, y, z) in [0, 1] through a curve of its own, rising or falling with equal probability."""
+    """Map each channel of (C, x, y, z) in [0, 1] by its own curve, which rises or falls with equal probability."""
     return np.stack([_look_up(channel, random_curve(rng)) for channel in image])
 
 
 def random_curve(rng: np.random.Generator, steps: int = 2048, points: int = 4096) -> Image:
-    """Values of a random curve at `steps` + 1 even places of [0, 1].
+    """Values of a random curve at `steps` + 1 evenly spaced positions in [0, 1].
 
-    A cubic Bezier through (0, 0), two uniform points and (1, 1); its coordinates are sorted, both for a rising curve and
-    the horizontal one only for a falling one, as published.
+    The curve is a cubic Bezier with control points (0, 0), two uniform points and (1, 1). As published, both coordinates
+    are sorted for a rising curve, and only the horizontal coordinate for a falling one.
     """
     basis = _bezier_basis(points)
     inner = rng.random((2, 2))
@@ -127,13 +133,16 @@ def random_curve(rng: np.random.Generator, steps: int = 2048, points: int = 4096
 
 @cache
 def _bezier_basis(points: int) -> NDArray[np.float64]:
-    """Weights of the four control points at `points` places along the curve, (4, points)."""
+    """Weights of the four control points at `points` positions along the curve, (4, points)."""
     t = np.linspace(0, 1, points)
     return np.stack([t**3, 3 * t**2 * (1 - t), 3 * t * (1 - t) ** 2, (1 - t) ** 3])
 
 
 def paint_in(image: Image, rng: np.random.Generator, least: int = 0, most: int = 5) -> Image:
-    """`least` to `most` boxes (going on with probability 0.95) of a sixth to a third of each edge, filled with noise."""
+    """Fill boxes of (C, x, y, z) with noise. The edges of a box are a sixth to a third of the image's edges.
+
+    There are at least `least` and at most `most` boxes. After `least`, each further box follows with probability 0.95.
+    """
     painted, extent = image.copy(), np.asarray(image.shape[1:])
     for number in range(most):
         if number >= least and rng.random() >= 0.95:
@@ -144,7 +153,11 @@ def paint_in(image: Image, rng: np.random.Generator, least: int = 0, most: int =
 
 
 def paint_out(image: Image, rng: np.random.Generator, most: int = 5) -> Image:
-    """Noise everywhere but in one box and up to `most` - 1 more, each of 3/7 to 4/7 of each edge less than the edge."""
+    """Replace (C, x, y, z) by noise outside 1 to `most` boxes.
+
+    Each edge of a box is 3/7 to 4/7 of the image's edge shorter than it. After the first box, each further box follows
+    with probability 0.95.
+    """
     extent = np.asarray(image.shape[1:])
     painted = rng.random(image.shape, dtype=np.float32)
     for number in range(most):
@@ -156,7 +169,7 @@ def paint_out(image: Image, rng: np.random.Generator, most: int = 5) -> Image:
 
 
 def _box(extent: NDArray[Any], size: NDArray[Any], rng: np.random.Generator) -> tuple[slice, ...]:
-    """A box of that size at a random place, three voxels from the border where there is room."""
+    """Slices of a box of this size at a random position, at least three voxels from the border if there is room."""
     margin = np.minimum(3, (extent - size) // 2)
     start = rng.integers(margin, extent - size - margin + 1)
     return (slice(None), *(slice(int(a), int(a + n)) for a, n in zip(start, size, strict=True)))
@@ -164,7 +177,7 @@ def _box(extent: NDArray[Any], size: NDArray[Any], rng: np.random.Generator) -> 
 
 @njit(cache=True, inline="always")
 def _next(state: Any) -> Any:
-    """One step of xorshift64: small and fast, seeded from the sample's own generator."""
+    """One step of xorshift64, which is small and fast. Its seed comes from the sample's own generator."""
     state ^= state << np.uint64(13)
     state ^= state >> np.uint64(7)
     state ^= state << np.uint64(17)
@@ -172,14 +185,18 @@ def _next(state: Any) -> Any:
 
 
 @njit(cache=True, inline="always")
-def _below(state: Any, limit: int) -> Any:
-    """A whole number in 0..limit - 1, from the upper half of the state by multiplication."""
+def _integer_below(state: Any, limit: int) -> Any:
+    """An integer in 0..limit - 1: the upper half of the state, times `limit`, divided by 2^32."""
     return np.int64(((state >> np.uint64(32)) * np.uint64(limit)) >> np.uint64(32))
 
 
 @njit(cache=True)
 def _shuffle(original: Image, shuffled: Image, longest: NDArray[np.int64], windows: int, state: Any) -> None:
-    """Windows are drawn from the last to the first, so that only what no later one overwrites is permuted at all."""
+    """Fill `shuffled` with the permuted windows of `original`.
+
+    Windows are drawn from the last to the first. A voxel that a later window has written already is skipped, so only
+    voxels that stay in the result are permuted.
+    """
     channels, nx, ny, nz = original.shape
     source, target = original.reshape(channels, -1), shuffled.reshape(channels, -1)
     most = longest[0] * longest[1] * longest[2]
@@ -187,31 +204,31 @@ def _shuffle(original: Image, shuffled: Image, longest: NDArray[np.int64], windo
     written = np.zeros(nx * ny * nz, np.bool_)
     for _ in range(windows):
         state = _next(state)
-        a = 1 + _below(state, longest[0])
+        a = 1 + _integer_below(state, longest[0])
         state = _next(state)
-        b = 1 + _below(state, longest[1])
+        b = 1 + _integer_below(state, longest[1])
         state = _next(state)
-        c = 1 + _below(state, longest[2])
+        c = 1 + _integer_below(state, longest[2])
         state = _next(state)
-        x = _below(state, nx - a + 1)
+        x = _integer_below(state, nx - a + 1)
         state = _next(state)
-        y = _below(state, ny - b + 1)
+        y = _integer_below(state, ny - b + 1)
         state = _next(state)
-        z = _below(state, nz - c + 1)
+        z = _integer_below(state, nz - c + 1)
         count = free = 0
         for i in range(x, x + a):
             for j in range(y, y + b):
                 first = (i * ny + j) * nz + z
-                for place in range(first, first + c):
-                    order[count] = place
+                for voxel in range(first, first + c):
+                    order[count] = voxel
                     count += 1
-                    if not written[place]:
-                        vacant[free] = place
+                    if not written[voxel]:
+                        vacant[free] = voxel
                         free += 1
         for number in range(free):
-            # The first steps of a Fisher-Yates shuffle: as many draws without replacement as there are vacancies.
+            # The first steps of a Fisher-Yates shuffle: one draw without replacement for every vacant voxel.
             state = _next(state)
-            other = number + _below(state, count - number)
+            other = number + _integer_below(state, count - number)
             drawn = order[other]
             order[other] = order[number]
             written[vacant[number]] = True
@@ -221,13 +238,13 @@ def _shuffle(original: Image, shuffled: Image, longest: NDArray[np.int64], windo
 
 @njit(cache=True)
 def _look_up(channel: Image, curve: Image) -> Image:
-    """(x, y, z) in [0, 1] through the curve, linear between its steps."""
+    """Map (x, y, z) in [0, 1] by the curve, with linear interpolation between its steps."""
     last = len(curve) - 1
     mapped = np.empty_like(channel)
     source, target = channel.ravel(), mapped.ravel()
     for index in range(source.size):
-        place = min(max(source[index], np.float32(0)), np.float32(1)) * last
-        step = min(int(place), last - 1)
-        share = place - step
+        position = min(max(source[index], np.float32(0)), np.float32(1)) * last
+        step = min(int(position), last - 1)
+        share = position - step
         target[index] = curve[step] * (1 - share) + curve[step + 1] * share
     return mapped

@@ -16,9 +16,9 @@ from harness import Backbone, Method, Settings, Triple, UserError, inflate
 
 CONTAINERS = ("state_dict", "model", "model_state_dict", "network_weights", "net")
 PREFIXES = ("module.", "model.", "backbone.")
-LONGEST_KEY = 1000  # prefixes are taken off one by one
-# TransVW's checkpoint holds its best loss as a NumPy number, under the name that NumPy's module had then. Numbers only:
-# arrays can hold objects.
+LONGEST_KEY = 1000  # characters; prefixes are removed one by one, which takes long for longer keys
+# TransVW's checkpoint holds its best loss as a NumPy number, under the former name of NumPy's module. Only numbers are
+# allowed here, because NumPy arrays can hold objects.
 _NUMBER = np.float64(0).__reduce__()[0]
 NUMBERS: list[Any] = [
     (_NUMBER, "numpy.core.multiarray.scalar"),
@@ -30,16 +30,16 @@ NUMBERS: list[Any] = [
 class Official(Method):
     """Published weights instead of pre-training, as the paper does for Models Genesis and TransVW.
 
-    Source: HybridMIM, section IV-B ("as ModelGenesis and TransVW officially release their pre-trained model weights, we skip
-    the pre-training step"). Reads, never executes:
+    Source: HybridMIM, section IV-B ("as ModelGenesis and TransVW officially release their pre-trained model weights, we
+    skip the pre-training step"). It reads these files and executes nothing in them:
       * Models Genesis' `Genesis_Chest_CT.pt` and TransVW's PyTorch checkpoint, for backbone `genesis_unet3d`;
-      * MONAI's self-supervised SwinUNETR encoder (`module.` or `swin_vit.` prefixes, `mlp.fc1` names) and whole SwinUNETR
-        state dicts, for backbone `swinunetr`;
+      * MONAI's self-supervised SwinUNETR encoder (`module.` or `swin_vit.` prefixes, `mlp.fc1` names) and whole
+        SwinUNETR state dicts, for backbone `swinunetr`;
       * state dicts of MONAI's BasicUNet, SegResNet and UNETR, for `unet`, `segresnet` and `unetr`;
       * `weights.safetensors` of any run or pre-training of this harness.
 
-    Key names are turned into the backbone's by removing wrappers and by the backbone's own `aliases`. Everything that is not
-    loaded is reported; where less than half of the encoder's parameters would be loaded, that is an error.
+    Prefixes are removed from key names, and the backbone's `aliases` translate them. Every tensor that is not loaded is
+    reported. It is an error if less than half of the encoder's parameters can be loaded.
     """
 
     name = "official"
@@ -47,6 +47,8 @@ class Official(Method):
     trains = ()
 
     class Config(Settings):
+        """Settings of `official`: the file of weights, and how its first convolution is used."""
+
         weights: FilePath = Field(description="checkpoint (.pt, .pth, ... or .safetensors)")
         inflate_stem: bool = Field(
             False,
@@ -57,40 +59,44 @@ class Official(Method):
 
     @classmethod
     def example(cls, backbone: Backbone, folder: Path) -> dict[str, Any]:
+        """Write the backbone's own encoder and decoder to `folder`, as weights for the conformance checks."""
         path = folder / "example.safetensors"
         save_file(backbone.part_weights(("encoder", "decoder")), path)
         return {"weights": path}
 
     def check(self, crop: Triple, batch_size: int) -> None:
+        """Raise UserError if the weights cannot be used. See `weights`."""
         self.weights()
 
     def weights(self) -> dict[str, Tensor]:
-        """The file's tensors under the backbone's names, those included that do not fit (the transfer reports them).
+        """The file's tensors under the backbone's names. Tensors that do not fit are included; the transfer reports them.
 
         Raises:
-            UserError: the file is no state dict, holds more than tensors, or gives less than half of the encoder.
+            UserError: the file is no state dict, holds more than tensors, holds a value that is not finite, or gives
+                less than half of the encoder.
         """
         own = self.backbone.state_dict()
-        found = {self._rename(key, own): value for key, value in read_state_dict(self.config.weights).items()}
+        weights = {self._rename(key, own): value for key, value in read_state_dict(self.config.weights).items()}
         if self.config.inflate_stem:
-            found = {key: inflate(value, own[key].shape) if key in own else value for key, value in found.items()}
+            weights = {key: inflate(value, own[key].shape) if key in own else value for key, value in weights.items()}
         encoder = {
             key: parameter.numel()
             for key, parameter in self.backbone.named_parameters()
             if self.backbone.part_of(key) == "encoder"
         }
-        fits = {key for key, value in found.items() if key in own and own[key].shape == value.shape}
+        fits = {key for key, value in weights.items() if key in own and own[key].shape == value.shape}
         share = sum(number for key, number in encoder.items() if key in fits) / sum(encoder.values())
-        broken = [key for key in sorted(fits) if not torch.isfinite(found[key].float()).all()]
+        broken = [key for key in sorted(fits) if not torch.isfinite(weights[key].float()).all()]
         if broken:
             raise UserError(
                 f"method.weights={self.config.weights}: {broken[0]} is not finite ({len(broken)} tensors): give other weights"
             )
         if share < 0.5:
-            raise UserError(self._refusal(share, [key for key in encoder if key not in fits], found, own))
-        return found
+            raise UserError(self._refusal(share, [key for key in encoder if key not in fits], weights, own))
+        return weights
 
     def _rename(self, key: str, own: dict[str, Tensor]) -> str:
+        """The backbone's name for a key of the file; `own` is the backbone's state dict."""
         stripped = True
         while key not in own and stripped:
             stripped = False
@@ -103,31 +109,33 @@ class Official(Method):
             key = re.sub(pattern, replacement, key)
         return key
 
-    def _refusal(self, share: float, missing: list[str], found: dict[str, Tensor], own: dict[str, Tensor]) -> str:
-        shown = [
-            f"{key} is {tuple(found[key].shape)} there and {tuple(own[key].shape)} here"
-            if key in found
+    def _refusal(self, share: float, missing: list[str], weights: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+        """The text of the error for weights that give only `share` of the encoder."""
+        examples = [
+            f"{key} is {tuple(weights[key].shape)} there and {tuple(own[key].shape)} here"
+            if key in weights
             else f"{key} is not there"
             for key in missing[:3]
         ]
-        foreign = [key for key in found if key not in own][:3]
+        foreign = [key for key in weights if key not in own][:3]
         stem = any(
-            key in found and found[key].shape[:1] + found[key].shape[2:] == own[key].shape[:1] + own[key].shape[2:]
+            key in weights
+            and weights[key].shape[:1] + weights[key].shape[2:] == own[key].shape[:1] + own[key].shape[2:]
             for key in missing
         )
         hint = "; method.inflate_stem=true repeats a stem of one channel for all modalities" if stem else ""
         return (
             f"method.weights={self.config.weights} gives {share:.0%} of the encoder of backbone {self.backbone.name!r}, at "
-            f"least 50% are needed: {'; '.join(shown)}; unknown in the file: {', '.join(foreign) or 'nothing'}: choose the "
+            f"least 50% are needed: {'; '.join(examples)}; unknown in the file: {', '.join(foreign) or 'nothing'}: choose the "
             f"backbone, and its settings, that the weights were made for{hint}"
         )
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors by name, from safetensors or a PyTorch checkpoint, without executing anything in it.
+    """Tensors by name, from a safetensors file or a PyTorch checkpoint. Nothing in the file is executed.
 
     Raises:
-        UserError: the file cannot be read so, unpacks to more than the memory that is free, or holds no tensors.
+        UserError: the file cannot be read this way, unpacks to more than the free memory, or holds no tensors.
     """
     try:
         _check_size(path)
@@ -137,14 +145,14 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    # Foreign bytes make the readers raise nearly anything; whatever it is, the file is what is wrong.
+    # The readers raise errors of nearly any class for foreign bytes. In every case the file is at fault.
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
             f"method.weights={path} cannot be read as weights, {type(error).__name__}: {reason}; give a .safetensors file or "
             "a PyTorch checkpoint that holds tensors only (saving its state_dict alone makes one)"
         ) from None
-    for _ in range(3):  # a few wrappers at most; a file may even contain itself
+    for _ in range(3):  # checkpoints have few wrappers; without a limit, a dict that contains itself would never end
         if not isinstance(content, dict) or any(isinstance(value, Tensor) for value in content.values()):
             break
         content = next((content[name] for name in CONTAINERS if isinstance(content.get(name), dict)), {})
@@ -158,7 +166,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def _check_size(path: Path) -> None:
-    """Raises UserError for a checkpoint whose members, which may be compressed, take more than the memory that is free."""
+    """Raise UserError if the members of a zipped checkpoint, once decompressed, need more than the free memory."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as packed:
@@ -170,7 +178,7 @@ def _check_size(path: Path) -> None:
 
 
 def _usable(value: Any) -> bool:
-    """Dense tensors with values only; what is left out is reported as not there."""
+    """Whether this is a dense tensor with values. All others are left out and later reported as missing."""
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided

@@ -15,20 +15,25 @@ PLANES = ((0, 1), (0, 2), (1, 2))
 class SwinUNETRSSL(Method):
     """Inpainting of cut-out boxes, 4-way rotation and contrast of two views, all from the encoder.
 
-    Source: Tang, Yang, Li, Roth, Landman, Xu, Nath, Hatamizadeh, "Self-Supervised Pre-Training of Swin Transformers for 3D
-    Medical Image Analysis", CVPR 2022, arXiv:2111.14791, section 3.2; Project-MONAI/research-contributions, SwinUNETR/Pretrain.
-    Two views of a crop are each rotated by a random quarter turn and cut out; L1 between the restored and the rotated view
-    over all voxels (equation 5), cross-entropy of the turn (equation 6), InfoNCE of 512-d codes at temperature 0.5
-    (equation 7, all other codes of the batch are negatives); weights 1, 1, 1 (equation 8).
+    Source: Tang, Yang, Li, Roth, Landman, Xu, Nath, Hatamizadeh, "Self-Supervised Pre-Training of Swin Transformers for
+    3D Medical Image Analysis", CVPR 2022, arXiv:2111.14791, section 3.2; repository
+    Project-MONAI/research-contributions, SwinUNETR/Pretrain. Each crop gives two views. Each view is rotated by a random
+    number of quarter turns, then boxes are cut out of it. The terms have weight 1 each (equation 8):
+      * L1 between the restored and the rotated view over all voxels (equation 5);
+      * cross-entropy of the number of turns (equation 6);
+      * InfoNCE of 512-d codes at temperature 0.5 (equation 7); all other codes of the batch are negatives.
 
-    Defaults: 30 % of the voxels cut out (section 4.1), boxes of 5 % to a quarter of each edge (released code).
+    Defaults: 30 % of the voxels are cut out (section 4.1), by boxes of 5 % to a quarter of each edge (released code).
     Deviations:
-      * The paper turns about the z axis; here in the first of the planes xy, xz, yz whose edges are equal in the crop.
-      * Always 30 % are cut out, as the paper says (released code: a share drawn from 0 to 0.3 for each view). Boxes are filled
-        with uniform noise (there: normal noise scaled to [0, 1], and pieces of other crops).
-      * Inpainting head: one transposed convolution of kernel and stride 32, which is the released `large_kernel_deconv`;
-        the released default is five upsampling steps. Codes are spatial means, there a pooled token.
-      * The crop's own intensities are the target; the paper has no further augmentation either.
+      * The paper rotates about the z axis. Here the rotation is in the first of the planes xy, xz, yz whose two edges are
+        equal in the crop.
+      * The cut-out share is always 30 %, as the paper says. The released code draws it from 0 to 0.3 for each view.
+      * Boxes are filled with uniform noise. The released code fills them with normal noise scaled to [0, 1], and with
+        pieces of other crops.
+      * The inpainting head is one transposed convolution of kernel and stride 32, the released `large_kernel_deconv`.
+        The released default has five upsampling steps.
+      * Codes are spatial means. In the released code they are a pooled token.
+      * The target is the crop with its own intensities. The paper has no further augmentation either.
     """
 
     name = "swinunetr_ssl"
@@ -36,6 +41,8 @@ class SwinUNETRSSL(Method):
     trains = ("encoder",)
 
     class Config(Settings):
+        """Settings of Swin UNETR's pretext tasks: weight of each term, cut-out boxes, contrast."""
+
         inpainting: float = Field(1.0, ge=0, description="weight; 0 switches it off; equation 8")
         rotation: float = Field(1.0, ge=0, description="weight; 0 switches it off; equation 8")
         contrastive: float = Field(1.0, ge=0, description="weight; 0 switches it off; equation 8")
@@ -55,7 +62,7 @@ class SwinUNETRSSL(Method):
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(config, backbone)
         deepest = backbone.channels[-1]
-        # A head exists only where a term uses it: an unused one would be a dead parameter under DDP.
+        # Each head exists only if a loss term uses it. Unused parameters are an error under DDP.
         if config.inpainting:
             self.restore = VoxelHead(backbone)
         if config.rotation:
@@ -64,6 +71,7 @@ class SwinUNETRSSL(Method):
             self.project = nn.Linear(deepest, config.projection)
 
     def check(self, crop: Triple, batch_size: int) -> None:
+        """Raise UserError if no plane can be rotated, no term is switched on, or the contrast has no negatives."""
         config = self.config
         plane(crop)
         if not (config.inpainting or config.rotation or config.contrastive):
@@ -77,7 +85,7 @@ class SwinUNETRSSL(Method):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`image` (N, C, x, y, z) -> the weighted terms of equation 8 that are switched on."""
         config, image = self.config, batch["image"]
-        # The two views of a crop are neighbours: a part of a batch has the rows that the whole batch would have.
+        # The two views of a crop are adjacent rows. So a part of the batch has the same rows as in the whole batch.
         twice = image.repeat_interleave(2, dim=0)
         turns = random_integers(0, 3, (len(twice),), image.device, self.generator)
         views = rotate(twice, turns)
@@ -95,16 +103,17 @@ class SwinUNETRSSL(Method):
         return terms
 
     def show(self, batch: Batch) -> dict[str, Tensor]:
+        """The rotated image, the image with boxes cut out, and the restored image if the inpainting term is on."""
         image = batch["image"]
         views = rotate(image, random_integers(0, 3, (len(image),), image.device, self.generator))
         hidden = self.hide(views)
-        shown = {"image": views, "what it sees": hidden}
+        images = {"image": views, "what it sees": hidden}
         if not self.config.inpainting:
-            return shown
-        return {**shown, "what it restores": self.restore(self.backbone.encode(hidden)[-1])}
+            return images
+        return {**images, "what it restores": self.restore(self.backbone.encode(hidden)[-1])}
 
     def hide(self, views: Tensor) -> Tensor:
-        """Views (N, C, x, y, z) with boxes of noise, as many as cover `cut_out` of the voxels, counted as they come."""
+        """Views (N, C, x, y, z) -> the same with boxes of noise. Boxes are added until they cover `cut_out` of the voxels."""
         config, extent, device = self.config, views.shape[2:], views.device
         shape = (len(views), config.boxes)
         sizes = [random_integers(*self._edges(length), shape, device, self.generator) for length in extent]
@@ -114,7 +123,7 @@ class SwinUNETRSSL(Method):
         ]
         size, start = torch.stack(sizes, dim=-1), torch.stack(starts, dim=-1)
         volume = size.prod(dim=-1)
-        # Expected cover of boxes at random places, which may overlap: 1 - product of (1 - share).
+        # Boxes may overlap. The expected cover of boxes at random positions is 1 - product of (1 - share of a box).
         covered = 1 - (1 - volume / views[0, 0].numel()).cumprod(dim=1)
         needed = torch.cat([torch.ones_like(covered[:, :1]), covered[:, :-1] < config.cut_out], dim=1)
         mask = any_box(start, start + size * needed.long()[..., None], extent)
@@ -122,12 +131,13 @@ class SwinUNETRSSL(Method):
         return torch.where(mask, noise, views)
 
     def _edges(self, length: int) -> tuple[int, int]:
+        """Shortest and longest edge of a box in voxels, for an axis of this length."""
         shortest, longest = (max(1, round(share * length)) for share in (self.config.shortest, self.config.longest))
         return min(shortest, longest), longest
 
 
 def plane(crop: Triple) -> tuple[int, int]:
-    """The first plane whose edges are equal. Raises UserError where there is none."""
+    """The first pair of axes whose edges are equal. Raises UserError if there is none."""
     for a, b in PLANES:
         if crop[a] == crop[b]:
             return a, b
@@ -138,11 +148,11 @@ def plane(crop: Triple) -> tuple[int, int]:
 
 
 def rotate(image: Tensor, turns: Tensor) -> Tensor:
-    """Each sample (C, x, y, z) by its own number of quarter turns, (N,) in 0..3, without waiting for the device."""
+    """Rotate each sample of (N, C, x, y, z) by its number of quarter turns, (N,) in 0..3. Does not wait for the device."""
     x, y, z = image.shape[2:]
     a, b = plane((x, y, z))
-    which = turns.view(-1, 1, 1, 1, 1)
+    of_sample = turns.view(-1, 1, 1, 1, 1)
     turned = image
     for number in (1, 2, 3):
-        turned = torch.where(which == number, image.rot90(number, (a + 2, b + 2)), turned)
+        turned = torch.where(of_sample == number, image.rot90(number, (a + 2, b + 2)), turned)
     return turned

@@ -32,31 +32,41 @@ from methods.models_genesis import paint_in, paint_out, remap_intensities, shuff
 
 Image = NDArray[np.float32]
 ATTEMPTS = 200  # random coordinates tried for a word, as published
-SCALES = 3  # each instance comes at its own size and at two larger ones, as published
+SCALES = 3  # each instance is sampled at its own size and at two larger ones, as published
 
 
 class TransVW(Method):
     """Transferable visual words: the whole method, self-discovery, self-classification and self-restoration.
 
-    Source: Haghighi, Hosseinzadeh Taher, Zhou, Gotway, Liang, "Transferable Visual Words: Exploiting the Semantics of Anatomical
-    Patterns for Self-supervised Learning", IEEE TMI 2021, arXiv:2102.10680, sections II-A to II-C; repository
-    fhaghighi/TransVW. Discovery: an autoencoder gives each volume a code; a reference volume is drawn and its nearest volumes
-    are taken; crops of all of them at one random coordinate are the instances of a word, the coordinate is its class.
-    Pretext: elastic deformation, then one of shuffling (5 windows), non-linear intensities, in-painting or out-painting (one
-    box each), 0.25 each; 1 * MSE of the restored and the undistorted crop + 0.01 * cross-entropy of the word.
+    Source: Haghighi, Hosseinzadeh Taher, Zhou, Gotway, Liang, "Transferable Visual Words: Exploiting the Semantics of
+    Anatomical Patterns for Self-supervised Learning", IEEE TMI 2021, arXiv:2102.10680, sections II-A to II-C; repository
+    fhaghighi/TransVW.
 
-    Not copied from the released code: a `repeated` flag that is never reset, the last instance of each fold that is lost, a
-    border of 100 voxels that few volumes satisfy.
+    Discovery: an autoencoder computes a code for each volume. A reference volume is drawn, and the volumes with the
+    nearest codes are added to it. Their crops at one random coordinate are the instances of a word. The coordinate is
+    the class of the word.
+
+    Pretext task: elastic deformation, then one of four distortions with probability 0.25 each: shuffling (5 windows),
+    non-linear intensities, in-painting (one box), out-painting (one box). The loss is 1 * MSE of the restored and the
+    undistorted crop + 0.01 * cross-entropy of the word.
+
+    Three points of the released code are not copied: a `repeated` flag is never reset, the last instance of each fold is
+    lost, and few volumes satisfy its border of 100 voxels.
     Deviations:
-      * Words are crops of `extent` voxels, resized to the training crop; by default at most half of the smallest volume
-        along each axis, so that small volumes have words at all. Fewer coordinates give fewer words, which is reported.
-      * Larger cubes and jitter are in proportion to `extent` (there 50..79 and -10..9 voxels of 64, in the plane), drawn anew
-        for each sample (there once) and moved back into the volume (there redrawn).
-      * Coordinates are kept where at least a tenth of the reference's crop is not background (there a rule for lungs).
-      * Once every volume has been a reference, they may be again (there that ends discovery).
-      * The autoencoder has four strided convolutions to 512 channels on the volume resized to 64^3; the code is their mean.
-      * AdamW with the harness's schedule instead of Adam.
-    Several modalities: deformation, windows and boxes are shared, intensities are each modality's own, as in Models Genesis.
+      * Words are crops of `extent` voxels, resized to the training crop. The default extent is at most half of the
+        smallest volume along each axis, so that small volumes have words at all. If fewer coordinates are found, there
+        are fewer words, which is reported.
+      * Larger cubes and jitter are proportional to `extent` (released code: 50..79 and -10..9 voxels of 64, in the
+        plane). They are drawn for each sample and moved back into the volume. The released code draws them once, and
+        redraws those that leave the volume.
+      * A coordinate is used if at least a tenth of the reference's crop is not background. The released code has a rule
+        for lungs.
+      * A volume may be a reference again, once all volumes have been one. In the released code discovery ends then.
+      * The autoencoder has four strided convolutions to 512 channels, on the volume resized to 64^3. The code is the
+        spatial mean of these channels.
+      * AdamW with the harness's schedule replaces Adam.
+    Several modalities share deformation, windows and boxes. Each modality has its own intensity curve, as in Models
+    Genesis.
     """
 
     name = "transvw"
@@ -67,6 +77,8 @@ class TransVW(Method):
     }
 
     class Config(Settings):
+        """Settings of TransVW: words and how they are discovered, elastic deformation, weights of the terms."""
+
         words: int = Field(44, ge=2, description="classes sought; released pre-training")
         instances: int = Field(200, ge=2, description="volumes per word, at most all; released code")
         distance: float = Field(
@@ -92,15 +104,20 @@ class TransVW(Method):
         self.trains = ("encoder", "decoder") if config.restoration else ("encoder",)
         if config.restoration:
             self.restore = nn.Conv3d(backbone.width, backbone.in_channels, kernel_size=1)
-        # Made for the words that are sought; `prepare` makes it anew where there are fewer.
+        # This head has one output per word sought. `prepare` replaces it if it discovers fewer words.
         self.classify = WordHead(backbone.channels[-1], config.hidden, config.words)
 
     @classmethod
     def transform(cls, config: Any) -> Transform:
+        """Distort each crop in the loader's workers."""
         return Perturb(config)
 
     def prepare(self, volumes: Sequence[VolumeSource], preparation: Preparation) -> Sequence[Source]:
-        """Discover the words; what is sampled afterwards are their instances."""
+        """Discover the words. Returns their instances, from which pre-training samples.
+
+        Raises:
+            UserError: fewer than two volumes, or fewer than two words.
+        """
         config = self.config
         if len(volumes) < 2:
             raise UserError(
@@ -138,7 +155,7 @@ class TransVW(Method):
         ]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`image` distorted, `target` (N, C, x, y, z) and `word` (N,) -> `restoration` and `classification`."""
+        """Distorted `image` and `target` (N, C, x, y, z), `word` (N,) -> `restoration` and `classification`."""
         config = self.config
         pyramid = self.backbone.encode(batch["image"])
         logits = self.classify(pyramid[-1]).float()
@@ -149,13 +166,15 @@ class TransVW(Method):
         return terms
 
     def show(self, batch: Batch) -> dict[str, Tensor]:
-        shown = {"image": batch["target"], "what it sees": batch["image"]}
+        """The original crop, the distorted one, and the restored one if the restoration term is on."""
+        images = {"image": batch["target"], "what it sees": batch["image"]}
         if not self.config.restoration:
-            return shown
+            return images
         restored = self.restore(self.backbone.decode(self.backbone.encode(batch["image"]))).float().sigmoid()
-        return {**shown, "what it restores": restored}
+        return {**images, "what it restores": restored}
 
     def _extent(self, volumes: Sequence[VolumeSource], crop: Triple) -> Triple:
+        """Extent of a word in voxels: the setting, or the crop limited to half of the smallest volume."""
         if self.config.extent is not None:
             return self.config.extent
         smallest = np.min([volume.shape for volume in volumes], axis=0)
@@ -165,6 +184,7 @@ class TransVW(Method):
     def _discover(
         self, volumes: Sequence[VolumeSource], extent: Triple, preparation: Preparation
     ) -> list[dict[str, Any]]:
+        """Train the autoencoder, compute the code of every volume, and discover the words."""
         config = self.config
         whole = [Whole(volume) for volume in volumes]
         autoencoder = Autoencoder(self.backbone.in_channels)
@@ -196,20 +216,22 @@ def discover_words(
 
     Args:
         codes: one row per volume.
-        extent: of a word in voxels; it lies inside all the volumes of its word.
-        distance: least Euclidean distance of two coordinates in voxels.
+        extent: size of a word in voxels. It fits in all volumes of the word.
+        number: words sought.
+        instances: most volumes per word.
+        distance: least Euclidean distance between two coordinates in voxels.
     """
     shapes = np.array([volume.shape for volume in volumes])
     nearest = cdist(codes, codes).argsort(axis=1, kind="stable")
     words: list[dict[str, Any]] = []
     references: list[int] = []
-    failures = 0  # in a row: once no volume has served as reference, there is nothing more to find
+    failures = 0  # consecutive references without a word; when every volume has failed, discovery ends
     while len(words) < number and failures < len(volumes):
         if not references:
             references = [int(index) for index in rng.permutation(len(volumes))]
         reference = references.pop()
         failures += 1
-        # Volumes of equal code are at distance 0 as well: the reference comes first all the same.
+        # Other volumes with an equal code are at distance 0 as well, so the reference is put first explicitly.
         order = [reference, *(int(index) for index in nearest[reference] if index != reference)]
         members = [index for index in order if (shapes[index] >= extent).all()][:instances]
         if len(members) < 2 or members[0] != reference:
@@ -231,11 +253,12 @@ def _free_coordinate(
     distance: float,
     rng: np.random.Generator,
 ) -> list[int] | None:
+    """A random coordinate at least `distance` voxels from those `taken` and not in background. None after `ATTEMPTS`."""
     for _ in range(ATTEMPTS):
         coordinate = rng.integers(0, room + 1)
         if len(taken) and cdist(taken, coordinate[None]).min() < distance:
             continue
-        # Prepared intensities begin above 0.001, which stands for background and for the lowest of a window.
+        # The value 0.001 of preprocessed images stands for background and for the lower end of the intensity window.
         if (reference.crop(coordinate.tolist(), extent) > 0.002).mean() >= 0.1:
             return [int(value) for value in coordinate]
     return None
@@ -243,7 +266,15 @@ def _free_coordinate(
 
 @dataclass(frozen=True)
 class Instance:
-    """One volume's crop at a word's coordinate, at its own size (scale 0) or larger and shifted."""
+    """The crop of one volume at the coordinate of a word.
+
+    Attributes:
+        volume: the volume that is cropped.
+        word: class of the word.
+        coordinate: origin of the crop in voxels.
+        extent: size of the crop in voxels.
+        scale: 0 for exactly this crop, 1 or 2 for a larger and shifted one.
+    """
 
     volume: VolumeSource
     word: int
@@ -252,14 +283,14 @@ class Instance:
     scale: int
 
     def sample(self, size: Triple, rng: np.random.Generator) -> dict[str, Any]:
-        """`image` (C, *size) and `word`; zeros where a larger cube does not fit the volume."""
+        """`image` (C, *size) and `word`. A larger cube that does not fit the volume is padded with zeros."""
         origin, extent = np.array(self.coordinate), np.array(self.extent)
         if self.scale:
-            # 50..79 and -10..9 of 64 voxels in the plane, as published.
+            # Published values: edges of 50..79 and shifts of -10..9 voxels, in the plane, for words of 64 voxels.
             larger = extent[:2] * rng.integers(50, 80) / 64
             shift = extent[:2] * rng.integers(-10, 10, size=2) / 64
             extent[:2], origin[:2] = np.maximum(1, np.round(larger)), origin[:2] + np.round(shift).astype(int)
-            # Back inside, as published cubes are; padding would tell where the word lies.
+            # The cube is moved back into the volume, as published cubes lie inside. Padding would reveal the position.
             origin = np.clip(origin, 0, np.maximum(0, np.array(self.volume.shape) - extent))
         crop = self.volume.crop(origin.tolist(), extent.tolist())
         return {"image": resize(crop, size), "word": np.int64(self.word)}
@@ -267,17 +298,17 @@ class Instance:
 
 @dataclass(frozen=True)
 class Whole:
-    """A whole volume, resized: what the autoencoder sees."""
+    """A whole volume, resized: the input of the autoencoder."""
 
     volume: VolumeSource
 
     def sample(self, size: Triple, rng: np.random.Generator) -> dict[str, Any]:
-        """`image` (C, *size)."""
+        """The volume as `image` (C, *size)."""
         return {"image": resize(self.volume.image, size)}
 
 
 class Autoencoder(nn.Module):
-    """Volumes (N, C, x, y, z) to codes of 512 numbers, trained to restore them."""
+    """Encodes volumes (N, C, x, y, z) as codes of 512 numbers; trained to restore the volumes."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
@@ -294,6 +325,7 @@ class Autoencoder(nn.Module):
         )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """`image` (N, C, x, y, z) -> `restoration`, mean squared error."""
         image = batch["image"]
         restored = F.interpolate(self.decoder(self.encoder(image)).float(), size=image.shape[2:])
         return {"restoration": (restored - image).square().mean()}
@@ -302,7 +334,7 @@ class Autoencoder(nn.Module):
     def codes(self, volumes: Sequence[Source], size: Triple, device: torch.device) -> NDArray[np.float32]:
         """One code per volume, (volumes, 512)."""
         self.eval()
-        rng = np.random.default_rng(0)  # whole volumes draw nothing
+        rng = np.random.default_rng(0)  # required by `sample`; whole volumes draw nothing
         rows = []
         for volume in volumes:
             image = torch.from_numpy(volume.sample(size, rng)["image"])[None].to(device)
@@ -320,6 +352,7 @@ class WordHead(nn.Module):
         self.linear = nn.Linear(hidden, words)
 
     def forward(self, deepest: Tensor) -> Tensor:
+        """Deepest features (N, channels, x, y, z) -> logits (N, words)."""
         logits: Tensor = self.linear(F.relu(self.norm(self.conv(deepest))).mean(dim=(2, 3, 4)))
         return logits
 
@@ -331,7 +364,7 @@ class Perturb:
         self.config = config
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """`image` (C, x, y, z) in [0, 1] -> `image` distorted, `target` not; `word` as it came."""
+        """`image` (C, x, y, z) in [0, 1] -> distorted `image` and undistorted `target`; `word` is unchanged."""
         target = image = np.ascontiguousarray(sample["image"])
         if self.config.elastic_alpha:
             image = deform(image, self.config.elastic_alpha, self.config.elastic_sigma, rng)
@@ -348,16 +381,17 @@ class Perturb:
 
 
 def deform(image: Image, alpha: float, sigma: float, rng: np.random.Generator) -> Image:
-    """Elastic deformation in the plane of the first two axes; linear interpolation, reflected at the border.
+    """Elastic deformation of (C, x, y, z) in the plane of the first two axes.
 
-    Displacements are noise in -1..1, Gaussian-filtered with `sigma` voxels and zeros outside, times `alpha`, in voxels.
+    The displacements in voxels are noise in -1..1, Gaussian-filtered with `sigma` voxels and zero padding, times `alpha`.
+    Intensities are interpolated linearly and reflected at the border.
     """
     extent = image.shape[1:]
     filters = [_gaussian(length, sigma) for length in extent]
     fields = []
     for _ in range(2):
         noise = rng.random(extent, dtype=np.float32) * 2 - 1
-        # The filter is separable, and a matrix product per axis is far quicker than 65 taps.
+        # The filter is separable. One matrix product per axis is much faster than a convolution with 65 taps.
         smooth = filters[0] @ noise.reshape(extent[0], -1)
         smooth = np.matmul(filters[1], smooth.reshape(extent)) @ filters[2].T
         fields.append(np.ascontiguousarray(smooth * np.float32(alpha), dtype=np.float32))
@@ -371,17 +405,18 @@ def _gaussian(length: int, sigma: float) -> Image:
 
 
 @njit(cache=True)
-def _reflect(place: float, length: int) -> float:
-    """Fold a place into -0.5..length - 0.5, as scipy's mode "reflect" does; then to the voxels there are."""
+def _reflect(position: float, length: int) -> float:
+    """Reflect a position into -0.5..length - 0.5, as scipy's mode "reflect" does, then clip it to 0..length - 1."""
     period = 2.0 * length
-    place = (place + 0.5) % period
-    if place >= length:
-        place = period - place
-    return min(max(place - 0.5, 0.0), length - 1.0)
+    position = (position + 0.5) % period
+    if position >= length:
+        position = period - position
+    return min(max(position - 0.5, 0.0), length - 1.0)
 
 
 @njit(cache=True)
 def _warp(image: Image, down: Image, across: Image) -> Image:
+    """Sample (C, x, y, z) at positions displaced by `down` along x and by `across` along y, both (x, y, z) in voxels."""
     channels, nx, ny, nz = image.shape
     warped = np.empty_like(image)
     for i in range(nx):
@@ -399,7 +434,7 @@ def _warp(image: Image, down: Image, across: Image) -> Image:
 
 
 def resize(image: Image, size: Triple) -> Image:
-    """(C, x, y, z) -> (C, *size) over the same box, trilinear."""
+    """(C, x, y, z) -> (C, *size), trilinear. The box in space stays the same."""
     if image.shape[1:] == tuple(size):
         return image
     resized: Image = F.interpolate(torch.from_numpy(image)[None], size=size, mode="trilinear", align_corners=False)[

@@ -12,18 +12,18 @@ class UNetFormer(Method):
 
     Source: Hatamizadeh, Xu, Yang, Li, Roth, Xu, "UNetFormer: A Unified Vision Transformer Model and Pre-Training
     Framework for 3D Medical Image Segmentation", arXiv:2204.00631; HybridMIM (section II-C) compares with it and
-    describes the whole structure, encoder and decoder, as reconstructing the masked sub-volumes: that is the default.
+    says that the whole structure, encoder and decoder, reconstructs the masked sub-volumes. That is the default here.
     (HybridMIM's reference [15] names another UNetFormer by mistake.) `encoder_only` pre-trains the encoder alone, with
-    one layer on the deepest features, as the paper's abstract can be read.
+    one layer on the deepest features. The paper's abstract can be read that way.
 
-    The code is no longer public. From third-party summaries, not checked against it: mask ratio 0.4, mask patch 16, a
-    learnable mask token, L1 on masked voxels as in SimMIM.
+    The code is no longer public. These settings come from third-party summaries and could not be checked against it:
+    mask ratio 0.4, mask patch 16, a learnable mask token, L1 on masked voxels as in SimMIM.
 
     Deviations:
-      * The backbone is whichever is asked for; the paper's own is a 3D Swin encoder with decoders of its own.
-      * Networks without an embedding of patches (convolutional ones) get the token in the place of masked voxels.
-      * Deep supervision (weights 1 / 0.5 / 0.25 in its fine-tuning) is left out: fine-tuning is the same for all
-        methods here.
+      * Any backbone can be used. The paper uses its own 3D Swin encoder with its own decoders.
+      * Networks without a patch embedding (convolutional ones) get the token in place of masked voxels.
+      * Deep supervision (weights 1 / 0.5 / 0.25 in the paper's fine-tuning) is left out, because fine-tuning is the
+        same for all methods here.
     """
 
     name = "unetformer"
@@ -31,6 +31,8 @@ class UNetFormer(Method):
     trains: tuple[str, ...] = ("encoder", "decoder")
 
     class Config(Settings):
+        """Settings of UNetFormer: masking, and whether the encoder is pre-trained alone."""
+
         mask_ratio: float = Field(0.4, gt=0, lt=1, description="share of patches masked; third-party summaries")
         patch: Size3 = Field((16, 16, 16), description="edge of a masked patch in voxels; third-party summaries")
         encoder_only: bool = Field(False, description="one layer on the deepest features instead of the decoder")
@@ -47,6 +49,7 @@ class UNetFormer(Method):
             self.predict = nn.Conv3d(backbone.width, backbone.in_channels, kernel_size=1)
 
     def check(self, crop: Triple, batch_size: int) -> None:
+        """Raise UserError if the patches do not fit the crop or the backbone's tokens."""
         check_patches(self.backbone, crop, self.config.patch, self.config.mask_ratio)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -55,7 +58,7 @@ class UNetFormer(Method):
         return {"reconstruction": masked_mean((restored - batch["image"]).abs(), mask)}
 
     def restore(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Image (N, C, x, y, z) -> mask (N, 1, x, y, z), and the image predicted under it."""
+        """Image (N, C, x, y, z) -> mask (N, 1, x, y, z) bool, and the predicted image."""
         patch = self.config.patch
         mask = to_voxels(random_patches(image, patch, self.config.mask_ratio, self.generator), patch)
         pyramid = self.backbone.encode_masked(image, mask, self.token)
@@ -63,5 +66,6 @@ class UNetFormer(Method):
         return mask, self.predict(features).float()
 
     def show(self, batch: Batch) -> dict[str, Tensor]:
+        """The image, the masked image, and the predicted image."""
         mask, restored = self.restore(batch["image"])
         return {"image": batch["image"], "what it sees": batch["image"] * ~mask, "what it restores": restored}

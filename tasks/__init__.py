@@ -1,1 +1,1 @@
-"""Data sets, one file per family, and their case lists."""
+"""Data sets, one file per family, and their lists of test cases."""

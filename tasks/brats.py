@@ -1,4 +1,4 @@
-"""BraTS: four MR modalities, three nested and therefore overlapping tumour targets; the releases of 2020, 2021 and 2023."""
+"""BraTS 2020, 2021 and 2023: four MR modalities, and three tumour targets that overlap because they are nested."""
 
 import json
 import re
@@ -13,17 +13,18 @@ from numpy.typing import NDArray
 import harness
 from harness import Case, Percentiles, PhantomShape, Task, UserError
 
-ODD_LABEL = "W39_1998.09.19_Segm.nii"  # what case 355 of 2020 calls its label, as released
+ODD_LABEL = "W39_1998.09.19_Segm.nii"  # name of the label map of case 355 in the release of 2020
 
 
 @dataclass(frozen=True)
 class Release:
-    """How one year names its folders and files, and numbers its tissues.
+    """Names of the folders and files of one year, and its numbering of the tissues.
 
     Attributes:
-        case: of a case folder; its first group is the patient.
-        files: `{case}` and the modalities flair, t1, t1ce, t2 and the label, in this order.
-        numbering: (value on disk, BraTS 2020's value); 2023 moved the enhancing tumour from 4 to 3.
+        case: matches the name of a case's folder; its first group is the patient.
+        separator: character between the name of the case and the modality in a file's name.
+        files: names of the modalities flair, t1, t1ce and t2 and of the label map in files, in this order.
+        numbering: (value on disk, value in BraTS 2020) pairs; 2023 moved the enhancing tumour from 4 to 3.
     """
 
     year: str
@@ -44,24 +45,26 @@ RELEASES = (
 
 @dataclass(frozen=True, kw_only=True)
 class BraTSTask(Task):
-    """A folder per case with a file per modality, as unpacked; the release is told by the names, never by the labels."""
+    """BraTS as it is unpacked: one folder per case, one file per modality. Names show the release; label values are not used."""
 
     def find(self, data: Path) -> Path:
-        below = sorted(path for path in data.iterdir() if path.is_dir()) if data.is_dir() else []
-        found = [root for root in (data, *below) if _case_folders(root)]
-        if len(found) > 1:
+        """The folder with the cases: `data` or a folder in it. Raises UserError if there is none or more than one."""
+        subfolders = sorted(path for path in data.iterdir() if path.is_dir()) if data.is_dir() else []
+        roots = [root for root in (data, *subfolders) if _case_folders(root)]
+        if len(roots) > 1:
             raise UserError(
-                f"task {self.name!r}: {data} holds several releases ({', '.join(root.name for root in found)}), which share "
+                f"task {self.name!r}: {data} holds several releases ({', '.join(root.name for root in roots)}), which share "
                 "patients: give --data one of these folders"
             )
-        if not found:
+        if not roots:
             raise UserError(
                 f"task {self.name!r}: no folder named BraTS20_Training_NNN, BraTS2021_NNNNN or BraTS-GLI-NNNNN-NNN in {data} "
                 f"or one level below: give --data the unpacked training folder ({self.registration})"
             )
-        return found[0]
+        return roots[0]
 
     def cases(self, root: Path) -> list[Case]:
+        """The labelled cases, sorted by id. Raises UserError if releases are mixed or a file is missing."""
         folders = _case_folders(root)
         years = sorted({release.year for release, _ in folders})
         if len(years) > 1:
@@ -80,17 +83,20 @@ class BraTSTask(Task):
     def write_case(
         self, root: Path, number: int, images: NDArray[Any], label: NDArray[np.uint8], affine: NDArray[Any]
     ) -> None:
+        """Write one phantom case as BraTS 2020 has it."""
         folder = root / f"BraTS20_Training_{number:03d}"
         for channel, voxels in zip((*self.channels, "seg"), (*images, label), strict=True):
             harness.write_image(folder / f"{folder.name}_{channel}.nii.gz", voxels, affine)
 
 
 def _case_folders(root: Path) -> list[tuple[Release, Path]]:
+    """The case folders in `root` with their releases, sorted by name."""
     folders = sorted(path for path in root.glob("BraTS*") if path.is_dir())
     return [(release, path) for path in folders for release in RELEASES if release.case.fullmatch(path.name)]
 
 
 def _volume(folder: Path, release: Release, kind: str) -> Path:
+    """The file of a modality or of the label map. Raises UserError if it is missing."""
     name = f"{folder.name}{release.separator}{kind}"
     for path in (folder / f"{name}.nii.gz", folder / f"{name}.nii"):
         if path.exists() or path.is_symlink():
@@ -104,6 +110,7 @@ def _volume(folder: Path, release: Release, kind: str) -> Path:
 
 
 def _shipped_test_ids() -> frozenset[str]:
+    """The test cases in `splits/brats2020.json`."""
     return frozenset(json.loads((resources.files("tasks") / "splits" / "brats2020.json").read_text())["test"])
 
 
@@ -124,7 +131,7 @@ brats = BraTSTask(
     spacing=(1.0, 1.0, 1.0),
     normalisation=Percentiles(),
     presets={
-        # Few steps: the phantom's first table, control included, is to be there within four minutes.
+        # Few steps, so that the first table of the phantom, control included, is ready within four minutes.
         "demo": {
             "pretrain.steps": 60,
             "pretrain.crop": (32, 64, 32),

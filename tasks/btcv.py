@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 import harness
 from harness import Case, PhantomShape, Task, UserError, Window
 
-# As unpacked, then as MONAI's tutorials rename it; below the folder that the archive is unpacked in.
+# Folders of images and labels, relative to the folder in which the archive is unpacked: first as unpacked, then as MONAI's
+# tutorials rename them.
 LAYOUTS = (
     ("RawData/Training/img", "RawData/Training/label"),
     ("Training/img", "Training/label"),
@@ -42,6 +43,7 @@ class BTCVTask(Task):
     """`img/imgNNNN.nii.gz` and `label/labelNNNN.nii.gz`, or `imagesTr` and `labelsTr` with the same file names."""
 
     def find(self, data: Path) -> Path:
+        """The folder in which the archive was unpacked: `data` or a folder in it. Raises UserError if there is none."""
         for root in (data, *(data / name for name in NAMES)):
             if _layout(root) is not None:
                 return root
@@ -51,28 +53,37 @@ class BTCVTask(Task):
         )
 
     def cases(self, root: Path) -> list[Case]:
-        found = _layout(root)
-        if found is None:
+        """The labelled cases, sorted by id. Raises UserError if there is no image."""
+        layout = _layout(root)
+        if layout is None:
             raise UserError(f"task {self.name!r}: no imgNNNN.nii.gz in {root}: unpack RawData.zip in it")
-        images, labels = found
+        images, labels = layout
         cases = []
         for path in sorted(images.iterdir()):
             match = IMAGE.fullmatch(path.name)
             if match:
                 label = labels / f"label{match[1]}.nii.gz"
-                plain = label.with_suffix("")
-                cases.append(Case(f"img{match[1]}", (path,), plain if plain.exists() and not label.exists() else label))
+                uncompressed = label.with_suffix("")
+                cases.append(
+                    Case(
+                        f"img{match[1]}",
+                        (path,),
+                        uncompressed if uncompressed.exists() and not label.exists() else label,
+                    )
+                )
         return cases
 
     def write_case(
         self, root: Path, number: int, images: NDArray[Any], label: NDArray[np.uint8], affine: NDArray[Any]
     ) -> None:
+        """Write one phantom case in the layout as unpacked."""
         for folder, name, voxels in (("img", "img", images[0]), ("label", "label", label)):
             path = root / "RawData" / "Training" / folder / f"{name}{number:04d}.nii.gz"
             harness.write_image(path, voxels, affine)
 
 
 def _layout(root: Path) -> tuple[Path, Path] | None:
+    """The folders of images and labels below `root`, or None if no layout fits."""
     for images, labels in LAYOUTS:
         folder = root / images
         if folder.is_dir() and any(IMAGE.fullmatch(path.name) for path in folder.iterdir()):
@@ -93,7 +104,7 @@ btcv = BTCVTask(
     labels=(0, *ORGANS.values()),
     overlapping=False,
     spacing=(1.5, 1.5, 2.0),
-    # Common practice (MONAI's BTCV bundles); the paper states no window.
+    # The common window (MONAI's BTCV bundles); the paper states none.
     normalisation=Window(-175, 250),
     presets={
         "demo": {"pretrain.steps": 60, "finetune.steps": 150},
@@ -115,6 +126,6 @@ btcv = BTCVTask(
         PhantomShape(13, (-0.25, -0.6, 0.2), (0.1, 0.12, 0.16), (40,)),
     ),
     phantom_size=(88, 76, 64),
-    # The 24 to 6 split of the Swin UNETR tutorials, the only published one that is 80/20.
+    # The split of the Swin UNETR tutorials (24 and 6 cases), the only published split that is 80/20.
     test_ids=frozenset(f"img{number:04d}" for number in range(35, 41)),
 )

@@ -1,12 +1,12 @@
-"""The four CT corpora of the HybridMIM paper's generic pre-training (section IV-A), as unpacked."""
+"""The four CT corpora of generic pre-training in the HybridMIM paper (section IV-A), in the layout as unpacked."""
 
 from functools import partial
 
 from harness import Corpus, Window
 
-# The released code's window for pre-training; the paper states none.
+# HU; the pre-training window of the released code, since the paper states none.
 WHOLE_CT = Window(-1000, 1000)
-# One grid for all, that of the paper's CT tasks, so that one pre-training serves them.
+# mm; the spacing of the paper's CT tasks, for all corpora, so that one pre-training serves all these tasks.
 SPACING = (1.5, 1.5, 2.0)
 
 _ct = partial(Corpus, version="1", channels=("CT",), spacing=SPACING, normalisation=WHOLE_CT)

@@ -1,4 +1,4 @@
-"""Folders that describe themselves in `dataset.json`: Medical Segmentation Decathlon and nnU-Net v2 raw data sets."""
+"""Data sets with a `dataset.json`: the Medical Segmentation Decathlon and raw data sets of nnU-Net v2."""
 
 import json
 import os
@@ -18,10 +18,12 @@ import harness
 from harness import IMAGE_ENDINGS, Case, Percentiles, Task, UserError, Window, slug, stem
 
 FOLDER_NAME = re.compile(r"(?:Task|Dataset)\d+_(.+)")
-WHOLE_CT = Window(-1000, 1000)  # nothing but dense bone is cut off; `--set task.window` narrows it
+WHOLE_CT = Window(-1000, 1000)  # HU; cuts off dense bone only; `--set task.window` narrows it
 
 
 class _Entry(BaseModel):
+    """A training case of the Decathlon: paths relative to `dataset.json`."""
+
     image: str
     label: str
 
@@ -37,13 +39,17 @@ class _Decathlon(BaseModel):
     training: list[_Entry] = []
 
     def regions(self) -> dict[str, tuple[int, ...]]:
+        """Label name -> label values that make it up, background included."""
         return {name: (value,) for value, name in sorted(self.labels.items())}
 
     def channels(self) -> dict[int, str]:
+        """Number of a channel -> its name."""
         return self.modality
 
 
 class _Listed(BaseModel):
+    """A training case that nnU-Net's `dataset` lists: paths relative to `dataset.json`."""
+
     images: list[str] = Field(min_length=1)
     label: str
 
@@ -60,9 +66,11 @@ class _NNUNet(BaseModel):
     dataset: dict[str, _Listed] | None = None
 
     def regions(self) -> dict[str, tuple[int, ...]]:
+        """Label name -> label values that make it up, background included."""
         return {n: tuple(value) if isinstance(value, list) else (value,) for n, value in self.labels.items()}
 
     def channels(self) -> dict[int, str]:
+        """Number of a channel -> its name."""
         return self.channel_names
 
 
@@ -71,12 +79,12 @@ Description = _Decathlon | _NNUNet
 
 @dataclass(frozen=True, kw_only=True)
 class FolderTask(Task):
-    """A data set in a folder with `dataset.json`, in the Decathlon's layout or nnU-Net v2's.
+    """A data set in a folder with `dataset.json`, in the layout of the Decathlon or of nnU-Net v2.
 
     Attributes:
-        folder: its name as unpacked.
-        titles: other names that it has in `dataset.json` or in a folder's name.
-        names: what `dataset.json` calls the labels from 1 on, where the targets are called otherwise.
+        folder: name of the folder as unpacked.
+        titles: other names of the data set, in `dataset.json` or in a folder's name.
+        names: names of the labels from 1 on in `dataset.json`, if they differ from the targets' names.
     """
 
     folder: str
@@ -84,8 +92,13 @@ class FolderTask(Task):
     names: tuple[str, ...] = ()
 
     def find(self, data: Path) -> Path:
-        near = sorted(path for path in data.iterdir() if self._is_named(path.name)) if data.is_dir() else []
-        for root in (data, data / self.folder, *near):
+        """The folder of the data set: `data` or a folder of its name in it.
+
+        Raises:
+            UserError: there is none, or its `dataset.json` describes another data set.
+        """
+        named = sorted(path for path in data.iterdir() if self._is_named(path.name)) if data.is_dir() else []
+        for root in (data, data / self.folder, *named):
             if (root / "dataset.json").is_file():
                 break
         else:
@@ -104,23 +117,25 @@ class FolderTask(Task):
         return root
 
     def cases(self, root: Path) -> list[Case]:
+        """The labelled cases, sorted by id. Raises UserError if `dataset.json` cannot be used or lists no case."""
         described = read_description(root)
-        found = (
+        cases = (
             _decathlon_cases(root, described) if isinstance(described, _Decathlon) else _nnunet_cases(root, described)
         )
-        if not found:
+        if not cases:
             raise UserError(f"{root / 'dataset.json'}: 'training' must list the labelled cases, it lists none")
-        return sorted(found, key=lambda case: case.id)
+        return sorted(cases, key=lambda case: case.id)
 
     def write_case(
         self, root: Path, number: int, images: NDArray[Any], label: NDArray[np.uint8], affine: NDArray[Any]
     ) -> None:
+        """Write one phantom case in the Decathlon's layout and add it to `dataset.json`."""
         name = f"{_title(self.folder).lower()}_{number:03d}.nii.gz"
-        for sub, voxels in (
+        for subfolder, voxels in (
             ("imagesTr", np.moveaxis(images, 0, -1) if len(images) > 1 else images[0]),
             ("labelsTr", label),
         ):
-            harness.write_image(root / sub / name, voxels, affine)
+            harness.write_image(root / subfolder / name, voxels, affine)
         path = root / "dataset.json"
         described: dict[str, Any] = json.loads(path.read_text()) if path.exists() else self._description()
         described["training"].append({"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"})
@@ -128,6 +143,7 @@ class FolderTask(Task):
         path.write_text(json.dumps(described, indent=1))
 
     def _description(self) -> dict[str, Any]:
+        """Content of the `dataset.json` of a phantom, without cases."""
         names = dict(zip(self.labels, ("background", *(self.names or self.targets)), strict=True))
         return {
             "name": self.titles[0] if self.titles else self.name,
@@ -144,14 +160,14 @@ class FolderTask(Task):
 
     @classmethod
     def from_folder(cls, folder: Path) -> "FolderTask | None":
-        """A task from any folder with `dataset.json`, in either layout.
+        """A task from any folder with `dataset.json`, in either layout; None if there is no `dataset.json`.
 
-        Channels, targets and whether they overlap follow from the file; the spacing is the median of the cases', crops
-        follow from their extent. CT (every channel is called so) is seen from -1000 to 1000 HU, other images are scaled
-        by percentiles.
+        The file gives the channels, the targets and whether they overlap. The spacing is the median over the cases, and
+        the crops follow from the median extent. CT (all channels have this name) gets the window from -1000 to 1000 HU,
+        other images are scaled by percentiles.
 
         Raises:
-            UserError: `dataset.json` is there and cannot be used.
+            UserError: `dataset.json` exists but cannot be used.
         """
         if not (folder / "dataset.json").is_file():
             return None
@@ -178,16 +194,20 @@ class FolderTask(Task):
         return _with_geometry(task, folder)
 
     def recognises(self, folder: Path) -> bool:
-        """Whether a folder with `dataset.json` calls itself by a name of this task, and has its labels and channels."""
+        """Whether a folder with `dataset.json` has a name of this task, its labels and its channels."""
         described = read_description(folder)
         title = described.name or _title(folder.resolve().name)
         return self._is_named(title) and self._describes(described) and self._names_labels(described)
 
     def _is_named(self, name: str) -> bool:
-        return _plain(_title(name)) in {_plain(_title(self.folder)), *map(_plain, self.titles)}
+        """Whether `name` is a name of this task, whatever its case, its separators and its number."""
+        return _normalised(_title(name)) in {_normalised(_title(self.folder)), *map(_normalised, self.titles)}
 
     def _describes(self, described: Description) -> bool:
-        """Whether label values, number of channels and CT or not are this task's, and a name of its own or of its labels."""
+        """Whether a description fits this task.
+
+        Label values, number of channels and CT or not must be those of the task, and also its name or its label names.
+        """
         values = {value for region in described.regions().values() for value in region} | {0}
         channels = described.channels().values()
         if (
@@ -199,32 +219,38 @@ class FolderTask(Task):
         return self._is_named(described.name) or self._names_labels(described)
 
     def _names_labels(self, described: Description) -> bool:
-        found = {region: _plain(name) for name, region in described.regions().items() if region != (0,)}
-        mine = (
+        """Whether the labels of a description have the names that this task expects."""
+        names = {region: _normalised(name) for name, region in described.regions().items() if region != (0,)}
+        expected = (
             {(value,): name for value, name in zip(self.labels[1:], self.names, strict=True)}
             if self.names
             else {values: name for name, values in self.targets.items()}
         )
-        return found == {region: _plain(name) for region, name in mine.items()}
+        return names == {region: _normalised(name) for region, name in expected.items()}
 
 
 def crops(extent: Sequence[float], **budgets: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Presets whose crops follow from the median extent of a data set: the nearest multiple of 32, 64 or 96 at most.
+    """Presets with crops that follow from the median extent of a data set in voxels.
 
-    `budgets` are further settings per preset.
+    Each edge is the multiple of 32 that is nearest to the extent, from 32 to 64 (demo) or 96 (small and paper). If all edges
+    were 32, the longest one is 64.
+
+    Args:
+        budgets: preset name -> further settings of the preset.
     """
     nearest = [max(32, 32 * round(edge / 32)) for edge in extent]
-    if max(nearest) == 32:  # a single voxel of the deepest features could not be normalised
+    if max(nearest) == 32:  # the deepest features would be a single voxel, which cannot be normalised
         nearest[int(np.argmax(extent))] = 64
     presets = {}
-    for preset, most in (("demo", 64), ("small", 96), ("paper", 96)):
-        crop = tuple(min(most, edge) for edge in nearest)
+    for preset, longest in (("demo", 64), ("small", 96), ("paper", 96)):
+        crop = tuple(min(longest, edge) for edge in nearest)
         presets[preset] = {"pretrain.crop": crop, "finetune.crop": crop, **budgets.get(preset, {})}
     return presets
 
 
 @cache
 def _read(path: Path, changed: int) -> Description:
+    """Read and check a `dataset.json`. `changed` is its time of modification, so that a changed file is read again."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -246,12 +272,13 @@ def _read(path: Path, changed: int) -> Description:
 
 
 def read_description(root: Path) -> Description:
-    """`dataset.json`, validated. Raises UserError where it is no description of a data set."""
+    """The validated content of `dataset.json`. Raises UserError if it does not describe a data set."""
     path = root / "dataset.json"
     return _read(path, path.stat().st_mtime_ns if path.exists() else 0)
 
 
 def _check(path: Path, described: Description) -> None:
+    """Raises UserError for channels or labels that this harness cannot use."""
     channels, regions = described.channels(), described.regions()
     if sorted(channels) != list(range(len(channels))):
         raise UserError(f"{path}: channels are numbered {sorted(channels)}: number them from 0 without a gap")
@@ -273,6 +300,7 @@ def _check(path: Path, described: Description) -> None:
 
 
 def _decathlon_cases(root: Path, described: _Decathlon) -> list[Case]:
+    """The labelled cases that a Decathlon `dataset.json` lists."""
     cases = []
     for entry in described.training:
         image, label = _inside(root, entry.image), _inside(root, entry.label)
@@ -281,6 +309,11 @@ def _decathlon_cases(root: Path, described: _Decathlon) -> list[Case]:
 
 
 def _nnunet_cases(root: Path, described: _NNUNet) -> list[Case]:
+    """The labelled cases of an nnU-Net data set: those that `dataset` lists, or all in imagesTr.
+
+    Raises:
+        UserError: imagesTr is missing, a case lacks a channel, the file ending is unknown, or a path leaves the folder.
+    """
     if described.dataset is not None:
         return [
             Case(
@@ -301,13 +334,13 @@ def _nnunet_cases(root: Path, described: _NNUNet) -> list[Case]:
             f"{images} is missing: an nnU-Net data set has imagesTr/CASE_0000{ending} and labelsTr/CASE{ending}"
         )
     pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(ending)}", re.DOTALL)
-    found: dict[str, set[int]] = {}
+    channels_of_cases: dict[str, set[int]] = {}
     for path in images.iterdir():
         match = pattern.fullmatch(path.name)
         if match and not path.name.startswith("."):
-            found.setdefault(match[1], set()).add(int(match[2]))
+            channels_of_cases.setdefault(match[1], set()).add(int(match[2]))
     cases = []
-    for name, channels in found.items():
+    for name, channels in channels_of_cases.items():
         if channels != set(range(number)):
             raise UserError(
                 f"{images / name}: channels {', '.join(f'{c:04d}' for c in sorted(channels))} are there, "
@@ -318,21 +351,27 @@ def _nnunet_cases(root: Path, described: _NNUNet) -> list[Case]:
     return cases
 
 
-def _inside(root: Path, named: str) -> Path:
-    """A path that `dataset.json` names, which may not lead out of the folder (links in it are the user's own)."""
+def _inside(root: Path, name: str) -> Path:
+    """The path of a file that `dataset.json` names. Raises UserError if it leaves the folder; the user's links may leave it."""
     try:
-        good = b"\0" not in os.fsencode(named)
-    except UnicodeEncodeError:  # half a character
-        good = False
-    if not good or Path(named).is_absolute() or os.path.normpath(named).startswith(".."):
+        valid = b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:  # a lone surrogate
+        valid = False
+    if not valid or Path(name).is_absolute() or os.path.normpath(name).startswith(".."):
         raise UserError(
-            f"{root / 'dataset.json'}: {named[:200]!r} leaves the task's folder, or is no path: name files below it"
+            f"{root / 'dataset.json'}: {name[:200]!r} leaves the task's folder, or is no path: name files below it"
         )
-    return root / os.path.normpath(named)
+    return root / os.path.normpath(name)
 
 
 def _with_geometry(task: FolderTask, folder: Path) -> FolderTask:
-    """Median spacing and extent along the canonical axes; headers that cannot be read are reported when the case is."""
+    """The task with the median spacing of its cases and with crops from their median extent, along the canonical axes.
+
+    A header that cannot be read is skipped here, because it is reported when its case is opened.
+
+    Raises:
+        UserError: no header can be read.
+    """
     spacings, extents, problem = [], [], None
     for case in task.cases(folder):
         try:
@@ -346,23 +385,27 @@ def _with_geometry(task: FolderTask, folder: Path) -> FolderTask:
     if problem is not None and not spacings:
         raise problem
     median = np.median(spacings, axis=0)
-    # Four decimals, and of a microscope's spacings four digits.
+    # Four decimals; for the smaller spacings of a microscope four significant digits.
     x, y, z = (round(float(value), max(4, 3 - floor(log10(value)))) for value in median)
     return replace(task, spacing=(x, y, z), presets=crops(list(np.median(extents, axis=0) / median)))
 
 
 def _is_ct(channels: Iterable[str]) -> bool:
+    """Whether all channels are named CT."""
     return all(name.casefold() == "ct" for name in channels)
 
 
 def _title(name: str) -> str:
+    """Name of a data set from its folder's name: without `TaskNN_` or `DatasetNNN_`."""
     match = FOLDER_NAME.fullmatch(name)
     return match[1] if match else name
 
 
-def _plain(name: str) -> str:
+def _normalised(name: str) -> str:
+    """A name for comparison: case, separators and the spelling of tumour do not matter."""
     return slug(name).replace("_", "").replace("tumour", "tumor")
 
 
 def _inline(described: Description) -> str:
+    """The labels of a description in one line, for messages."""
     return ", ".join(f"{'+'.join(map(str, values))} {name}" for name, values in described.regions().items())

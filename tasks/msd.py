@@ -1,4 +1,4 @@
-"""The ten tasks of the Medical Segmentation Decathlon, and its brain tumours in BraTS' terms."""
+"""The ten tasks of the Medical Segmentation Decathlon, and its brain tumours with the targets of BraTS."""
 
 import json
 from collections.abc import Mapping
@@ -12,26 +12,28 @@ from tasks.folders import FolderTask, crops
 
 REFERENCE = "Antonelli et al. 2022, The Medical Segmentation Decathlon, Nat. Commun. 13:4128"
 LICENCE = "CC-BY-SA 4.0"
-ABDOMEN = Window(-175, 250)  # as commonly used for abdominal organs (MONAI's BTCV bundles); the paper states none
+# HU; the common window for abdominal organs (MONAI's BTCV bundles); the paper states none.
+ABDOMEN = Window(-175, 250)
 LUNG = Window(-1000, 400)
 PAPER = {"finetune.epochs": 600}  # section IV-C, liver and spleen
-# Few steps: a phantom's first table, control included, is to be there within minutes.
+# Few steps, so that the first table of a phantom, control included, is ready within minutes.
 QUICK = {"pretrain.steps": 60, "finetune.steps": 150}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecathlonTask(FolderTask):
-    """A task of the Decathlon, of which there is a public archive."""
+    """A task of the Decathlon, which has a public archive."""
 
     @classmethod
     def from_folder(cls, folder: Path) -> FolderTask | None:
-        """One of the ten where the folder is recognised, in the Decathlon's or nnU-Net's layout; else a task of its own."""
+        """The task of TEN that recognises the folder, in the Decathlon's or nnU-Net's layout; else one made from the folder."""
         if not (folder / "dataset.json").is_file():
             return None
-        known = next((task for task in TEN if task.recognises(folder)), None)
-        return known or FolderTask.from_folder(folder)
+        task = next((task for task in TEN if task.recognises(folder)), None)
+        return task or FolderTask.from_folder(folder)
 
     def archive(self) -> Archive:
+        """The public archive; MONAI has its address and its MD5 sum."""
         from monai.apps import DecathlonDataset
 
         return Archive(DecathlonDataset.resource[self.folder], DecathlonDataset.md5[self.folder], self.folder)
@@ -40,7 +42,7 @@ class DecathlonTask(FolderTask):
 def _ct(
     name: str, folder: str, targets: dict[str, int], shapes: Any, window: Window = ABDOMEN, **more: Any
 ) -> DecathlonTask:
-    """A CT task with the paper's geometry for liver and spleen: 1.5 x 1.5 x 2 mm, crops of 96^3 (section IV-A)."""
+    """A CT task with the geometry of the paper for liver and spleen: 1.5 x 1.5 x 2 mm, crops of 96^3 voxels (section IV-A)."""
     return DecathlonTask(
         name=name,
         version="1",
@@ -62,6 +64,7 @@ def _ct(
 
 
 def _mr(name: str, folder: str, presets: Mapping[str, Any], **more: Any) -> DecathlonTask:
+    """An MR task, scaled by percentiles."""
     return DecathlonTask(
         name=name,
         licence=LICENCE,
@@ -75,10 +78,12 @@ def _mr(name: str, folder: str, presets: Mapping[str, Any], **more: Any) -> Deca
 
 
 def _layout(folder: str) -> str:
+    """The expected files, for messages."""
     return f"{folder}/ with dataset.json, imagesTr/ and labelsTr/"
 
 
 def _shipped_test_ids(name: str) -> frozenset[str]:
+    """The test cases in `splits/NAME.json`."""
     return frozenset(json.loads((resources.files("tasks") / "splits" / f"{name}.json").read_text())["test"])
 
 
@@ -120,7 +125,7 @@ brain_tumour = _mr(
     phantom_size=(72, 80, 64),
 )
 
-# The same scans in the terms of BraTS: the tissues are numbered otherwise than in BraTS' own releases.
+# The same scans with the targets of BraTS. The label values differ from those of BraTS' own releases.
 brats = replace(
     brain_tumour,
     name="msd_brats",

@@ -1,4 +1,4 @@
-"""Denoising pre-training: a complete method outside the harness's own tree."""
+"""Denoising pre-training: a complete method in a package of its own, outside the harness."""
 
 import torch
 from pydantic import Field
@@ -7,7 +7,7 @@ from harness import Backbone, Batch, Method, Settings, randn
 
 
 class Denoise(Method):
-    """Restore an image from Gaussian noise, through the whole network.
+    """Remove Gaussian noise from an image, with encoder and decoder.
 
     Source: Vincent et al., "Extracting and Composing Robust Features with Denoising Autoencoders", ICML 2008.
     """
@@ -18,6 +18,8 @@ class Denoise(Method):
     trains = ("encoder", "decoder")
 
     class Config(Settings):
+        """Settings of Denoise: the noise."""
+
         noise: float = Field(0.2, gt=0, description="standard deviation, intensities are in [0, 1]")
 
     config: Config
@@ -27,7 +29,7 @@ class Denoise(Method):
         self.restore = torch.nn.Conv3d(backbone.width, backbone.in_channels, kernel_size=1)
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """`image` (N, C, x, y, z) -> `restoration`, mean squared error over all voxels."""
+        """`image` (N, C, x, y, z) -> `restoration`, the mean squared error over all voxels."""
         image = batch["image"]
         noise = randn(image.shape, image.device, self.generator)
         features = self.backbone.decode(self.backbone.encode(image + self.config.noise * noise))

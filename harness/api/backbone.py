@@ -1,4 +1,4 @@
-"""What a segmentation network is: encoder, decoder, head."""
+"""The contract of a segmentation network, which has three parts: encoder, decoder and head."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -11,27 +11,32 @@ from harness.api.global_batch import Dropout
 from harness.api.settings import Settings, Triple
 
 Pyramid = list[Tensor]
-"""Features fine to coarse; level l is (N, channels[l], x / strides[l][0], ...)."""
+"""Features of all levels, from fine to coarse. Level l is (N, channels[l], x / strides[l][0], y / strides[l][1], ...)."""
 
 
 class Backbone(nn.Module):
     """A segmentation network in three parts: encoder, decoder, head.
 
     A subclass sets `strides`, `channels` and `width` and implements `trunk`, `decode` and `set_head`. The head does
-    not exist before `set_head`, so that a pretext task that has no use for it trains no dead parameters.
+    not exist before `set_head` is called, so that a pretext task that does not use it trains no dead parameters.
 
     Attributes:
-        strides: per pyramid level, per axis, cumulative, fine to coarse.
-        channels: per pyramid level.
-        width: channels that leave the decoder.
-        parts: names of the child modules that make up each part; networks with published weights keep their own
-            child names and map them here, so that those state dicts load as they are.
-        abilities: optional abilities that a method may ask for in its `needs`. "tokens": `encode_masked` puts the
-            mask token in the place of embedded patches, not of voxels.
-        token_width: channels of a mask token; `None` stands for the image's channels.
-        token_stride: edge in voxels of what one token stands for; masks must be multiples of it.
-        aliases: (pattern, replacement) pairs for `re.sub` that turn the key names of published weights into ours.
-        dropout_inside: whether the trunk itself draws dropout. If not, two encodings share one trunk pass.
+        name: name under which the user selects the network.
+        version: version of the implementation; it enters the identity of a run.
+        reference: publication of the network.
+        presets: preset name -> {"backbone.field": value}. These values replace those of the engine's preset.
+        strides: stride of each pyramid level relative to the image, per axis in voxels, from fine to coarse.
+        channels: number of channels of each pyramid level.
+        width: number of channels that the decoder returns.
+        parts: for each part, the names of the child modules that it consists of. A network with published weights keeps
+            the child names of those weights and maps them to parts here, so that their state dicts load unchanged.
+        abilities: optional abilities that a method may require in its `needs`. "tokens" means that `encode_masked` puts
+            the mask token in the place of embedded patches instead of voxels.
+        token_width: number of channels of a mask token; None means as many as the image has.
+        token_stride: edge in voxels of the region that one token stands for; masks must be multiples of it.
+        aliases: (pattern, replacement) pairs for `re.sub`, which translate key names of published weights into the
+            names used here.
+        dropout_inside: whether the trunk itself draws dropout. If it does not, two encodings share one trunk pass.
     """
 
     plugin_kind: ClassVar[str] = "backbone"
@@ -54,59 +59,71 @@ class Backbone(nn.Module):
     width: int
 
     class Config(Settings):
-        """Settings of the network; a subclass defines its own."""
+        """Settings of the network. A subclass defines its own `Config`."""
 
     def __init__(self, config: Settings, in_channels: int, dropout: float = 0.0) -> None:
-        """`dropout` acts on the deepest features, after the trunk, in training only."""
+        """Store the settings and make the dropout.
+
+        Args:
+            config: an instance of the class's own `Config`.
+            in_channels: channels of the image.
+            dropout: dropout probability of the deepest features. It is applied after the trunk, in training only.
+        """
         super().__init__()
         self.config = config
         self.in_channels = in_channels
         self.dropout: nn.Module = Dropout(dropout)
 
     def trunk(self, image: Tensor) -> Pyramid:
-        """(N, in_channels, x, y, z) -> pyramid, before the dropout on the deepest level."""
+        """Image (N, in_channels, x, y, z) -> pyramid, before dropout is applied to the deepest level."""
         raise NotImplementedError(f"{type(self).__name__} must implement trunk(image)")
 
     def decode(self, pyramid: Pyramid) -> Tensor:
-        """Pyramid, whole or cropped -> (N, width, x, y, z) at the resolution of level 0."""
+        """Pyramid, whole or cropped by `harness.crop` -> features (N, width, x, y, z) at the resolution of level 0."""
         raise NotImplementedError(f"{type(self).__name__} must implement decode(pyramid)")
 
     def set_head(self, num_outputs: int) -> None:
-        """Attach a new, randomly initialised head: width -> num_outputs."""
+        """Attach a new, randomly initialised head that maps `width` channels to `num_outputs`."""
         raise NotImplementedError(f"{type(self).__name__} must implement set_head(num_outputs)")
 
     def head(self, features: Tensor) -> Tensor:
-        """(N, width, ...) -> logits (N, num_outputs, ...); `set_head` comes first."""
+        """Decoder features (N, width, ...) -> logits (N, num_outputs, ...). `set_head` must have been called before."""
         (name,) = self.parts["head"]
         logits: Tensor = getattr(self, name)(features)
         return logits
 
     @property
     def stride(self) -> Triple:
-        """Cumulative stride of the deepest level."""
+        """Stride of the deepest level relative to the image, per axis in voxels."""
         return self.strides[-1]
 
     def encode(self, image: Tensor) -> Pyramid:
-        """(N, in_channels, x, y, z) -> pyramid, fine to coarse."""
+        """Image (N, in_channels, x, y, z) -> pyramid from fine to coarse, with dropout on the deepest level."""
         return self._drop(self.trunk(image))
 
     def encode_masked(self, image: Tensor, mask: Tensor, token: Tensor) -> Pyramid:
-        """Encode with a learnable token in the place of what is masked; the token belongs to the method.
+        """Encode an image in which a learnable token of the method replaces the masked regions.
 
-        Convolutional networks have no tokens: it takes the place of masked voxels. Networks with the ability "tokens"
-        put it after their patch embedding (as SimMIM and MAE do) and see no masked voxel anywhere else.
+        A convolutional network has no tokens: the mask token replaces the masked voxels. A network with the ability
+        "tokens" inserts the mask token after its patch embedding (as SimMIM and MAE do), and no other layer may see a
+        masked voxel.
 
         Args:
-            mask: (N, 1, x, y, z) bool, True is masked; whole multiples of `token_stride`.
-            token: (token_width or in_channels,).
+            image: (N, in_channels, x, y, z).
+            mask: (N, 1, x, y, z) bool, True is masked. Along each axis, masked regions are aligned to multiples of
+                `token_stride`.
+            token: (token_width,), or (in_channels,) if `token_width` is None.
+
+        Returns:
+            Pyramid, as from `encode`.
         """
         return self.encode(torch.where(mask, token.view(1, -1, 1, 1, 1).to(image.dtype), image))
 
     def encode_twice(self, image: Tensor) -> tuple[Pyramid, Pyramid]:
-        """Two encodings of one batch under independent dropout, at the least cost that keeps the distribution.
+        """Two encodings of one batch with independent dropout, at the lowest cost that keeps their distribution.
 
-        With dropout after the trunk only, the trunk is deterministic: one pass and two draws are the same
-        distribution as two passes. With dropout inside, one doubled batch is encoded.
+        If dropout acts after the trunk only, the trunk is deterministic: one trunk pass with two draws of dropout has the
+        same distribution as two passes. If dropout acts inside the trunk, one batch of doubled size is encoded.
         """
         if not self.dropout_inside:
             shared = self.trunk(image)
@@ -116,18 +133,23 @@ class Backbone(nn.Module):
         return self._drop([level[:half] for level in both]), self._drop([level[half:] for level in both])
 
     def forward(self, image: Tensor) -> Tensor:
-        """(N, in_channels, x, y, z) -> logits (N, num_outputs, x, y, z)."""
+        """Image (N, in_channels, x, y, z) -> logits (N, num_outputs, x, y, z)."""
         return self.head(self.decode(self.encode(image)))
 
     def monai(self, num_outputs: int) -> tuple[str, dict[str, Any]] | None:
-        """The network of `monai.networks.nets` that has the same keys and outputs: its class's name and arguments.
+        """The equivalent network of `monai.networks.nets`: the name of its class and its arguments, or None.
 
-        None where there is none. `harness export --format monai` uses it, and checks that it is so.
+        The equivalent network has the same state dict keys and the same outputs. `harness export --format monai` uses it,
+        and checks that both are the same.
         """
         return None
 
     def part_of(self, key: str) -> str:
-        """The part ("encoder", "decoder" or "head") that owns the parameter or buffer named `key`."""
+        """The part ("encoder", "decoder" or "head") that owns the parameter or buffer named `key`.
+
+        Raises:
+            KeyError: `parts` assigns the module of this key to no part.
+        """
         child = key.split(".")[0]
         for part, children in self.parts.items():
             if child in children:
@@ -135,7 +157,7 @@ class Backbone(nn.Module):
         raise KeyError(f"{type(self).__name__}.parts does not say which part owns {key!r}")
 
     def part_weights(self, parts: tuple[str, ...]) -> dict[str, Tensor]:
-        """The tensors that belong to `parts`, on the CPU, under their own names."""
+        """The parameters and buffers of `parts` by their state dict keys, as contiguous tensors on the CPU."""
         state = self.state_dict()
         return {key: value.detach().cpu().contiguous() for key, value in state.items() if self.part_of(key) in parts}
 
@@ -144,15 +166,16 @@ class Backbone(nn.Module):
 
 
 def crop(pyramid: Pyramid, strides: Sequence[Triple], origin: Triple, size: Triple) -> Pyramid:
-    """Crop every level to one region of the image, so that `decode` runs only there (HybridMIM section III-B).
+    """Crop every level to one region of the image, so that `decode` computes only that region (HybridMIM section III-B).
 
     Args:
-        pyramid: features, fine to coarse.
-        strides: the backbone's, one per level.
-        origin, size: of the region, in voxels of the image.
+        pyramid: features from fine to coarse.
+        strides: `Backbone.strides`, one per level.
+        origin: first voxel of the region, per axis of the image.
+        size: extent of the region, in voxels of the image.
 
     Raises:
-        ValueError: the region is not a multiple of the deepest stride, or leaves the image.
+        ValueError: the origin or the size is not a multiple of the deepest stride, or the region leaves the image.
     """
     deepest = strides[-1]
     extent = tuple(side * stride for side, stride in zip(pyramid[-1].shape[2:], deepest, strict=True))
@@ -166,14 +189,21 @@ def crop(pyramid: Pyramid, strides: Sequence[Triple], origin: Triple, size: Trip
     margins = [(-start, start + length - limit) for start, length, limit in zip(origin, size, extent, strict=True)]
     cropped = []
     for features, stride in zip(pyramid, strides, strict=True):
-        # A negative padding: slices would make their gradient axis by axis, and channels-first.
+        # Negative padding instead of slices, whose gradient is computed axis by axis and comes out channels-first.
         padding = [margin // s for both, s in reversed(list(zip(margins, stride, strict=True))) for margin in both]
         cropped.append(F.pad(features, padding))
     return cropped
 
 
 def inflate(value: Tensor, shape: torch.Size) -> Tensor:
-    """A convolution of one input channel for `shape[1]` of them, such that equal channels give what one gave."""
+    """Repeat the weight of a 3D convolution of one input channel for the `shape[1]` input channels of another one.
+
+    The repeated weight is divided by `shape[1]`, so that equal input channels give the output that a single one gave.
+
+    Args:
+        value: weight (out, 1, x, y, z). A tensor that cannot be repeated to `shape` is returned unchanged.
+        shape: shape of the weight that is needed, (out, in, x, y, z).
+    """
     one_to_many = value.ndim == len(shape) == 5 and value.shape[1] == 1 and shape[1] > 1
     if one_to_many and value.shape[:1] + value.shape[2:] == shape[:1] + shape[2:]:
         return value.repeat(1, shape[1], 1, 1, 1) / shape[1]

@@ -1,4 +1,4 @@
-"""What a pre-training method is: a pretext task bound to a backbone."""
+"""The contract of a pre-training method, which is a pretext task bound to a backbone."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,21 +12,30 @@ from harness.api.backbone import Backbone
 from harness.api.settings import Settings, Triple
 
 Batch = dict[str, Tensor]
-"""`image` (N, C, x, y, z) in [0, 1], plus whatever the method's transform adds."""
+"""A batch of samples: `image`, (N, C, x, y, z) in [0, 1], and all tensors that the source or the method's transform adds."""
 
 Transform = Callable[[dict[str, Any], np.random.Generator], dict[str, Any]]
-"""Per-sample CPU work: `{"image": (C, x, y, z) float32}` and the sample's own generator -> the sample."""
+"""Computation per sample on the CPU: the sample `{"image": (C, x, y, z) float32, ...}` and the sample's own generator -> the
+transformed sample."""
 
 
 class Source(Protocol):
-    """What pre-training draws samples from: a prepared volume, or whatever `Method.prepare` made of them."""
+    """An object that pre-training draws samples from: a preprocessed volume, or an object that `Method.prepare` returns."""
 
     def sample(self, size: Triple, rng: np.random.Generator) -> dict[str, Any]:
-        """One sample, `{"image": (C, *size) float32, ...}`, drawn with the sample's own generator."""
+        """Draw one sample.
+
+        Args:
+            size: extent of the sample in voxels.
+            rng: the sample's own generator; every draw must come from it.
+
+        Returns:
+            `{"image": (C, *size) float32 in [0, 1], ...}`.
+        """
 
 
 class VolumeSource(Source, Protocol):
-    """A prepared volume, intensities in [0, 1]; `shape` and `crop` do not read all of it."""
+    """A preprocessed volume with intensities in [0, 1]. `shape` and `crop` do not read the whole volume from disk."""
 
     @property
     def shape(self) -> Triple:
@@ -34,18 +43,21 @@ class VolumeSource(Source, Protocol):
 
     @property
     def image(self) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """(C, x, y, z), the whole volume in memory."""
+        """The whole volume in memory, (C, x, y, z)."""
 
     def crop(self, origin: Sequence[int], size: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """(C, *size) from `origin`; zeros outside."""
+        """The region of `size` voxels that begins at voxel `origin`, (C, *size). Voxels outside the volume are 0."""
 
 
 class Preparation(Protocol):
-    """What the engine offers to `Method.prepare`. Its time, cached or not, is part of the method's cost.
+    """The services of the engine for `Method.prepare`.
+
+    The time that `prepare` takes is part of the method's cost. A value that comes from the cache counts with the time
+    that its computation took.
 
     Attributes:
-        seed: of this method's preparation; every draw in `prepare` comes from it.
-        device: where `train` trains.
+        seed: seed of this method's preparation; every random number in `prepare` must be derived from it.
+        device: the device on which `train` trains.
         crop: extent of the pre-training crop in voxels.
     """
 
@@ -56,29 +68,51 @@ class Preparation(Protocol):
     def train(
         self, module: nn.Module, sources: Sequence[Source], *, size: Triple, steps: int, batch_size: int, lr: float
     ) -> None:
-        """Minimise the named terms that `module(batch)` returns, by the engine's own loop."""
+        """Train `module` with the engine's own loop: minimise the sum of the loss terms that `module(batch)` returns.
+
+        Args:
+            module: maps a batch to named loss terms, as `Method.forward`.
+            sources: where samples are drawn from.
+            size: extent of a sample in voxels.
+            steps: number of optimizer steps.
+            batch_size: samples per step.
+            lr: peak learning rate.
+        """
 
     def remember(self, name: str, depends_on: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
-        """`compute()`, or what it gave before: the same for this method's source, data, seed and `depends_on`.
+        """The value of `compute()`, or its cached value.
 
-        What it gives must be JSON. The settings that do not enter `depends_on` may change without a new computation.
+        A cached value is used if the method's source file and version, the data, the seed and `depends_on` are the same as
+        when it was computed. A setting that is missing from `depends_on` may change without a new computation.
+
+        Args:
+            name: name of the value, in messages and in the cache.
+            depends_on: every setting that the value depends on.
+            compute: returns the value, which must be representable as JSON.
         """
 
     def report(self, message: str, **values: Any) -> None:
-        """One line to the user, and `values` into the run's record."""
+        """Print `message` as one line to the user, and add `values` to the run's record."""
 
 
 class Method(nn.Module):
     """One pretext task bound to one backbone.
 
+    A subclass sets `name`, defines `Config` and implements `forward`. The other methods are optional.
+
     Attributes:
-        trains: backbone parts that it updates and hands over; the rest is frozen. Empty: there is nothing to
-            pre-train and the harness goes straight to fine-tuning, from whatever `weights` gives.
-        needs: optional abilities that the backbone must offer.
-        variants: settings under a name, for `harness profile --compare NAME NAME`.
-        generator: the run's own source of randomness on the training device; the harness seeds it for every step. What
-            is drawn with `harness.rand` (and `random_integers`, `random_patches`) does not depend on how the batch is
-            dealt out over processes; what is drawn from it directly is each process's own.
+        name: name under which the user selects the method.
+        version: version of the implementation; it enters the identity of a run.
+        reference: publication of the method.
+        presets: preset name -> {"method.field" or "pretrain.field": value}. These values replace those of the engine's
+            preset. A method cannot change fine-tuning, because its control must be fine-tuned in the same way.
+        trains: names of the backbone parts that the method trains and passes on to fine-tuning. The other parts are
+            frozen. If it is empty, there is no pre-training, and fine-tuning starts directly from `weights`.
+        needs: optional abilities that the backbone must have, see `Backbone.abilities`.
+        variants: variant name -> {"section.field": value}, for `harness profile --compare NAME NAME`.
+        generator: the run's random generator on the training device; the harness seeds it before every step. Values
+            drawn with `harness.rand`, `random_integers` and `random_patches` do not depend on how the batch is divided
+            among processes. Values drawn from the generator directly differ between processes.
     """
 
     plugin_kind: ClassVar[str] = "method"
@@ -92,54 +126,80 @@ class Method(nn.Module):
     generator: torch.Generator | None = None
 
     class Config(Settings):
-        """Settings of the pretext task; a subclass defines its own, every field with its source.
+        """Settings of the pretext task. A subclass defines its own `Config`, in which every field states its source.
 
-        The content of a file that a `pathlib.Path` field names is part of what identifies a run.
+        If a field has the type `pathlib.Path`, the content of the file that it names is part of the identity of a run.
         """
 
     def __init__(self, config: Settings, backbone: Backbone) -> None:
+        """Store the settings, an instance of the class's own `Config`, and the backbone."""
         super().__init__()
         self.config = config
         self.backbone = backbone
 
     @classmethod
     def transform(cls, config: Any) -> Transform | None:
-        """Per-sample CPU work done in loader workers; picklable, never holds the model. None: the plain crop."""
+        """The computation per sample that loader workers do on the CPU; None for the plain crop.
+
+        The returned callable must be picklable and must not hold the model.
+        """
         return None
 
     @classmethod
     def example(cls, backbone: Backbone, folder: Path) -> dict[str, Any]:
-        """Settings for the conformance checks where a setting has no default; files that they name go to `folder`."""
+        """Settings that the conformance checks need because they have no default: field name -> value.
+
+        Files that these settings name must be written to `folder`.
+        """
         return {}
 
     def check(self, crop: Triple, batch_size: int) -> None:
-        """Raise UserError where the settings do not fit the crop, the batch or the backbone; no data is read before."""
+        """Check the settings before any data is read.
+
+        Args:
+            crop: extent of the pre-training crop in voxels.
+            batch_size: crops per step, over all processes and micro-batches.
+
+        Raises:
+            UserError: the settings do not fit the crop, the batch or the backbone.
+        """
 
     def prepare(self, volumes: Sequence[VolumeSource], preparation: Preparation) -> Sequence[Source]:
-        """Once before training, for methods that discover something in the data: volumes -> what to sample from.
+        """Analyse the data once before training, and return the sources that pre-training draws its samples from.
 
-        Modules whose size depends on what is found are made here. Raises UserError where the data does not suffice.
+        A module whose size depends on the data is created here. The default returns the volumes unchanged.
+
+        Args:
+            volumes: the preprocessed volumes of pre-training.
+            preparation: the engine's services, such as the cache.
+
+        Raises:
+            UserError: the data is not sufficient for the method.
         """
         return volumes
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Named, weighted loss terms; the harness minimises their sum.
+        """Named, weighted loss terms, each a scalar. The harness minimises their sum.
 
-        The batch is this process's part. A term that is a mean over crops is averaged over the parts; one that compares
-        crops, or divides by what it counts in them, sees all of them through `harness.gather` and `harness.total`.
+        `batch` is one part of the global batch (see `harness.api.global_batch`), and the harness averages each term over
+        the parts. That is right for a term that is a mean over crops. A term that compares crops with each other, or
+        divides by something counted in them, must use `harness.gather` and `harness.total` to see the crops of all parts.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement forward(batch)")
 
     def show(self, batch: Batch) -> dict[str, Tensor]:
-        """What the method sees, hides and restores of a batch: name -> (N, C, x, y, z) in [0, 1], for one picture.
+        """Images for one picture of what the method sees, hides and restores: name -> (N, C, x, y, z) in [0, 1].
 
-        Called once after pre-training, in evaluation mode and without gradients. Empty: there is nothing to see.
+        It is called once after pre-training, in evaluation mode and without gradients. An empty result means no picture.
         """
         return {}
 
     def after_step(self, step: int) -> None:
-        """After each optimizer step: EMA teachers, queues."""
+        """Called after each optimizer step, with its number from 1, for instance to update an EMA teacher or a queue."""
 
     def weights(self) -> dict[str, Tensor]:
-        """What fine-tuning starts from, under the backbone's names: the parts in `trains`, as they are now."""
+        """The weights that fine-tuning starts from, by the backbone's state dict keys.
+
+        The default returns the current weights of the parts in `trains`.
+        """
         return self.backbone.part_weights(self.trains)

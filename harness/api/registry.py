@@ -1,6 +1,6 @@
-"""Plugins by name: entry points, and files or modules that the user names with `--plugin`.
+"""The registry of plugins: entry points, and files or modules that the user names with `--plugin`.
 
-Listing reads the plugins' source without importing it, because importing them imports torch.
+To list plugins, their source is read instead of imported, because importing them imports torch.
 """
 
 import ast
@@ -26,7 +26,15 @@ STATED = ("version", "reference", "trains", "needs", "abilities", "variants", "p
 
 @dataclass(frozen=True)
 class Plugin:
-    """Where a named plugin comes from: an entry point, or an object from a `--plugin` file or module."""
+    """A named plugin and its origin: an entry point, or an object from a `--plugin` file or module.
+
+    Attributes:
+        kind: "method", "backbone", "task" or "corpus".
+        name: name under which the user selects it.
+        origin: where it comes from, in words, for messages.
+        entry_point: its entry point; None for a `--plugin`.
+        found: the class or object from a `--plugin`; None for an entry point, which is imported on `Registry.load`.
+    """
 
     kind: str
     name: str
@@ -36,7 +44,7 @@ class Plugin:
 
     @property
     def source(self) -> Path | None:
-        """The file that defines it, found without importing it; None where there is no such file."""
+        """The file that defines the plugin, located without importing it; None if there is no such file."""
         if self.entry_point is None:
             module = inspect.getmodule(type(self.found) if isinstance(self.found, ImageSet) else self.found)
             return Path(module.__file__) if module is not None and module.__file__ else None
@@ -44,7 +52,10 @@ class Plugin:
 
 
 class Registry:
-    """All plugins that can be named.
+    """All plugins that the user can select by name.
+
+    Args:
+        extra: the values of `--plugin`: paths of Python files, or names of modules.
 
     Raises:
         UserError: two plugins of one kind share a name, or a `--plugin` cannot be loaded.
@@ -53,15 +64,16 @@ class Registry:
     def __init__(self, extra: Sequence[str] = ()) -> None:
         self._plugins: dict[str, dict[str, Plugin]] = {kind: {} for kind in KINDS}
         for kind in KINDS:
-            # One distribution can be found twice on sys.path (an editable install, seen from its own folder).
+            # A distribution may appear twice on sys.path (an editable install, seen from its own folder).
             for entry in {(e.name, e.value): e for e in entry_points(group=f"harness.{PLURAL[kind]}")}.values():
                 package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown package"
                 self._add(Plugin(kind, entry.name, f"entry point {entry.value} of {package}", entry_point=entry))
         for name in extra:
-            for kind, found in _objects(_import(name)):
-                self._add(Plugin(kind, found.name, f"--plugin {name}", found=found))
+            for kind, plugin in _objects(_import(name)):
+                self._add(Plugin(kind, plugin.name, f"--plugin {name}", found=plugin))
 
     def _add(self, plugin: Plugin) -> None:
+        """Add a plugin. Raises UserError if its kind has another one of the same name."""
         other = self._plugins[plugin.kind].setdefault(plugin.name, plugin)
         if other is not plugin:
             raise UserError(
@@ -70,73 +82,90 @@ class Registry:
             )
 
     def names(self, kind: str) -> list[str]:
-        """Sorted names of one kind."""
+        """The sorted names of all plugins of one kind."""
         return sorted(self._plugins[kind])
 
     def plugin(self, kind: str, name: str) -> Plugin:
-        """The plugin of that name. Raises UserError with near matches where there is none."""
+        """The plugin with this kind and name.
+
+        Raises:
+            UserError: there is none; the message offers near matches.
+        """
         if name not in self._plugins[kind]:
             raise unknown(kind, name, self.names(kind))
         return self._plugins[kind][name]
 
     def load(self, kind: str, name: str) -> Any:
-        """The method or backbone class, or the task object.
+        """Import a plugin: the class of a method or backbone, or the object of a task or corpus.
 
         Raises:
-            UserError: unknown name; or the plugin fails to load, with the file at which its package was found.
+            UserError: the name is unknown, or the plugin fails to load; the message then states the file of its package.
         """
         plugin = self.plugin(kind, name)
         if plugin.entry_point is None:
             return plugin.found
         try:
             return plugin.entry_point.load()
-        # A plugin runs foreign code on import: whatever it raises is reported with where it was found.
+        # Importing a plugin runs foreign code, so any exception is reported, together with the plugin's file.
         except Exception as error:
-            place = _locate(plugin.entry_point.module) or _locate(plugin.entry_point.module.split(".")[0])
+            file = _locate(plugin.entry_point.module) or _locate(plugin.entry_point.module.split(".")[0])
             raise UserError(
                 f"{kind} {name!r} ({plugin.origin}) cannot be loaded, {type(error).__name__}: {error}; its package was "
-                f"found at {place or 'no place on sys.path'}: mend, reinstall or remove what lies there"
+                f"found at {file or 'no place on sys.path'}: mend, reinstall or remove what lies there"
             ) from error
 
     def task(self, name: str) -> Task:
-        """A task by name, or by the path of a folder that describes itself (a Decathlon folder)."""
+        """A task by its name, or by the path of a folder that describes itself (a Decathlon or nnU-Net folder).
+
+        Raises:
+            UserError: as `load`; the name is empty; the folder does not exist; or no class of tasks recognises it.
+        """
         folder = self.task_folder(name)
         if folder is None:
-            found = self.load("task", name)
-            assert isinstance(found, Task), f"task {name!r} is a {type(found).__name__}, not a harness.Task"
-            return found
+            task = self.load("task", name)
+            assert isinstance(task, Task), f"task {name!r} is a {type(task).__name__}, not a harness.Task"
+            return task
         if not is_folder(folder):
             raise UserError(
                 f"task folder {folder} does not exist: give a folder or one of {', '.join(self.names('task'))}"
             )
-        for family in dict.fromkeys(type(self.load("task", known)) for known in self.names("task")):
-            made: Task | None = family.from_folder(folder)
-            if made is not None:
-                return made
+        for task_class in dict.fromkeys(type(self.load("task", task_name)) for task_name in self.names("task")):
+            folder_task: Task | None = task_class.from_folder(folder)
+            if folder_task is not None:
+                return folder_task
         raise UserError(
             f"no task family recognises {folder}: a folder that is a task has a dataset.json, as the Medical Segmentation "
             "Decathlon ('modality', 'labels', 'training') or nnU-Net v2 ('channel_names', 'labels', 'file_ending') write it"
         )
 
     def task_folder(self, name: str) -> Path | None:
-        """The folder that `name` stands for, where it is not the name of a task."""
+        """The folder that `name` stands for; None if it is the name of a task, or of no folder.
+
+        Text with a slash counts as a folder, even if the folder does not exist.
+
+        Raises:
+            UserError: the name is empty, or a path that begins with `~` names an unknown user.
+        """
         if not name:
             raise UserError("the task's name is empty: give a name (`harness list tasks`) or a folder")
         folder = expand(name)
         return folder if name not in self._plugins["task"] and (is_folder(folder) or "/" in name) else None
 
     def describe(self, kind: str) -> list[dict[str, Any]]:
-        """One row per plugin: name, description, and what the class states about itself."""
+        """One row per plugin of a kind: its name, origin and description, and the attributes that it states about itself."""
         rows = []
         for name in self.names(kind):
             plugin = self.plugin(kind, name)
             row = {"name": name, "origin": plugin.origin}
-            described = kind in ("task", "corpus")
-            rows.append(row | (_describe_images(self.load(kind, name)) if described else _describe_class(plugin)))
+            has_images = kind in ("task", "corpus")
+            rows.append(row | (_describe_images(self.load(kind, name)) if has_images else _describe_class(plugin)))
         return rows
 
     def digest_sources(self) -> str:
-        """Digest of the files of all plugins: whole packages of installed ones, which may share modules and lists."""
+        """Digest of the source files of all plugins.
+
+        For an installed plugin it covers the folder of its package, because plugins may share modules and lists there.
+        """
         sources = {plugin.source for plugins in self._plugins.values() for plugin in plugins.values()} - {None}
         installed = {
             plugin.source.parent
@@ -148,19 +177,20 @@ class Registry:
         return digest([sorted(loose), sorted(digest_tree(folder) for folder in installed)])
 
     def digest(self, kind: str, name: str) -> str:
-        """Digest of the plugin's source file: tells whether it changed, without importing it."""
+        """Digest of the plugin's source file, which shows whether the file has changed without importing it."""
         source = self.plugin(kind, name).source
         return digest_chunks([source.read_bytes()] if source else [])
 
 
 def _describe_images(images: ImageSet) -> dict[str, Any]:
-    how = images.normalisation
+    """Attributes of a task or corpus, for `Registry.describe`."""
+    normalisation = images.normalisation
     return {
         "description": images.description,
         "targets": list(images.targets),
         "channels": list(images.channels),
         "spacing": list(images.spacing or ()),
-        "intensities": f"{type(how).__name__.lower()} {how.low:g}..{how.high:g}",
+        "intensities": f"{type(normalisation).__name__.lower()} {normalisation.low:g}..{normalisation.high:g}",
         "version": images.version,
         "licence": images.licence,
         "reference": images.reference,
@@ -171,28 +201,29 @@ def _describe_images(images: ImageSet) -> dict[str, Any]:
 
 
 def _describe_class(plugin: Plugin) -> dict[str, Any]:
-    """First line of the docstring and the literal class attributes, read from the source."""
+    """First line of the docstring, and literal class attributes, read from the source without importing it."""
     source = plugin.source
-    wanted = plugin.entry_point.attr if plugin.entry_point else plugin.found.__name__
+    class_name = plugin.entry_point.attr if plugin.entry_point else plugin.found.__name__
     tree = ast.parse(source.read_text()) if source and source.is_file() else ast.Module([], [])
     for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == wanted:
-            described: dict[str, Any] = {"description": (ast.get_docstring(node) or "").partition("\n")[0]}
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            row: dict[str, Any] = {"description": (ast.get_docstring(node) or "").partition("\n")[0]}
             for statement in node.body:
                 if not isinstance(statement, ast.Assign | ast.AnnAssign) or statement.value is None:
                     continue
                 target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
                 if isinstance(target, ast.Name) and target.id in STATED:
-                    described[target.id] = _literal(statement.value)
-            # What a class does not state it inherits from the contract.
+                    row[target.id] = _literal(statement.value)
+            # An attribute that the class does not state has the value of the base class.
             inherited = (
                 {"trains": ["encoder", "decoder"], "needs": []} if plugin.kind == "method" else {"abilities": []}
             )
-            return {"version": "1", "reference": "", **inherited} | described
-    return {"description": f"cannot be read: {wanted} is not defined in {source}", "version": "", "reference": ""}
+            return {"version": "1", "reference": "", **inherited} | row
+    return {"description": f"cannot be read: {class_name} is not defined in {source}", "version": "", "reference": ""}
 
 
 def _literal(node: ast.expr) -> Any:
+    """The value of a literal expression, or of `frozenset` of one. Tuples and frozensets become lists."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "frozenset":
         return sorted(ast.literal_eval(node.args[0])) if node.args else []
     value = ast.literal_eval(node)
@@ -200,14 +231,14 @@ def _literal(node: ast.expr) -> Any:
 
 
 def _locate(module: str) -> Path | None:
-    """The file of a dotted module, found on sys.path without importing anything."""
+    """The file of a dotted module, located on sys.path without importing anything; None if there is none."""
     path: list[str] | None = None
     spec = None
-    for number, _ in enumerate(parts := module.split(".")):
-        spec = PathFinder.find_spec(".".join(parts[: number + 1]), path)
+    for index, _ in enumerate(names := module.split(".")):
+        spec = PathFinder.find_spec(".".join(names[: index + 1]), path)
         if spec is None:
-            # Editable installs may use finders of their own, which only know top-level names.
-            spec = importlib.util.find_spec(parts[0]) if number == 0 else None
+            # Editable installs may use their own finders, which know top-level names only.
+            spec = importlib.util.find_spec(names[0]) if index == 0 else None
         if spec is None:
             return None
         path = list(spec.submodule_search_locations or [])
@@ -215,6 +246,7 @@ def _locate(module: str) -> Path | None:
 
 
 def _import(name: str) -> ModuleType:
+    """Import the file or module that `--plugin` names. Raises UserError."""
     path, module_name = expand(name), ""
     try:
         if not name.endswith(".py"):
@@ -228,36 +260,40 @@ def _import(name: str) -> ModuleType:
         assert spec is not None, f"{path} ends in .py"
         assert spec.loader is not None, f"{path} ends in .py"
         module = importlib.util.module_from_spec(spec)
-        # Registered, so that its transforms can be pickled into loader workers.
+        # The module is registered, so that its transforms can be pickled into loader workers.
         sys.modules[module_name] = module
         spec.loader.exec_module(module)
         return module
     except UserError:
         raise
-    # A plugin runs foreign code on import: whatever it raises is the user's to see.
+    # Importing a plugin runs foreign code, so any exception is reported to the user.
     except Exception as error:
         sys.modules.pop(module_name, None)
         raise UserError(f"--plugin {name} cannot be loaded, {type(error).__name__}: {error}") from error
 
 
 def _objects(module: ModuleType) -> list[tuple[str, Any]]:
-    """Method and Backbone classes that the module defines, and its Task and Corpus objects."""
-    found: list[tuple[str, Any]] = []
+    """The plugins of a module as pairs (kind, plugin): Method and Backbone classes, and Task and Corpus objects.
+
+    Raises:
+        UserError: there are none, or the `name` of a class is not a string.
+    """
+    objects: list[tuple[str, Any]] = []
     for value in vars(module).values():
         if isinstance(value, ImageSet):
-            found.append(("task" if isinstance(value, Task) else "corpus", value))
+            objects.append(("task" if isinstance(value, Task) else "corpus", value))
             continue
-        # Methods and backbones say which they are: their base classes are not imported here, since they need torch.
+        # Their class attribute `plugin_kind` shows methods and backbones: importing the base classes here would import torch.
         kind = getattr(value, "plugin_kind", None) if inspect.isclass(value) else None
         if kind in KINDS and value.__module__ == module.__name__ and "name" in vars(value):
             if not isinstance(value.name, str) or not value.name:
                 raise UserError(
                     f"--plugin {module.__name__}: {value.__name__}.name = {value.name!r} is no name: give a string"
                 )
-            found.append((str(kind), value))
-    if not found:
+            objects.append((str(kind), value))
+    if not objects:
         raise UserError(
             f"--plugin {module.__name__} defines no plugin: it needs a subclass of harness.Method or harness.Backbone "
             "with a `name`, or a harness.Task or harness.Corpus object"
         )
-    return found
+    return objects

@@ -1,4 +1,4 @@
-"""Validated, frozen settings: the base of every configuration class, the plugins' `Config` included."""
+"""Validated, frozen settings: the base class of every configuration class, including the `Config` of plugins."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar, get_args, get_origin
@@ -10,25 +10,26 @@ from harness.system.errors import UserError, unknown
 S = TypeVar("S", bound="Settings")
 
 Triple = tuple[int, int, int]
-"""Three whole numbers, one per array axis: an extent, a stride or an index in voxels."""
+"""Three whole numbers, one per array axis: an extent, a stride or an index, in voxels."""
 
 
 def _cube(value: Any) -> Any:
-    """One edge length stands for a cube: 96, "96" and "96,96,96" are the same size."""
-    parts = value.split(",") if isinstance(value, str) else value
-    if isinstance(parts, int):
-        parts = (parts,)
-    return tuple(parts) * 3 if isinstance(parts, list | tuple) and len(parts) == 1 else parts
+    """Turn a single edge length into the three of a cube: 96, "96" and "96,96,96" are the same size."""
+    edges = value.split(",") if isinstance(value, str) else value
+    if isinstance(edges, int):
+        edges = (edges,)
+    return tuple(edges) * 3 if isinstance(edges, list | tuple) and len(edges) == 1 else edges
 
 
 Size3 = Annotated[tuple[PositiveInt, PositiveInt, PositiveInt], BeforeValidator(_cube)]
-"""An extent in voxels along the three array axes; a single number stands for a cube."""
+"""An extent in voxels along the three array axes. A single number means a cube."""
 
 
 class Settings(BaseModel):
-    """Frozen settings that refuse unknown fields. Every field states its source in `Field(description=...)`.
+    """Frozen settings that reject unknown fields, infinities and NaN.
 
-    On the command line a tuple is written with commas and a missing value as `none`.
+    Every field states in `Field(description=...)` what it is and where its value comes from (paper or repository). On the
+    command line, a tuple is written with commas, and a missing value as `none`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -36,26 +37,32 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _read_text(cls, values: Any) -> Any:
+        """Turn the text of the command line into tuples and None, where a field allows them."""
         if not isinstance(values, Mapping):
             return values
-        read = dict(values)
+        parsed = dict(values)
         for name, value in values.items():
             if not isinstance(value, str) or name not in cls.model_fields:
                 continue
             annotation = cls.model_fields[name].annotation
             kinds = {get_origin(kind) or kind for kind in (annotation, *get_args(annotation))}
             if value.lower() == "none" and type(None) in kinds:
-                read[name] = None
+                parsed[name] = None
             elif tuple in kinds and "," in value:
-                read[name] = tuple(value.split(","))
-        return read
+                parsed[name] = tuple(value.split(","))
+        return parsed
 
 
 def build(cls: type[S], values: Mapping[str, Any], section: str) -> S:
-    """Validate `values` as `cls`; `section` is the prefix that the user writes before a field.
+    """Validate `values` and make the settings `cls` of them.
+
+    Args:
+        values: field name -> value, or its text as written on the command line.
+        section: the prefix that the user writes before a field, for instance `pretrain`.
 
     Raises:
-        UserError: an unknown field (near matches are offered), or a value of the wrong type or out of range.
+        UserError: an unknown field (the message offers near matches), a value of the wrong type or out of range, or a
+            file that cannot be used.
     """
     for name in values:
         if name not in cls.model_fields:
@@ -65,11 +72,11 @@ def build(cls: type[S], values: Mapping[str, Any], section: str) -> S:
     except ValidationError as error:
         problem = error.errors()[0]
         field = str(problem["loc"][0]) if problem["loc"] else ""
-        known = cls.model_fields.get(field)
-        about = f" ({known.description})" if known is not None and known.description else ""
-        where = f"{section}.{field}={problem['input']}" if field else section
-        raise UserError(f"{where} cannot be used: {problem['msg']}{about}") from None
-    except OSError as error:  # from where a file is looked for
+        info = cls.model_fields.get(field)
+        about = f" ({info.description})" if info is not None and info.description else ""
+        setting = f"{section}.{field}={problem['input']}" if field else section
+        raise UserError(f"{setting} cannot be used: {problem['msg']}{about}") from None
+    except OSError as error:  # raised by a validator that looks for a file
         raise UserError(
             f"{section}: {error.filename!r:.80} cannot be used: {error.strerror}: give another path"
         ) from None

@@ -1,4 +1,7 @@
-"""What a data set is: its layout on disk, its targets, its geometry. Knows no torch, so that listing tasks is quick."""
+"""The contract of a data set: its layout on disk, its targets and its geometry.
+
+This module does not import torch, so that listing tasks is quick.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -9,17 +12,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-SPACINGS = (1e-4, 1e4)  # mm; beyond lie mistakes, and numbers that overflow
+SPACINGS = (1e-4, 1e4)  # accepted range in mm; a value outside it is a mistake or makes numbers overflow
 
 
 @dataclass(frozen=True)
 class Case:
-    """One scan: an image file per channel (or one 4D file for all channels) and the label map, if there is one.
+    """One scan: its image files and its label map, if there is one.
 
     Attributes:
-        patient: whose scan it is; scans of one patient never straddle a split. Empty: a patient of its own.
-        numbering: (value in this label file, value of the task) pairs, where a release numbers the same tissues
-            differently; any other value is an error. Empty: the file has the task's own values.
+        id: name of the case, unique in the data set; it becomes a file name.
+        images: one file per channel, in the order of `ImageSet.channels`, or one 4D file with all channels.
+        label: file of the label map; None for a scan without labels.
+        patient: the patient whose scan this is. All scans of one patient stay on the same side of a split. An empty
+            string means that the patient has no other scan.
+        numbering: pairs (value in this label file, value of the task), for a release that gives the same tissues other
+            numbers. Any value that is not listed is an error. Empty means that the file has the task's own values.
     """
 
     id: str
@@ -30,15 +37,16 @@ class Case:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Images, then the label map if there is one."""
+        """The image files, followed by the label map if there is one."""
         return (*self.images, self.label) if self.label else self.images
 
 
 @dataclass(frozen=True)
 class Percentiles:
-    """Robust per-image, per-channel scaling for MR: `low`..`high` percentiles of the non-zero voxels -> [0.001, 1].
+    """Robust intensity scaling for MR, computed per image and per channel.
 
-    Voxels that are exactly 0 (outside a skull-stripped brain) stay 0.
+    The `low` and `high` percentiles (in percent) of the non-zero voxels are mapped to 0.001 and 1. Voxels that are exactly
+    0 (outside a skull-stripped brain) stay 0.
     """
 
     low: float = 0.5
@@ -47,14 +55,14 @@ class Percentiles:
 
 @dataclass(frozen=True)
 class Window:
-    """Fixed intensity window for CT: `low`..`high` Hounsfield units -> [0.001, 1]."""
+    """Fixed intensity window for CT: `low` and `high`, in Hounsfield units, are mapped to 0.001 and 1."""
 
     low: float
     high: float
 
     @property
     def usable(self) -> bool:
-        """Whether float32, which voxels are scaled in, holds both ends and tells them apart."""
+        """Whether float32, the type in which voxels are scaled, can hold both ends and tell them apart."""
         with np.errstate(all="ignore"):
             width = np.float32(self.high) - np.float32(self.low)
         return bool(np.finfo(np.float32).tiny < width < np.inf)
@@ -65,11 +73,11 @@ class PhantomShape:
     """One labelled structure of a phantom.
 
     Attributes:
-        label: its value in the label file.
-        centre: relative to the body's half axes, each in -1..1.
-        radius: half axes relative to the body's, each in 0..1.
-        contrast: added intensity per channel: Hounsfield units for CT, else in units of the body's intensity.
-        inside: label of the structure that contains it (it cannot leave that one), or None for the body.
+        label: value of the structure in the label file.
+        centre: position of the centre, per axis, relative to the body's half axes, each in -1..1.
+        radius: half axes of the structure, relative to the body's half axes, each in 0..1.
+        contrast: intensity added per channel: in Hounsfield units for CT, otherwise in units of the body's intensity.
+        inside: label of the structure that contains this one, which then cannot leave it; None for the body.
     """
 
     label: int
@@ -81,7 +89,13 @@ class PhantomShape:
 
 @dataclass(frozen=True)
 class Archive:
-    """A public archive of a data set: where it lies, its MD5 sum, and the folder that it unpacks to."""
+    """A public archive of a data set.
+
+    Attributes:
+        url: address of the archive.
+        md5: MD5 sum of the archive, as hexadecimal digits.
+        folder: name of the folder that the archive unpacks to.
+    """
 
     url: str
     md5: str
@@ -90,15 +104,22 @@ class Archive:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
-    """Scans that are prepared alike: what a task and a corpus of unlabelled scans have in common.
+    """A set of scans that share one preprocessing: the common base of a task and of a corpus of unlabelled scans.
 
     Attributes:
-        channels: names, in the order of the network's input.
-        spacing: of the prepared volumes, mm; None keeps each image's own.
-        targets: what is scored, in the order of the leaderboard: name -> label values that make it up.
-        labels: every value that a label file may hold, 0 included. Anything else is an error.
-        registration: where to get the data, for those that need a registration.
-        layout: the files and folders that are expected, in words.
+        name: name under which the user selects it.
+        version: version of this definition, as listed by `harness list`.
+        description: one line for the lists.
+        licence: licence of the data.
+        reference: publication or web page of the data.
+        channels: names of the channels, in the order of the network's input.
+        spacing: voxel spacing of the preprocessed volumes in mm; None keeps the spacing of each image.
+        normalisation: how intensities are scaled to [0, 1].
+        targets: the regions that are scored, in the order of the leaderboard: name -> label values that the region is
+            made of.
+        labels: every value that a label file may hold, 0 included. Any other value is an error.
+        registration: where to get the data, if it needs a registration.
+        layout: the files and folders that are expected, described in words.
     """
 
     name: str
@@ -115,20 +136,24 @@ class ImageSet:
     layout: str = ""
 
     def masks(self, label: NDArray[Any]) -> NDArray[np.bool_]:
-        """Label map (x, y, z) -> one mask per target (targets, x, y, z)."""
+        """Label map (x, y, z) -> one bool mask per target (targets, x, y, z)."""
         masks = [np.isin(label, values) for values in self.targets.values()]
         return np.stack(masks) if masks else np.zeros((0, *label.shape), dtype=np.bool_)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ImageSet, ABC):
-    """A segmentation data set as its users have it on disk.
+    """A segmentation data set in the layout that its users have on disk.
 
     Attributes:
-        overlapping: targets overlap (one sigmoid output each) or exclude each other (softmax, background first).
-        presets: preset name -> {"section.field": value}, laid over the engine's preset.
-        phantom: the structures of a phantom; `phantom_size` its extent in voxels, `phantom_cases` how many by default.
-        test_ids: the shipped test list, for releases whose case names are known; other cases are split by rule.
+        overlapping: True if targets may overlap (one sigmoid output per target), False if they exclude each other
+            (softmax, with the background as the first output).
+        presets: preset name -> {"section.field": value}. These values replace those of the engine's preset.
+        phantom: the structures of a phantom, the synthetic data of a run for which the user names no data.
+        phantom_size: extent of a phantom in voxels.
+        phantom_cases: number of phantom cases by default.
+        test_ids: ids of the shipped test list, for a release whose case names are known. None, or data in which no case
+            is on the list: a rule splits the cases.
     """
 
     overlapping: bool
@@ -140,59 +165,83 @@ class Task(ImageSet, ABC):
 
     @abstractmethod
     def find(self, data: Path) -> Path:
-        """The task's own folder, given that folder or the one that contains it. Raises UserError where it is not."""
+        """The task's own folder. `data` is that folder or the folder that contains it.
+
+        Raises:
+            UserError: the task's folder is neither of them.
+        """
 
     @abstractmethod
     def cases(self, root: Path) -> list[Case]:
-        """Labelled cases below `root`, sorted by id. Raises UserError where there are none or files are missing."""
+        """The labelled cases below `root`, sorted by id.
+
+        Raises:
+            UserError: there are no cases, or files are missing.
+        """
 
     @abstractmethod
     def write_case(
         self, root: Path, number: int, images: NDArray[Any], label: NDArray[np.uint8], affine: NDArray[Any]
     ) -> None:
-        """Write one phantom case in the task's exact layout; `images` is (channels, x, y, z), `label` (x, y, z)."""
+        """Write one phantom case in the exact layout of the task.
+
+        Args:
+            root: the task's own folder, as `find` returns it.
+            number: number of the case, from which its id is made.
+            images: (channels, x, y, z).
+            label: (x, y, z).
+            affine: (4, 4), from voxel indices to mm.
+        """
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Task | None":
-        """A task made from a folder that describes itself, or None where this family does not recognise it."""
+        """A task made from a folder that describes itself; None if this class does not recognise the folder."""
         return None
 
     def archive(self) -> Archive | None:
-        """The public archive that `harness data fetch` brings; None where there is none."""
+        """The public archive that `harness data fetch` downloads; None if there is none."""
         return None
 
     @property
     def num_outputs(self) -> int:
-        """Channels that the network's head needs."""
+        """Number of output channels that the network's head needs: one per target, and the background for softmax."""
         return len(self.targets) + (not self.overlapping)
 
     def training_target(self, label: NDArray[Any]) -> NDArray[Any]:
-        """What the loss compares with: (targets, ...) float32 if overlapping, else (1, ...) int64 class indices."""
+        """Label map (x, y, z) -> the target of the loss.
+
+        Returns:
+            (targets, x, y, z) float32 if targets overlap, otherwise class indices (1, x, y, z) int64.
+        """
         if self.overlapping:
             return self.masks(label).astype(np.float32)
         table = np.zeros(256, dtype=np.int64)
-        for number, values in enumerate(self.targets.values(), start=1):
-            table[list(values)] = number
-        index: NDArray[np.int64] = table[label][None]
-        return index
+        for class_index, values in enumerate(self.targets.values(), start=1):
+            table[list(values)] = class_index
+        classes: NDArray[np.int64] = table[label][None]
+        return classes
 
     def decide(self, probabilities: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """Probabilities (outputs, x, y, z) -> one mask per target (targets, x, y, z)."""
+        """Probabilities (outputs, x, y, z) -> one bool mask per target (targets, x, y, z)."""
         if self.overlapping:
             return probabilities > 0.5
-        winner = probabilities.argmax(axis=0)
-        return np.stack([winner == number for number in range(1, len(self.targets) + 1)])
+        classes = probabilities.argmax(axis=0)
+        return np.stack([classes == class_index for class_index in range(1, len(self.targets) + 1)])
 
     def compose(self, masks: NDArray[np.bool_], numbering: Sequence[tuple[int, int]] = ()) -> NDArray[np.uint8]:
-        """Masks (targets, x, y, z) -> a label map: each voxel gets the value whose targets differ in fewest from its own.
+        """Masks (targets, x, y, z) -> a label map (x, y, z) uint8.
 
-        Of values that differ in equally many, the first in `labels`. `numbering` is a case's own (`Case.numbering`).
+        Where targets overlap, a voxel gets the label value whose set of targets differs from the voxel's masks in the
+        fewest targets. If several values differ equally, the first of them in `labels` is taken.
+
+        Args:
+            numbering: `Case.numbering`, to write the label map with the values of that case's label file.
         """
-        own = {ours: theirs for theirs, ours in numbering}
+        file_values = {task_value: file_value for file_value, task_value in numbering}
         label = np.zeros(masks.shape[1:], dtype=np.uint8)
         if not self.overlapping:
             for mask, values in zip(masks, self.targets.values(), strict=True):
-                label[mask] = own.get(values[0], values[0])
+                label[mask] = file_values.get(values[0], values[0])
             return label
         fewest = np.full(masks.shape[1:], 255, dtype=np.uint8)
         for value in self.labels:
@@ -200,5 +249,5 @@ class Task(ImageSet, ABC):
             for mask, values in zip(masks, self.targets.values(), strict=True):
                 differs += mask != (value in values)
             closer = differs < fewest
-            fewest[closer], label[closer] = differs[closer], own.get(value, value)
+            fewest[closer], label[closer] = differs[closer], file_values.get(value, value)
         return label

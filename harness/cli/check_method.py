@@ -1,4 +1,4 @@
-"""`harness check-method`: does a method keep the contract?"""
+"""`harness check-method`: check a method against its contract."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
 
 
 def check_method(arguments: argparse.Namespace) -> int:
-    """The conformance checks of a method, or of all methods in a file; status 2 where one does not pass."""
+    """Run the conformance checks of a method, or of all methods in a file. Returns exit status 2 where one does not pass."""
     from harness.api.registry import Registry
     from harness.config.resolve import parse_overrides
 
@@ -47,20 +47,31 @@ def check_method(arguments: argparse.Namespace) -> int:
         registry.plugin("backbone", backbone)
     from harness import conformance
 
-    own = {key.partition(".")[2]: value for key, value in settings.items()}
-    checked = {}
+    method_settings = {key.partition(".")[2]: value for key, value in settings.items()}
+    results_of = {}
     for name in names:
-        checked[name] = conformance.check_method(name, plugins, arguments.backbones, own, done=_say_result)
+        results_of[name] = conformance.check_method(
+            name, plugins, arguments.backbones, method_settings, done=_print_result
+        )
         if not arguments.json:
-            print(f"{name}:\n{conformance.report(checked[name])}\n")
+            print(f"{name}:\n{conformance.report(results_of[name])}\n")
     if arguments.json:
-        print(json.dumps({name: [asdict(result) for result in results] for name, results in checked.items()}, indent=1))
-    served = {name: [result for result in results if result.status != "refused"] for name, results in checked.items()}
-    bad = [name for name, results in served.items() if not results or any(r.status == "FAIL" for r in results)]
+        print(
+            json.dumps({name: [asdict(result) for result in results] for name, results in results_of.items()}, indent=1)
+        )
+    served_results = {
+        name: [result for result in results if result.status != "refused"] for name, results in results_of.items()
+    }
+    bad = [
+        name
+        for name, results in served_results.items()
+        if not results or any(result.status == "FAIL" for result in results)
+    ]
     if bad:
         print(f"harness: error: {', '.join(bad)}: not every check passes, see above", file=sys.stderr)
     return 2 if bad else 0
 
 
-def _say_result(result: Any) -> None:
+def _print_result(result: Any) -> None:
+    """Print one result as soon as it is there."""
     say(f"{result.backbone}: {result.check}: {result.status}")

@@ -1,4 +1,4 @@
-"""`harness data`: check, prepare, fetch or make up data."""
+"""`harness data`: check, preprocess or fetch data, or write a phantom."""
 
 import argparse
 from dataclasses import replace
@@ -50,7 +50,7 @@ def add_parser(commands: Any) -> None:
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Open every file, print a table per problem, write the report; status 2 where something would spoil a run."""
+    """Open every file, print the problems and write the report. Returns exit status 2 where a problem would spoil a run."""
     from harness.api.registry import Registry
     from harness.data.check import SPOILS, check_cases, problems_of, report_path
     from harness.data.check_report import render_report
@@ -61,10 +61,10 @@ def check(arguments: argparse.Namespace) -> int:
     cases = images.cases(root)
     checked = check_cases(images, cases)
     groups = problems_of(checked)
-    for (weight, kind), found in groups.items():
-        print(f"{kind} ({weight}, {len(found)}):")
-        print(*(f"  {printable(problem.case)}: {printable(problem.text)}" for problem in found), sep="\n")
-    bad = {problem.case for (weight, _), found in groups.items() for problem in found if weight == SPOILS}
+    for (weight, kind), problems in groups.items():
+        print(f"{kind} ({weight}, {len(problems)}):")
+        print(*(f"  {printable(problem.case)}: {printable(problem.text)}" for problem in problems), sep="\n")
+    bad = {problem.case for (weight, _), problems in groups.items() for problem in problems if weight == SPOILS}
     number = f"{len(cases)} case{'s' if len(cases) != 1 else ''}"
     summary = f"{number}{_split(images, root, checked)}; {len(bad)} with a problem that spoils a run"
     report = arguments.report or report_path(arguments.runs, images.name)
@@ -74,25 +74,25 @@ def check(arguments: argparse.Namespace) -> int:
 
 
 def _split(images: "Task | Corpus", root: Path, checked: "list[Checked]") -> str:
-    """How a run would split the cases that can be used."""
+    """How a run would split the usable cases, in words; empty for a corpus, or where no case is usable."""
     from harness.api.task import Task
     from harness.data.duplicates import twins
     from harness.data.phantom import is_phantom
     from harness.data.splits import split_cases
 
-    usable = [(each.case, each.signature) for each in checked if each.signature is not None]
+    usable = [(result.case, result.signature) for result in checked if result.signature is not None]
     if not isinstance(images, Task) or not usable:
         return ""
     task = replace(images, test_ids=None) if is_phantom(root) else images
     try:
-        split = split_cases(task, [case for case, _ in usable], same=twins([one for _, one in usable]))
+        split = split_cases(task, [case for case, _ in usable], same=twins([signature for _, signature in usable]))
     except UserError as error:
         return f", which cannot be split ({error})"
     return f", {len(split.train)} for training and {len(split.test)} for testing"
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """Fill the cache of prepared volumes; what is there is compared with its digests."""
+    """Fill the cache of preprocessed volumes; volumes that are there already are compared with their digests."""
     from harness.data.inventory import digest_cases, fingerprint
     from harness.data.volumes import preprocess_cases
     from harness.runs.locate import writable
@@ -109,15 +109,19 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 
 def fetch(arguments: argparse.Namespace) -> int:
-    """Bring a public archive, or say where to get data that needs a registration and what is expected of it."""
+    """Download and unpack a public archive. Returns the exit status.
+
+    Raises:
+        UserError: an unknown name; or data that needs a registration: the message says where, and how to unpack it.
+    """
     from harness.api.registry import Registry
     from harness.api.task import Task
     from harness.data.download import fetch as download
 
     registry = Registry(arguments.plugins)
-    known = registry.names("task") + registry.names("corpus")
-    if arguments.task not in known:
-        raise unknown("task or corpus", arguments.task, known)
+    names = registry.names("task") + registry.names("corpus")
+    if arguments.task not in names:
+        raise unknown("task or corpus", arguments.task, names)
     images: ImageSet = registry.load("task" if arguments.task in registry.names("task") else "corpus", arguments.task)
     archive = images.archive() if isinstance(images, Task) else None
     folder = Path(arguments.data or ".")
@@ -134,7 +138,7 @@ def fetch(arguments: argparse.Namespace) -> int:
 
 
 def phantom(arguments: argparse.Namespace) -> None:
-    """Write a phantom."""
+    """Write a phantom in the layout of a task or corpus."""
     from harness.api.registry import Registry
     from harness.api.task import Task
     from harness.data.phantom import CORPUS_CASES, write_phantom
@@ -154,7 +158,7 @@ def phantom(arguments: argparse.Namespace) -> None:
 
 
 def _image_set(arguments: argparse.Namespace) -> "tuple[Task | Corpus, Path]":
-    """The task or corpus that is named, and its folder."""
+    """The task or corpus that the arguments name, and its folder."""
     from harness.api.registry import Registry
     from harness.data.corpus import folder_corpus
     from harness.data.datasets import find_corpora, find_data

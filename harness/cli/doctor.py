@@ -1,4 +1,4 @@
-"""`harness doctor`: what is wrong here, or will be."""
+"""`harness doctor`: check environment, device, disk, plugins and the runs folder for problems."""
 
 import argparse
 import json
@@ -18,10 +18,10 @@ def add_parser(commands: Any) -> None:
 
 
 def examine(arguments: argparse.Namespace) -> int:
-    """Findings as they come; status 2 where something fails and was not mended."""
+    """Print each finding as soon as it is there. Returns exit status 2 where a check fails and is not mended."""
     from harness.runs import cleanup, doctor
 
-    found, failed = [], 0
+    findings, failed = [], 0
     for finding in doctor.examine(arguments.runs, tuple(arguments.plugins)):
         mended = bool(arguments.fix and finding.fix)
         if mended:
@@ -29,11 +29,11 @@ def examine(arguments: argparse.Namespace) -> int:
         failed += finding.status == "FAIL" and not mended
         done = f"; removed {len(finding.fix)}" if mended else ""
         hint = "; --fix removes them" if finding.fix and not arguments.fix else ""
-        found.append({"status": finding.status, "what": finding.what, "detail": finding.detail, "mended": mended})
+        findings.append({"status": finding.status, "what": finding.what, "detail": finding.detail, "mended": mended})
         if not arguments.json:
             print(f"{finding.status:<5} {finding.what}: {finding.detail}{done}{hint}", flush=True)
     if arguments.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(findings, indent=1))
     if failed:
         print(f"harness: error: {failed} findings above are to be mended", file=sys.stderr)
     return 2 if failed else 0

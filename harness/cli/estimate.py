@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
 
 
 def estimate(arguments: argparse.Namespace) -> int:
-    """What runs will take, as a table, before they start."""
+    """Print what runs will take before they start. Returns the exit status."""
     if arguments.sweep is None:
         if not arguments.method or not arguments.task:
             raise UserError("estimate needs --method and --task, or --sweep FILE: give them")
@@ -45,7 +45,12 @@ def estimate(arguments: argparse.Namespace) -> int:
 
 
 def print_estimates(requests: "Sequence[Request]", jobs: int, as_json: bool = False, alone: bool = False) -> int:
-    """A table of what each of them takes. `alone`: what cannot run is an error, and not one of several lines."""
+    """Print a table of what each run takes. Returns the exit status: 2 where a run has no estimate.
+
+    Args:
+        jobs: runs at a time.
+        alone: raise the UserError of a run that cannot start, instead of printing it among the others.
+    """
     from harness.costs.estimate import Estimator, machine, render
 
     estimator, estimates, problems = Estimator(), [], []
@@ -59,7 +64,7 @@ def print_estimates(requests: "Sequence[Request]", jobs: int, as_json: bool = Fa
     for problem in problems:
         say(f"cannot run: {problem}")
     if as_json:
-        print(json.dumps([asdict(each) for each in estimates], indent=1))
+        print(json.dumps([asdict(estimate) for estimate in estimates], indent=1))
     elif estimates:
         print(f"\n{render(estimates, jobs)}\n\non {machine()}, by a few steps of each stage")
-    return 2 if problems or any(each.problem for each in estimates) else 0
+    return 2 if problems or any(estimate.problem for estimate in estimates) else 0

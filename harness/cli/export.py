@@ -1,4 +1,4 @@
-"""`harness export`: a finished run's weights, for elsewhere."""
+"""`harness export`: the weights of a finished run in a format that other tools read."""
 
 import argparse
 from pathlib import Path
@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    """Write the weights and the card, and print the files."""
+    """Write the weights and the model card, and print their paths."""
     from harness.runs.status import find_run
 
     folder = find_run(arguments.run, arguments.runs)

@@ -1,4 +1,4 @@
-"""`harness leaderboard`: tables, statistics and pages of finished runs."""
+"""`harness leaderboard`: tables, statistics and web pages of finished runs."""
 
 import argparse
 import sys
@@ -50,6 +50,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _add_publish(verbs: Any) -> None:
+    """The options of `publish`."""
     site = verbs.add_parser("publish", help="a static site that opens from disk", allow_abbrev=False)
     site.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or one published before")
     site.add_argument("--title", default="Leaderboard", metavar="TEXT")
@@ -65,6 +66,7 @@ def _add_publish(verbs: Any) -> None:
 
 
 def _add_panels(verbs: Any) -> None:
+    """The options of `panels`."""
     figure = verbs.add_parser("panels", help="cases side by side, as several runs segment them", allow_abbrev=False)
     figure.add_argument("names", nargs="+", metavar="RUN", help="run ids; runs that kept their predictions")
     figure.add_argument("--case", action="append", default=[], metavar="CASE", dest="cases", help="default: three")
@@ -74,7 +76,7 @@ def _add_panels(verbs: Any) -> None:
 
 
 def _add_records(parser: argparse.ArgumentParser, command: Command) -> None:
-    """Where the records come from, and what is done with them."""
+    """The options that say where records come from; `command` is called with them."""
     add_options(parser, "runs")
     parser.add_argument(
         "--from",
@@ -88,6 +90,7 @@ def _add_records(parser: argparse.ArgumentParser, command: Command) -> None:
 
 
 def _add_reported_option(parser: argparse.ArgumentParser) -> None:
+    """The option that adds the results which papers report."""
     parser.add_argument(
         "--with-reported",
         action="store_true",
@@ -96,33 +99,33 @@ def _add_reported_option(parser: argparse.ArgumentParser) -> None:
 
 
 def build(arguments: argparse.Namespace) -> int:
-    """All finished runs as files and a table."""
+    """Write all finished runs to files, and print the table. Returns the exit status."""
     import pandas as pd
 
     from leaderboards import board, table
 
     runs, problems = load(arguments)
     tables = board.gather(runs)
-    frame, beside = table.build(tables), None
+    frame, reported_rows = table.build(tables), None
     if arguments.with_reported:
-        beside = _reported(runs)
-        frame = pd.concat([frame, beside], ignore_index=True) if len(beside) else frame
-    places = arguments.out or [(Path() if arguments.folders else arguments.runs) / "leaderboard.csv"]
-    for place in places:
+        reported_rows = _reported(runs)
+        frame = pd.concat([frame, reported_rows], ignore_index=True) if len(reported_rows) else frame
+    paths = arguments.out or [(Path() if arguments.folders else arguments.runs) / "leaderboard.csv"]
+    for path in paths:
         try:
-            table.write(frame, place)
+            table.write(frame, path)
         except table.EndingError as error:
-            raise UserError(f"--out {place}: {error}: give a name that ends so") from None
+            raise UserError(f"--out {path}: {error}: give a name that ends so") from None
     if arguments.json:
         print(frame.to_json(orient="records", indent=1))
     else:
-        print(f"{table.render(tables, beside)}\n\n{len(runs)} runs, {len(frame)} rows:")
-        print(*(f"  {place}" for place in places), sep="\n")
+        print(f"{table.render(tables, reported_rows)}\n\n{len(runs)} runs, {len(frame)} rows:")
+        print(*(f"  {path}" for path in paths), sep="\n")
     return _finish(problems)
 
 
 def compare_two(arguments: argparse.Namespace) -> int:
-    """Two methods wherever they share a table, or two runs, case by case."""
+    """Compare two methods in every table that has both, or two runs, case by case. Returns the exit status."""
     import pandas as pd
 
     from leaderboards import board, compare
@@ -134,96 +137,101 @@ def compare_two(arguments: argparse.Namespace) -> int:
     single = [_named_run(name, runs) for name in (arguments.first, arguments.second)]
     try:
         if single[0] is not None and single[1] is not None:
-            found = [compare.compare_runs(single[0], single[1])]
+            comparisons = [compare.compare_runs(single[0], single[1])]
         else:
-            known = sorted({run.method for run in runs})
+            methods = sorted({run.method for run in runs})
             for name in (arguments.first, arguments.second):
-                if name not in known:
-                    raise unknown("method among these runs", name, known)
-            found = compare.compare_methods(board.gather(runs), arguments.first, arguments.second)
+                if name not in methods:
+                    raise unknown("method among these runs", name, methods)
+            comparisons = compare.compare_methods(board.gather(runs), arguments.first, arguments.second)
     except board.NotComparableError as error:
         raise UserError(
             f"{error}: compare results that share all of it, `harness leaderboard build` shows which do"
         ) from None
-    print(*map(_lines, found), sep="\n\n")
+    print(*map(_lines, comparisons), sep="\n\n")
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        frames = [each.cases.assign(table=each.title, a=each.names[0], b=each.names[1]) for each in found]
-        whole = pd.concat(frames, ignore_index=True)
+        frames = [
+            comparison.cases.assign(table=comparison.title, a=comparison.names[0], b=comparison.names[1])
+            for comparison in comparisons
+        ]
+        cases = pd.concat(frames, ignore_index=True)
         for column in ("case", "target", "table", "a", "b"):
-            whole[column] = whole[column].map(escape_cell)
-        whole.to_csv(arguments.out, index=False, float_format="%.6g")
+            cases[column] = cases[column].map(escape_cell)
+        cases.to_csv(arguments.out, index=False, float_format="%.6g")
         print(f"\nevery case:\n  {arguments.out}")
     return _finish(problems)
 
 
 def ranks(arguments: argparse.Namespace) -> int:
-    """How firm the ranks are."""
+    """Print how often each method holds each rank among the resamples. Returns the exit status."""
     from leaderboards import board
     from leaderboards.text import align, printable
 
     runs, problems = load(arguments)
-    for each in board.gather(runs):
-        if len(each.groups) < 2:
+    for table in board.gather(runs):
+        if len(table.groups) < 2:
             continue
-        stability = each.stability()
-        order = sorted(range(len(each.groups)), key=lambda number: each.ranks()[number] or len(each.groups) + 1)
-        shown = min(len(order), 12)
-        lines = [["method", "backbone", *(f"#{rank + 1}" for rank in range(shown))]]
-        for number in order[:50]:
-            group = each.groups[number]
-            shares = [f"{share:.0%}" for share in stability.shares[number, :shown]]
+        stability = table.stability()
+        order = sorted(range(len(table.groups)), key=lambda index: table.ranks()[index] or len(table.groups) + 1)
+        num_ranks = min(len(order), 12)
+        lines = [["method", "backbone", *(f"#{rank + 1}" for rank in range(num_ranks))]]
+        for index in order[:50]:
+            group = table.groups[index]
+            shares = [f"{share:.0%}" for share in stability.shares[index, :num_ranks]]
             lines.append([group.method, group.backbone, *shares])
-        print(*map(printable, [each.title, *align(lines)]), sep="\n")
+        print(*map(printable, [table.title, *align(lines)]), sep="\n")
         print(f"Kendall's tau between resampled ranks and these: {stability.tau:.2f}\n")
     return _finish(problems)
 
 
 def efficiency(arguments: argparse.Namespace) -> int:
-    """Dice over label fractions, and the area under it."""
+    """Print Dice over label fractions and the area under the curve. Returns the exit status."""
     from leaderboards import board, curves
 
     runs, problems = load(arguments)
-    found = curves.find(board.gather(runs))
-    if not found:
+    curve_sets = curves.find(board.gather(runs))
+    if not curve_sets:
         raise UserError(
             "no method was run at two label fractions or more: run it with `--label-fraction 0.1`, 0.2, 0.5 as well"
         )
-    print(*map(_lines, found), sep="\n\n")
+    print(*map(_lines, curve_sets), sep="\n\n")
     return _finish(problems)
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Records, CSVs and sites from anywhere."""
+    """Validate records, CSVs and sites from anywhere; print what is wrong. Returns the exit status."""
     from leaderboards import records, validate
     from leaderboards.text import printable
 
     problems: list[str] = []
-    files = [each for path in arguments.files for each in _parts(path)]
+    files = [file for path in arguments.files for file in _files_to_check(path)]
     folders = [folder for path in files if not _is_board(path) for folder in _run_folders(path)]
-    places = {folder.parent for folder in folders} | {arguments.runs}
-    known, _ = records.load_runs(place for place in places if place.is_dir())
+    parents = {folder.parent for folder in folders} | {arguments.runs}
+    runs, _ = records.load_runs(parent for parent in parents if parent.is_dir())
     for path in files:
         if _is_board(path):
-            found, recomputed = validate.check_csv(path, known)
-            print(f"{path}: {'NOT VALID' if found else 'valid'}{f', {recomputed}' if recomputed else ''}")
+            file_problems, recomputed = validate.check_csv(path, runs)
+            print(f"{path}: {'NOT VALID' if file_problems else 'valid'}{f', {recomputed}' if recomputed else ''}")
         else:
-            mine = _run_folders(path)
-            found = [problem for folder in mine for problem in validate.check_run(folder)]
-            found += [] if mine else [f"{path}: no record.json in it: an unfinished run, or no folder of runs"]
-            print(f"{path}: {len(mine)} runs, {f'{len(found)} problems' if found else 'valid'}")
-        problems += found
+            path_folders = _run_folders(path)
+            file_problems = [problem for folder in path_folders for problem in validate.check_run(folder)]
+            file_problems += (
+                [] if path_folders else [f"{path}: no record.json in it: an unfinished run, or no folder of runs"]
+            )
+            print(f"{path}: {len(path_folders)} runs, {f'{len(file_problems)} problems' if file_problems else 'valid'}")
+        problems += file_problems
     for problem in problems:
         print(f"harness: error: {printable(problem)}", file=sys.stderr)
     return 2 if problems else 0
 
 
 def publish(arguments: argparse.Namespace) -> int:
-    """The site: one static folder."""
+    """Write the static site. Returns the exit status."""
     from leaderboards import website
 
     runs, problems = load(arguments)
-    beside = _reported(runs) if arguments.with_reported else None
+    reported_rows = _reported(runs) if arguments.with_reported else None
     try:
         pages = website.publish(
             runs,
@@ -231,7 +239,7 @@ def publish(arguments: argparse.Namespace) -> int:
             title=arguments.title,
             note=arguments.note,
             pictures=arguments.pictures,
-            reported=beside,
+            reported=reported_rows,
         )
     except website.PublishError as error:
         raise UserError(str(error)) from None
@@ -240,25 +248,25 @@ def publish(arguments: argparse.Namespace) -> int:
 
 
 def panels(arguments: argparse.Namespace) -> int:
-    """Cases side by side."""
+    """Draw cases side by side, as several runs segment them. Returns the exit status."""
     from harness.evaluation.panels import draw
 
     runs, problems = load(arguments)
-    chosen = []
+    selected = []
     for name in arguments.names:
         run = _named_run(name, runs)
         if run is None:
             raise unknown("run", name, [run.run_id for run in runs])
-        chosen.append(run)
+        selected.append(run)
     if arguments.out.suffix not in (".png", ".svg"):
         raise UserError(f"--out {arguments.out}: figures are written as .png or .svg: give such a name")
-    shown = draw(chosen, arguments.data, arguments.out, arguments.cases, arguments.plugins, arguments.runs)
-    print(f"{', '.join(shown)}:\n  {arguments.out}")
+    cases = draw(selected, arguments.data, arguments.out, arguments.cases, arguments.plugins, arguments.runs)
+    print(f"{', '.join(cases)}:\n  {arguments.out}")
     return _finish(problems)
 
 
 def load(arguments: argparse.Namespace) -> "tuple[list[Run], list[str]]":
-    """The runs of all folders that were named. Raises UserError where there is none."""
+    """The runs of all given folders, and what is wrong with records. Raises UserError where there is no run."""
     from leaderboards import records
 
     folders = arguments.folders or [arguments.runs]
@@ -271,14 +279,15 @@ def load(arguments: argparse.Namespace) -> "tuple[list[Run], list[str]]":
     return runs, problems
 
 
-def _lines(found: object) -> str:
-    """Text in lines that move no terminal's cursor."""
+def _lines(result: object) -> str:
+    """The text of a result, without characters that would move a terminal's cursor."""
     from leaderboards.text import printable
 
-    return "\n".join(map(printable, str(found).splitlines()))
+    return "\n".join(map(printable, str(result).splitlines()))
 
 
 def _finish(problems: Sequence[str]) -> int:
+    """Print what is wrong with records that were left out. Returns the exit status."""
     from leaderboards.text import printable
 
     for problem in problems:
@@ -287,27 +296,28 @@ def _finish(problems: Sequence[str]) -> int:
 
 
 def _reported(runs: "Sequence[Run]") -> "pd.DataFrame":
+    """The rows that papers report for the tasks of the runs; empty, with a message, where there are none."""
     from leaderboards import reported
 
     tasks = sorted({str(run.record["task"]) for run in runs})
-    found = reported.rows(tasks)
-    if found.empty:
+    rows = reported.rows(tasks)
+    if rows.empty:
         print(
             f"harness: nothing is reported for {', '.join(tasks)}; there is for {', '.join(reported.known_tasks())}",
             file=sys.stderr,
         )
-    return found
+    return rows
 
 
 def _named_run(name: str, runs: "Sequence[Run]") -> "Run | None":
-    """The run with this id, or the one whose id begins so, or whose folder it is; None where none or several are."""
+    """The run with this id, this folder, or an id that begins with `name`; None where no run or several runs match."""
     exact = [run for run in runs if run.run_id == name or run.folder == Path(name).resolve()]
-    found = exact or [run for run in runs if run.run_id.startswith(name)]
-    return found[0] if len(found) == 1 else None
+    matches = exact or [run for run in runs if run.run_id.startswith(name)]
+    return matches[0] if len(matches) == 1 else None
 
 
-def _parts(path: Path) -> list[Path]:
-    """What there is to check: of a published site its runs and its table, else the path itself."""
+def _files_to_check(path: Path) -> list[Path]:
+    """The paths to check: the runs and the table of a published site, else the path itself."""
     if not path.exists():
         raise UserError(f"{path} does not exist: give a record.json, a run folder, a folder of runs, a CSV or a site")
     site = path.is_dir() and (path / "runs").is_dir() and (path / "leaderboard.csv").is_file()
@@ -315,11 +325,12 @@ def _parts(path: Path) -> list[Path]:
 
 
 def _is_board(path: Path) -> bool:
+    """Whether the path is the CSV of a leaderboard."""
     return path.suffix == ".csv" and path.name != "cases.csv"
 
 
 def _run_folders(path: Path) -> list[Path]:
-    """A record's folder, a run folder, or the run folders below a folder (those without a record are unfinished)."""
+    """The run folders that a path names: the folder of a record, a run folder, or those below a folder that have a record."""
     from leaderboards import records
 
     if path.name in ("record.json", "cases.csv"):

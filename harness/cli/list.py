@@ -21,7 +21,7 @@ def add_parser(commands: Any) -> None:
 
 
 def list_plugins(arguments: argparse.Namespace) -> None:
-    """Name, description and what each plugin states about itself."""
+    """Print the name, the description and the properties of each plugin."""
     from harness.api.registry import PLURAL, Registry
     from harness.config.presets import preset_names, read_preset
 
@@ -29,20 +29,20 @@ def list_plugins(arguments: argparse.Namespace) -> None:
     kinds = [*PLURAL.values(), "presets"]
     if arguments.kind is not None and arguments.kind not in kinds:
         raise unknown("kind to list", arguments.kind, kinds)
-    listed = {}
+    rows_of = {}
     for kind in kinds if arguments.kind is None else [arguments.kind]:
         if kind == "presets":
-            listed[kind] = [{"name": name, **read_preset(name)} for name in preset_names()]
+            rows_of[kind] = [{"name": name, **read_preset(name)} for name in preset_names()]
         else:
-            listed[kind] = registry.describe(next(one for one, many in PLURAL.items() if many == kind))
+            rows_of[kind] = registry.describe(next(singular for singular, plural in PLURAL.items() if plural == kind))
     if arguments.json:
-        print(json.dumps(listed, indent=1))
+        print(json.dumps(rows_of, indent=1))
         return
-    for kind, rows in listed.items():
+    for kind, rows in rows_of.items():
         print(f"{kind}:")
         for row in rows:
             print(f"  {row['name']}: {row['description']}")
-            rest = {key: value for key, value in row.items() if key not in ("name", "description", "origin")}
-            for key, value in rest.items():
+            properties = {key: value for key, value in row.items() if key not in ("name", "description", "origin")}
+            for key, value in properties.items():
                 if value not in ("", [], (), {}) or key in ("trains", "needs"):
                     print(f"      {key}: {inline(value) or 'nothing'}")

@@ -43,16 +43,30 @@ COMMANDS = (
     runs,
     doctor,
 )
-# Errors of the file system that are the user's to mend: no permission, read-only, full, a file where a folder is due, a
-# name that is too long or a link to itself.
+# Errors of the file system that the user can mend: no permission, read-only, full, a file where a folder is needed, a name
+# that is too long, or a link to itself.
 MENDABLE = {
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR),
-    *(errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY),
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENOENT,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
 }
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 the user can mend it, 75 stopped by a signal; a fault of ours raises (status 1)."""
+    """Run a command line and return its exit status.
+
+    The status is 0 for success, 2 for an error that the user can mend and 75 for a stop by a signal. Any other error is a bug
+    of the harness: it is raised, and Python exits with status 1.
+    """
     try:
         status, message = _run(words)
     except Exception as error:
@@ -63,7 +77,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str] | None) -> tuple[int, str]:
-    """Exit status of the command, and what it said at its end."""
+    """Exit status of the command, and the message for its status file; empty where it succeeded."""
     try:
         arguments = _parser().parse_args(words)
         with catching():
@@ -75,7 +89,7 @@ def _run(words: Sequence[str] | None) -> tuple[int, str]:
         print(f"harness: {message}; the same command goes on from there", file=sys.stderr)
         return STOPPED, message
     except BrokenPipeError:
-        # The reader (`head`, a pager) has left; nothing is wrong with the run.
+        # The reader of the output (`head`, a pager) has ended; nothing is wrong with the run.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0, ""
     except OSError as error:
@@ -85,11 +99,13 @@ def _run(words: Sequence[str] | None) -> tuple[int, str]:
 
 
 def _refuse(message: str) -> tuple[int, str]:
+    """Print an error that the user can mend. Returns exit status 2 and the message."""
     print(f"harness: error: {message}", file=sys.stderr)
     return 2, message
 
 
 def _parser() -> Parser:
+    """The parser of all commands."""
     parser = Parser(
         prog="harness",
         description="Does this self-supervised pre-training help my 3D segmentation, by how much, and at what cost?",

@@ -14,33 +14,33 @@ REQUEST = tuple(name for name, _ in options(Request) if name != "save_prediction
 
 
 class Parser(argparse.ArgumentParser):
-    """One line on stderr instead of the usage, and near matches for a misspelt command."""
+    """A parser that raises UserError instead of printing the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises UserError, which the command prints."""
+        """Raises UserError, which the command prints as one line on stderr."""
         raise UserError(f"{message}; `{self.prog} --help` shows what is allowed")
 
 
 def add_options(parser: argparse.ArgumentParser, *names: str, text: str = "") -> None:
-    """The options of these fields of a request, under their own names; `text` replaces the usual help."""
+    """Add the options of these fields of a request. `text` replaces their help."""
     for name in names:
         default, option = field_of(name).default, field_of(name).metadata["option"]
-        more: dict[str, Any] = {"help": text or option.text, "dest": name}
+        keywords: dict[str, Any] = {"help": text or option.text, "dest": name}
         if isinstance(default, bool):
-            parser.add_argument(option.flag, action="store_true", **more)
+            parser.add_argument(option.flag, action="store_true", **keywords)
             continue
         if option.choices:
-            more["choices"] = list(option.choices)
+            keywords["choices"] = list(option.choices)
         else:
-            more |= {"metavar": option.metavar, "type": argument(option.parse)}
+            keywords |= {"metavar": option.metavar, "type": argument(option.parse)}
         if isinstance(default, tuple):
-            parser.add_argument(option.flag, action="append", default=[], **more)
+            parser.add_argument(option.flag, action="append", default=[], **keywords)
         else:
-            parser.add_argument(option.flag, default=_default(option, default), **more)
+            parser.add_argument(option.flag, default=_default(option, default), **keywords)
 
 
 def add_request_options(parser: argparse.ArgumentParser, required: bool) -> None:
-    """All that determines a run."""
+    """Add all options that determine a run. `required`: --method and --task have to be given."""
     add_options(parser, *REQUEST)
     if required:
         for action in parser._actions:
@@ -48,9 +48,10 @@ def add_request_options(parser: argparse.ArgumentParser, required: bool) -> None
 
 
 def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser of text whose ValueError argparse prints as it is."""
+    """The parser `parse` for argparse, which prints the message of its ValueError."""
 
     def typed(text: str) -> Any:
+        """The parsed text."""
         try:
             return parse(text)
         except ValueError as error:
@@ -60,22 +61,23 @@ def argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def request_of(arguments: argparse.Namespace) -> Request:
-    """What the options of a run ask for. Raises UserError for a value that is out of range."""
-    return Request(**_given(arguments, Request), execution=execution_of(arguments))
+    """The request that the options of a run describe. Raises UserError for a value that is out of range."""
+    return Request(**_field_values(arguments, Request), execution=execution_of(arguments))
 
 
 def execution_of(arguments: argparse.Namespace) -> Execution:
-    """How the options say that a run is carried out; as usual where the command has none."""
-    return Execution(**_given(arguments, Execution))
+    """How a run is carried out, from the options; the defaults where the command lacks an option."""
+    return Execution(**_field_values(arguments, Execution))
 
 
-def _given(arguments: argparse.Namespace, kind: type[Request] | type[Execution]) -> dict[str, Any]:
-    names = [each.name for each in fields(kind) if each.default is not MISSING and each.name != "execution"]
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+def _field_values(arguments: argparse.Namespace, kind: type[Request] | type[Execution]) -> dict[str, Any]:
+    """The values of the fields of `kind` that have a default and were given as options."""
+    names = [field.name for field in fields(kind) if field.default is not MISSING and field.name != "execution"]
+    values = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _default(option: Option, default: Any) -> Any:
     """The field's default, or the value of the environment variable that replaces it."""
-    named = os.environ.get(option.environment) if option.environment else None
-    return option.parse(named) if named else default
+    text = os.environ.get(option.environment) if option.environment else None
+    return option.parse(text) if text else default

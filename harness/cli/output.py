@@ -4,7 +4,7 @@ from typing import Any
 
 
 def as_lines(values: dict[str, Any], indent: int = 0) -> str:
-    """Nested values, one a line."""
+    """Nested values as text, one value per line; inner dictionaries are indented."""
     pad, lines = " " * indent, []
     for key, item in values.items():
         if isinstance(item, dict) and item and any(isinstance(inner, dict) for inner in item.values()):
@@ -15,7 +15,7 @@ def as_lines(values: dict[str, Any], indent: int = 0) -> str:
 
 
 def inline(value: Any) -> str:
-    """One value in one line; long lists are cut."""
+    """A value as one line; a list of more than 160 characters is cut."""
     if isinstance(value, dict):
         return ", ".join(f"{key}={inline(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):

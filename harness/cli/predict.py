@@ -1,4 +1,4 @@
-"""`harness predict`: new images through a finished run."""
+"""`harness predict`: segment new images with a finished run."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`harness profile`: what a training step costs."""
+"""`harness profile`: the cost of a training step."""
 
 import argparse
 import json
@@ -50,7 +50,7 @@ def add_parser(commands: Any) -> None:
 
 
 def profile(arguments: argparse.Namespace) -> int:
-    """Time steps side by side; a table, a CSV and a figure."""
+    """Time steps side by side; print a table, and write a CSV and a figure. Returns the exit status."""
     from harness.costs.suites import ROUNDS, suite_path
 
     if arguments.suite:
@@ -62,7 +62,7 @@ def profile(arguments: argparse.Namespace) -> int:
     from leaderboards import profiles
 
     variants = arguments.compare or [""]
-    # A sweep lists fine-tuned controls too; they have no step of pre-training to time.
+    # A sweep also lists controls that are only fine-tuned; they have no pre-training step to time.
     trials, left_out = [], []
     for request in requests:
         try:
@@ -90,7 +90,7 @@ def profile(arguments: argparse.Namespace) -> int:
 
 
 def _requests(arguments: argparse.Namespace) -> Iterator[Request]:
-    """The product of what the command line lists, on top of each cell of a sweep or of the named method."""
+    """The requests to profile: the product of the values on the command line, for each cell of a sweep or each method."""
     base = Request(
         task=arguments.task,
         preset=arguments.preset,
@@ -105,12 +105,12 @@ def _requests(arguments: argparse.Namespace) -> Iterator[Request]:
             )
         from harness.sweeps.cells import read
 
-        chosen = [cell.request for cell in read(arguments.sweep, base)]
+        requests = [cell.request for cell in read(arguments.sweep, base)]
     else:
         if not arguments.methods or not arguments.task:
             raise UserError("profile needs --method and --task, or --sweep FILE: give them")
         pairs = product(arguments.methods, arguments.backbones or ["unet"])
-        chosen = [replace(base, method=method, backbone=backbone) for method, backbone in pairs]
+        requests = [replace(base, method=method, backbone=backbone) for method, backbone in pairs]
     axes: list[list[str | None]] = [
         [f"{arguments.stage}.{key}={value}" for value in values] or [None]
         for key, values in (
@@ -119,18 +119,20 @@ def _requests(arguments: argparse.Namespace) -> Iterator[Request]:
             ("precision", arguments.precisions),
         )
     ]
-    for request in chosen:
+    for request in requests:
         for settings in product(*axes):
-            yield replace(request, settings=(*request.settings, *(each for each in settings if each)))
+            yield replace(request, settings=(*request.settings, *(pair for pair in settings if pair)))
 
 
 def _name(arguments: argparse.Namespace) -> str:
+    """The name of the CSV, without its ending."""
     if arguments.sweep is not None:
         return str(arguments.sweep.stem)
     return "-".join([*arguments.methods, *(arguments.backbones or ["unet"]), Path(arguments.task).name])
 
 
 def _check_out(out: Path) -> None:
+    """Raises UserError where the CSV cannot be written there."""
     if out.suffix != ".csv":
         raise UserError(f"--out {out}: a profile is a table: give a name that ends in .csv")
     if out.is_dir():

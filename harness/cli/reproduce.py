@@ -1,4 +1,4 @@
-"""`harness reproduce`: the command of a run, what differs here, and the run again."""
+"""`harness reproduce`: the command of a run, what differs on this machine, and the run once more."""
 
 import argparse
 from pathlib import Path
@@ -24,13 +24,13 @@ def add_parser(commands: Any) -> None:
 
 
 def reproduce(arguments: argparse.Namespace) -> None:
-    """Print the command and the differences; with --go carry it out and compare every case."""
+    """Print the command and the differences; with --go carry out the command and compare every case."""
     from harness.runs.status import find_run
     from leaderboards.records import RecordError, read_record
     from leaderboards.text import printable
 
-    named = Path(arguments.run)
-    path = named if named.is_file() else find_run(arguments.run, arguments.runs) / "record.json"
+    argument = Path(arguments.run)
+    path = argument if argument.is_file() else find_run(arguments.run, arguments.runs) / "record.json"
     try:
         record = read_record(path)
     except RecordError as error:

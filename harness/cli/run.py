@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """One run, then its table and its files."""
+    """Carry out one run, then print its table and its files."""
     request = request_of(arguments)
     if arguments.dry_run:
         _dry_run(request, arguments.json)
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     finished = _carry_out(request)
     if int(os.environ.get("RANK") or 0) > 0:
-        return  # one of several processes speaks for all
+        return  # of several processes only the first one prints
     if arguments.json:
         print(json.dumps(finished.record, indent=1))
         return
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _carry_out(request: "Request") -> "FinishedRun":
-    """The run, or the finished one that answered the same request; that answer needs no torch."""
+    """Carry out the run. A finished run that answered the same request is returned at once, without importing torch."""
     from harness.runs.finished import finished_before
 
     finished = finished_before(request)
@@ -61,6 +61,7 @@ def _carry_out(request: "Request") -> "FinishedRun":
 
 
 def _print_tables(request: "Request", finished: "FinishedRun") -> None:
+    """Write the leaderboard of all runs; print the table of this run, and its files."""
     from leaderboards import board, records, table
 
     runs, problems = records.load_runs([request.runs])
@@ -69,8 +70,8 @@ def _print_tables(request: "Request", finished: "FinishedRun") -> None:
     csv = request.runs / "leaderboard.csv"
     tables = board.gather(runs)
     table.write(table.build(tables), csv)
-    mine = board.without_mode(records.load_run(finished.folder).table)
-    print(f"\n{table.render([each for each in tables if board.without_mode(each.key) == mine])}\n")
+    own_key = board.without_mode(records.load_run(finished.folder).table)
+    print(f"\n{table.render([each for each in tables if board.without_mode(each.key) == own_key])}\n")
     print("this run was finished before, nothing was computed" if finished.again else "files of this run:")
     for path in sorted(path for path in finished.folder.rglob("*") if path.is_file()):
         print(f"  {path}")
@@ -78,6 +79,7 @@ def _print_tables(request: "Request", finished: "FinishedRun") -> None:
 
 
 def _dry_run(request: "Request", as_json: bool) -> None:
+    """Print the resolved configuration and what the run would use; compute nothing."""
     from harness.runs.plan import plan_without_data
 
     config, plan = plan_without_data(request)

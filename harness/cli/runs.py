@@ -1,4 +1,4 @@
-"""`harness runs`: what is in a runs folder, and what can go."""
+"""`harness runs`: list the runs of a folder, and remove files that are no longer needed."""
 
 import argparse
 import json
@@ -25,52 +25,57 @@ def add_parser(commands: Any) -> None:
 
 
 def garbage_collect(arguments: argparse.Namespace) -> None:
-    """Show what finished runs no longer need, and remove it once that is wanted."""
+    """Show what finished runs no longer need, and remove it with --yes or after a confirmation."""
     from harness.runs import cleanup
 
     _existing(arguments.runs)
-    found = cleanup.removable(arguments.runs)
-    for each in found:
-        print(f"{each.size / 2**20:8.1f} MiB  {each.path}: {each.why}")
-    total = sum(each.size for each in found) / 2**20
-    if not found:
+    leftovers = cleanup.removable(arguments.runs)
+    for leftover in leftovers:
+        print(f"{leftover.size / 2**20:8.1f} MiB  {leftover.path}: {leftover.why}")
+    mebibytes = sum(leftover.size for leftover in leftovers) / 2**20
+    if not leftovers:
         print("nothing to remove: no finished stage has checkpoints left")
         return
-    print(f"{total:8.1f} MiB in all", flush=True)
-    wanted = arguments.yes
-    if not wanted and sys.stdin.isatty():
-        wanted = input("remove them? [y/N] ").strip().lower() in ("y", "yes")
-    if not wanted:
+    print(f"{mebibytes:8.1f} MiB in all", flush=True)
+    confirmed = arguments.yes
+    if not confirmed and sys.stdin.isatty():
+        confirmed = input("remove them? [y/N] ").strip().lower() in ("y", "yes")
+    if not confirmed:
         print("nothing was removed; --yes removes it")
         return
-    cleanup.remove(tuple(each.path for each in found))
-    print(f"removed {total:.1f} MiB")
+    cleanup.remove(tuple(leftover.path for leftover in leftovers))
+    print(f"removed {mebibytes:.1f} MiB")
 
 
 def list_runs(arguments: argparse.Namespace) -> None:
-    """All runs of a folder, and where each of them is."""
+    """Print all runs of a folder with their progress, and the process that works on each."""
     from harness.runs.status import where
     from harness.system.locks import holders
     from leaderboards.text import align
 
     runs = _existing(arguments.runs)
-    at_work = {lock.parent: owner for lock, owner in holders(runs)}
+    owners = {lock.parent: owner for lock, owner in holders(runs)}
     rows = []
     for folder in sorted(
-        {path.parent for path in runs.glob("*/config.json")} | {p.parent for p in runs.glob("*/record.json")}
+        {path.parent for path in runs.glob("*/config.json")} | {path.parent for path in runs.glob("*/record.json")}
     ):
         if (folder / "record.json").exists():
             state = "finished"
         else:
-            stage, number = where(folder)
-            state = f"{stage}, {number} {'cases' if stage == 'evaluate' else 'steps'}" if stage else "begun"
-        owner = at_work.get(folder)
+            stage, count = where(folder)
+            state = f"{stage}, {count} {'cases' if stage == 'evaluate' else 'steps'}" if stage else "begun"
+        owner = owners.get(folder)
         rows.append({"run": folder.name, "state": state, "at_work": str(owner) if owner else ""})
     if arguments.json:
         print(json.dumps(rows, indent=1))
     elif rows:
         print(
-            *align([["run", "where it is", "at work"], *([r["run"], r["state"], r["at_work"] or "-"] for r in rows)]),
+            *align(
+                [
+                    ["run", "where it is", "at work"],
+                    *([row["run"], row["state"], row["at_work"] or "-"] for row in rows),
+                ]
+            ),
             sep="\n",
         )
     else:
@@ -78,6 +83,7 @@ def list_runs(arguments: argparse.Namespace) -> None:
 
 
 def _existing(runs: Path) -> Path:
+    """The runs folder. Raises UserError where it does not exist."""
     if not runs.is_dir():
         raise UserError(f"the runs folder {runs} does not exist: give another with --runs or HARNESS_RUNS")
     return runs

@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
 
 
 def show(arguments: argparse.Namespace) -> None:
-    """Its table, and what its record says."""
+    """Print the table of a finished run, and its record."""
     from harness.runs.status import find_run
     from leaderboards import board, records, table
     from leaderboards.text import printable

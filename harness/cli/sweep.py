@@ -46,7 +46,7 @@ def add_parser(commands: Any) -> None:
 
 
 def sweep(arguments: argparse.Namespace) -> int:
-    """Read, sort out, run, show. Status 2 where a cell has no record in the end."""
+    """Read a sweep file, run its cells and print their table. Returns exit status 2 where a cell has no record in the end."""
     from harness.sweeps import cells
     from harness.sweeps.live_table import watch
 
@@ -56,16 +56,16 @@ def sweep(arguments: argparse.Namespace) -> int:
 
         check_trackers(execution.trackers)
     base = Request(data=arguments.data, runs=arguments.runs, plugins=tuple(arguments.plugins), execution=execution)
-    listed = cells.read(arguments.file, base)
+    sweep_cells = cells.read(arguments.file, base)
     notes = arguments.runs / "sweeps" / arguments.file.stem
-    # A launcher that cannot be had is known before phantoms are written and data is read.
+    # Build the launcher first: an error in its options should come before phantoms are written and data is read.
     launcher = None if arguments.dry_run else _launcher(arguments, notes)
-    todo, outcomes = cells.sort_out(listed, notes, arguments.retry)
-    _print_sorted(len(listed), todo, outcomes)
+    todo, outcomes = cells.sort_out(sweep_cells, notes, arguments.retry)
+    _print_sorted(len(sweep_cells), todo, outcomes)
     if launcher is None:
-        print(*(f"  to run: {each.cell}" for each in todo), sep="\n", flush=True)
-        print_estimates([each.cell.request for each in todo], arguments.jobs)
-        return 2 if any(outcome.folder is None for outcome in outcomes) else 0
+        print(*(f"  to run: {planned.cell}" for planned in todo), sep="\n", flush=True)
+        status = print_estimates([planned.cell.request for planned in todo], arguments.jobs)
+        return 2 if any(outcome.folder is None for outcome in outcomes) else status
     try:
         outcomes += watch(todo, launcher) if todo else []
     except (Interrupted, KeyboardInterrupt) as error:
@@ -74,6 +74,7 @@ def sweep(arguments: argparse.Namespace) -> int:
 
 
 def _launcher(arguments: argparse.Namespace, notes: Path) -> "Launcher":
+    """The launcher that the options name. Raises UserError where it cannot be used."""
     from harness.sweeps.local import Local
     from harness.sweeps.slurm import Slurm
 
@@ -89,6 +90,7 @@ def _launcher(arguments: argparse.Namespace, notes: Path) -> "Launcher":
 
 
 def _print_sorted(number: int, todo: "Sequence[Planned]", outcomes: "Sequence[Outcome]") -> None:
+    """Print how many cells are finished, to run, failed before or cannot run, and the reasons."""
     finished = sum(outcome.folder is not None for outcome in outcomes)
     failed = [outcome for outcome in outcomes if outcome.before]
     refused = [outcome for outcome in outcomes if outcome.folder is None and not outcome.before]
@@ -97,12 +99,13 @@ def _print_sorted(number: int, todo: "Sequence[Planned]", outcomes: "Sequence[Ou
         f"{number} cells: {finished} finished before, {len(todo)} to run{before}, {len(refused)} that cannot run",
         flush=True,
     )
-    for kind, some in (("failed before", failed), ("cannot run", refused)):
-        for outcome in some:
+    for kind, group in (("failed before", failed), ("cannot run", refused)):
+        for outcome in group:
             print(f"  {kind}: {outcome.cell}: {outcome.problem}", flush=True)
 
 
 def _report(outcomes: "Sequence[Outcome]", csv: Path) -> int:
+    """Write and print the table of the sweep, and the cells without a record. Returns the exit status."""
     from leaderboards import board, records, table
 
     runs = [records.load_run(outcome.folder) for outcome in outcomes if outcome.folder is not None]

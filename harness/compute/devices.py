@@ -1,4 +1,4 @@
-"""Where a run computes: device, precision, allocator, and Accelerate's view of them."""
+"""How a run uses its device: precision, memory allocator, micro-batches, and the `Accelerator` of a stage."""
 
 import ctypes
 import os
@@ -19,26 +19,35 @@ from harness.system.errors import UserError
 
 
 def computes_in_bf16(device: torch.device) -> bool:
-    """Whether bf16 is native and right there.
+    """Whether the device computes in bf16 natively and correctly.
 
-    Emulated (AVX2), it is tens of times slower than fp32. With AVX-512 bf16 but without AMX, the weight gradient of a
-    convolution over two voxels along an axis, the deepest features of small crops, reads memory that was never written:
-    wrong by any amount and different each time (torch 2.14.1, seen on an EPYC). `harness.layers.Conv3d` computes those in
-    fp32, so that bf16 can be asked for; by itself it is chosen with AMX only.
+    Emulated bf16 (AVX2) is tens of times slower than fp32. With AVX-512 bf16 but without AMX, the weight gradient of a
+    convolution over features of two voxels along an axis (the deepest features of small crops) reads memory that was never
+    written. The gradient is then wrong by any amount, and different each time (torch 2.14.1, seen on an EPYC).
+    `harness.compute.layers.Conv3d` computes these convolutions in fp32, so that the user can choose bf16 there. The
+    automatic choice takes bf16 on a CPU only if it has AMX.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        # No public query exists yet.
+        # Torch has no public query for this yet.
         return bool(torch.cpu._is_amx_tile_supported())
     return False
 
 
 def precision(wanted: str, device: torch.device) -> str:
-    """`auto`, `fp32` or `bf16` -> what is used on this device. Raises UserError for a launcher's other precision."""
+    """The precision that is used on this device, "fp32" or "bf16".
+
+    Args:
+        wanted: the setting: "auto", "fp32" or "bf16". "auto" takes the launcher's precision, otherwise bf16 where
+            `computes_in_bf16` is True.
+
+    Raises:
+        UserError: the setting is "auto", and the launcher asks for another precision.
+    """
     if wanted != "auto":
         return wanted
-    # `accelerate launch --mixed_precision`; "no" is what it says where nobody asked.
+    # The value of `accelerate launch --mixed_precision`, which is "no" by default.
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", "bf16"):
         raise UserError(f"--mixed_precision {launched}: launch with bf16 or no, or --set pretrain.precision=fp32")
@@ -47,49 +56,51 @@ def precision(wanted: str, device: torch.device) -> str:
     return "bf16" if computes_in_bf16(device) else "fp32"
 
 
-KEEP_MEMORY = "HARNESS_KEEP_MEMORY"
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
+KEEP_MEMORY = "HARNESS_KEEP_MEMORY"  # environment variable; 0 leaves the memory allocator as it is
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # constants of glibc's malloc.h
 
 
 @cache
 def keep_memory() -> bool:
-    """Have freed memory kept by the process for the next step, instead of being given back and cleared again.
+    """Make the process keep freed memory for the next step, instead of returning it to the system. Returns whether it does.
 
-    glibc hands every tensor above 32 MiB back to the system when it is freed, and a step spends up to half of its time
-    on having the next ones cleared (docs/speed.md). HARNESS_KEEP_MEMORY=0 leaves the allocator as it is; elsewhere than on
-    glibc nothing is done. Returns whether memory is kept.
+    glibc returns the memory of every tensor above 32 MiB to the system when the tensor is freed. The system must clear the
+    memory of the next tensors, which takes up to half of the time of a step (docs/speed.md). HARNESS_KEEP_MEMORY=0 leaves
+    the allocator as it is. With another C library than glibc, nothing is changed.
     """
     if os.environ.get(KEEP_MEMORY) == "0" or platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**26))
-    done = [mallopt(*each) for each in settings]
-    return all(done)
+    options = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 2**26))
+    accepted = [mallopt(*option) for option in options]
+    return all(accepted)
 
 
 def micro_batches(asked: int) -> int:
-    """As asked; 0: as `accelerate launch --gradient_accumulation_steps` says, else 1."""
+    """Number of micro-batches: `asked`, or for 0 that of `accelerate launch --gradient_accumulation_steps`, otherwise 1."""
     return asked or int(os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or 1)
 
 
 def new_accelerator(asked: int = 0) -> Accelerator:
-    """One per stage, for the processes that the launcher started; precision is ours (`Training.precision`).
+    """A new `Accelerator` for the processes that the launcher started; every stage makes its own.
+
+    It does no mixed precision, because the harness handles precision itself (`Training.precision`).
 
     Args:
-        asked: micro-batches, as `harness.execution.micro_batches` takes them.
+        asked: the requested number of micro-batches, as for `micro_batches`.
 
     Raises:
-        UserError: a way of sharing the work that is not supported.
+        UserError: the launcher asks for a way of sharing the work that is not supported.
     """
-    # A process that prepares data or scores cases is waited for, however long it takes.
-    patient = InitProcessGroupKwargs(timeout=timedelta(days=7))
-    number = micro_batches(asked)
-    replicas = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    # The other processes wait for one that preprocesses data or scores cases, however long it takes.
+    process_group = InitProcessGroupKwargs(timeout=timedelta(days=7))
+    num_steps = micro_batches(asked)
+    data_parallel = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     accelerator = Accelerator(
         mixed_precision="no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=number, sync_with_dataloader=False),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=num_steps, sync_with_dataloader=False),
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[patient, replicas],
+        kwargs_handlers=[process_group, data_parallel],
     )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Versions, hardware and revision, for the record of a run."""
+"""The software versions, the hardware and the source revision that the record of a run states."""
 
 import platform
 import subprocess
@@ -12,7 +12,7 @@ from harness.system.files import ENGINE
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware of a run, for its record."""
+    """Software versions, hardware and source revision of this process, for the record of a run."""
     cuda = device.type == "cuda"
     return {
         "python": platform.python_version(),
@@ -29,17 +29,18 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 
 def git_state() -> dict[str, Any]:
-    """Revision of the source tree and whether it has uncommitted changes; both None outside a checkout."""
+    """`revision` of the source tree, and whether it is `dirty` (has uncommitted changes). Both are None outside a checkout."""
     root = ENGINE.parent
 
     def git(*words: str) -> str | None:
+        """Output of a git command; None if it fails or takes more than 10 seconds."""
         try:
             done = subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, timeout=10, check=False)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # A package that lies in site-packages below some other repository is not that repository.
+    # A package in site-packages may lie inside the checkout of another repository, whose state is not the package's.
     if not (root / "pyproject.toml").exists():
         return {"revision": None, "dirty": None}
     status = git("status", "--porcelain")
@@ -47,6 +48,7 @@ def git_state() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
+    """Version of an installed package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -54,6 +56,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_name() -> str:
+    """Model name of the CPU, or the best replacement that the platform offers."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Peak memory, and what is too large, known before it is allocated."""
+"""Peak memory, the errors of too little memory, and the size of a model before it is built."""
 
 import resource
 import sys
@@ -12,36 +12,45 @@ from torch.overrides import TorchFunctionMode
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch found too little memory; its CPU allocator has no class of its own for that."""
+    """Whether the error means too little memory. Torch's CPU allocator has no class of its own for it, only a message."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def is_too_large(error: Exception) -> bool:
-    """Whether torch refused a size: more than the memory, than a tensor or than a number of 64 bits can be."""
+    """Whether torch refused a size: one that exceeds the memory, the largest tensor, or a number of 64 bits."""
     if isinstance(error, RuntimeError) and is_out_of_memory(error):
         return True
-    # A product of sizes that overflows may come out as a negative one.
+    # A product of sizes that overflows may become negative.
     refused = any(word in str(error) for word in ("verflow", "non-negative", "negative dimension"))
     return (refused and isinstance(error, RuntimeError | TypeError)) or isinstance(error, OverflowError | MemoryError)
 
 
 class _Linspace(TorchFunctionMode):
-    """With values even where tensors have none: MONAI's Swin reads its drop rates off one."""
+    """Mode in which `torch.linspace` makes tensors with values, even on the device "meta", whose tensors have none.
+
+    MONAI's Swin transformer reads its drop rates from such a tensor.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call `func`, on the CPU if it is `torch.linspace`."""
         return func(*args, **({"device": "cpu"} if func is torch.linspace else {}), **(kwargs or {}))
 
 
 def weights_bytes(build: Callable[[], nn.Module]) -> int:
-    """Bytes of the weights that a module will have, without making them; 0 where it cannot be built so.
+    """Size of a module's parameters and buffers in bytes, computed without allocating them.
+
+    It is 0 for a module that cannot be built without values.
+
+    Args:
+        build: returns the module.
 
     Raises:
-        RuntimeError, TypeError, OverflowError: torch refuses a size, see `is_too_large`.
+        RuntimeError, TypeError, OverflowError, MemoryError: torch refuses a size, see `is_too_large`.
     """
     try:
         with torch.device("meta"), _Linspace():
             module = build()
-    # A plugin may need values to be built: whatever it raises then says nothing.
+    # A plugin may need values to build its module. An error that it raises here therefore says nothing about its size.
     except Exception as error:
         if is_too_large(error):
             raise
@@ -50,14 +59,20 @@ def weights_bytes(build: Callable[[], nn.Module]) -> int:
 
 
 def peak_memory(device: torch.device) -> dict[str, float | None]:
-    """Peak memory so far in GiB: of this process, and of the device where it has memory of its own."""
+    """Peak memory so far, in GiB, of this process and of the device.
+
+    The second one is None for a device that has no memory of its own.
+    """
     peak = _host_peak_gib()
     on_device = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     return {"host_peak_gib": round(peak, 3), "device_peak_gib": on_device}
 
 
 def _host_peak_gib() -> float:
-    """Of this process alone: what getrusage says begins, on Linux, with the memory of the process that started this one."""
+    """Peak memory of this process in GiB.
+
+    On Linux it is read from /proc, because `ru_maxrss` of getrusage starts from the peak of the parent process there.
+    """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20

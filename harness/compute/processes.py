@@ -1,4 +1,4 @@
-"""The processes of one run: one of them decides and writes, all of them compute."""
+"""The processes of one run. All of them compute; the main process also decides and writes."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -19,13 +19,19 @@ T = TypeVar("T")
 
 
 class FailedOnMainProcess(SystemExit):
-    """The main process has said what is wrong, or that it stops; the others leave with its exit status."""
+    """The main process failed or was interrupted. It reports the problem; the other processes exit with its exit status."""
 
 
 class Processes:
-    """Processes that a launcher (`torchrun`, `accelerate launch`) started for one run; mostly there is but one."""
+    """The processes that a launcher (`torchrun`, `accelerate launch`) started for one run; usually there is only one.
+
+    Attributes:
+        size: number of processes.
+        rank: index of this process; the main process has 0.
+    """
 
     def __init__(self) -> None:
+        """Read the number of processes from WORLD_SIZE, and connect them if there are several."""
         self.size = int(os.environ.get("WORLD_SIZE") or 1)
         self.rank = 0
         if self.size > 1:
@@ -33,80 +39,97 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this process decides and writes."""
+        """Whether this is the main process, which decides and writes."""
         return self.rank == 0
 
     def decide(self, compute: Callable[[], T]) -> T:
-        """What the main process computes, told to all of them; so is what goes wrong there."""
+        """Call `compute` in the main process only, and return its value, which must be picklable, in all processes.
+
+        Raises:
+            FailedOnMainProcess: in the other processes, if `compute` raises in the main process, where its own exception is
+                raised. The exit status is 2 for a UserError, `STOPPED` for `Interrupted`, otherwise 1.
+        """
         if self.size == 1:
             return compute()
 
-        told: list[Any] = [None]
+        message: list[Any] = [None]
         error: BaseException | None = None
         if self.main:
             try:
-                told = [("done", compute())]
-            # All of it, an interruption too: the others wait for an answer.
+                message = [("done", compute())]
+            # Every exception, interruptions included, because the other processes wait for an answer.
             except BaseException as problem:
                 error = problem
                 status = 2 if isinstance(problem, UserError) else STOPPED if isinstance(problem, Interrupted) else 1
-                told = [("failed", status)]
-        torch.distributed.broadcast_object_list(told, src=0)
+                message = [("failed", status)]
+        torch.distributed.broadcast_object_list(message, src=0)
         if error is not None:
             raise error
-        kind, value = told[0]
+        kind, value = message[0]
         if kind == "failed":
             raise FailedOnMainProcess(value)
-        found: T = value
-        return found
+        result: T = value
+        return result
 
     def first(self, compute: Callable[[], T]) -> T:
-        """Every process computes, the main one before the others, which find what it left on disk."""
+        """Call `compute` in every process: first in the main process, then in the others, which find its files on disk.
+
+        Raises:
+            FailedOnMainProcess: as `decide`.
+        """
         if self.size == 1:
             return compute()
-        kept: list[T] = []
+        results: list[T] = []
 
-        def mine() -> None:
-            kept.append(compute())
+        def compute_on_main() -> None:
+            """Keep the result here: it need not be picklable."""
+            results.append(compute())
 
-        self.decide(mine)
-        return kept[0] if kept else compute()
+        self.decide(compute_on_main)
+        return results[0] if results else compute()
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes have called this."""
         self.decide(lambda: None)
 
     @contextmanager
     def held(self, path: Path, what: str) -> Iterator[Lock | None]:
-        """`harness.locks.held`, by the main process for all of them."""
+        """Context manager: the main process holds a lock for all processes, see `harness.system.locks.held`.
+
+        It yields the lock in the main process and None in the others.
+        """
         with held(path, what) if self.main else nullcontext() as lock:
             self.wait()
             yield lock
 
 
 class SingleProcess:
-    """The part of `accelerate.Accelerator` that a training stage uses, for one process of a team by itself."""
+    """Replaces `accelerate.Accelerator` in a training stage that one process of a run computes alone.
+
+    It has the attributes and methods that a stage uses.
+    """
 
     num_processes, process_index, is_main_process = 1, 0, True
 
     def __init__(self, device: torch.device, micro_batches: int = 1) -> None:
+        """Use `device`, and average gradients over `micro_batches`."""
         self.device, self.gradient_accumulation_steps = device, micro_batches
 
     def prepare(self, *values: Any) -> Any:
-        """As they are."""
+        """The values unchanged."""
         return values
 
     def backward(self, loss: Tensor) -> None:
-        """Backward pass; micro-batches are averaged."""
+        """Backward pass of one micro-batch; the gradients of the micro-batches are averaged."""
         (loss / self.gradient_accumulation_steps).backward()
 
     def no_sync(self, module: Any) -> AbstractContextManager[None]:
-        """There is nothing to exchange."""
+        """A context that does nothing, because no gradients are exchanged."""
         return nullcontext()
 
     def reduce(self, value: Tensor, reduction: str) -> Tensor:
-        """There is nobody to add."""
+        """The value unchanged, because there is no other process."""
         return value
 
     def wait_for_everyone(self) -> None:
-        """Nobody else is here."""
+        """Return at once, because there is no other process."""

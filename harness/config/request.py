@@ -1,7 +1,8 @@
-"""What the user asked for. Each field is declared once: its option, its axis in sweep files, its place in the record.
+"""A request: what the user asked for, before names are resolved and data is read.
 
-The options of the commands, the command line that asks for a run, the axes of a sweep and the request of a finished run's
-record are made from these declarations.
+Each field is declared once, with its command line option, its axis in sweep files and its key in the record. The options of
+the commands, the command line of a run, the axes of a sweep, and the request that is restored from the record of a finished
+run are all made from these declarations.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,23 +15,24 @@ from harness.system.errors import UserError, unknown
 Mode = Literal["task-specific", "generic"]
 FinetuneProtocol = Literal["finetune", "frozen", "linear"]
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-"""Names of trackers, and the package that each one needs."""
+"""Name of each tracker -> the Python package that it needs."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """How one field of a request is written.
+    """How one field of a request is written on the command line, in a sweep file and in a record.
 
     Attributes:
-        flag: the option, for instance `--label-fraction`.
-        text: one line for `--help`.
-        metavar: what stands for the value there.
-        parse: text to value; raises ValueError, whose words are shown.
-        choices: the allowed values, where they are few.
-        environment: variable that gives the default.
-        axis: type of its values in a sweep file, which may list several; None: it is no axis.
-        record: where `record.json` holds it, keys joined by dots; empty: a run's result does not depend on it.
-        always: whether the command line of a run states it even where it is the default.
+        flag: the command line option, for instance `--label-fraction`.
+        text: its line in `--help`.
+        metavar: placeholder for the value in `--help`.
+        parse: converts text to the value. It raises ValueError, whose message is shown to the user.
+        choices: the allowed values; empty if any value may be given.
+        environment: name of the environment variable that gives the default; empty if there is none.
+        axis: type of the field's values in a sweep file, where several may be listed; None if the field is no axis.
+        record: keys of the value in `record.json`, joined by dots; empty if the record does not hold it under a key of
+            its own.
+        always: whether the command line of a run includes the option even if the value is the default.
     """
 
     flag: str
@@ -45,21 +47,21 @@ class Option:
 
 
 def whole_number(text: str) -> int:
-    """A whole number of 0 or more. Raises ValueError."""
+    """Parse a whole number of 0 or more. Raises ValueError for any other text."""
     if not text.isdecimal():
         raise ValueError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
 
 
 def positive(text: str) -> int:
-    """A whole number of 1 or more. Raises ValueError."""
+    """Parse a whole number of 1 or more. Raises ValueError for any other text."""
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
 
 
 def minutes(text: str) -> float:
-    """Minutes, 0 or more. Raises ValueError."""
+    """Parse a finite number of minutes, 0 or more. Raises ValueError for any other text."""
     try:
         number = float(text)
     except ValueError:
@@ -70,19 +72,22 @@ def minutes(text: str) -> float:
 
 
 def _option(default: Any, flag: str, text: str, **more: Any) -> Any:
+    """Declare a field of a request with its default and its `Option`."""
     return field(default=default, metadata={"option": Option(flag, text, **more)})
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How a run is carried out. No result depends on it: a run may be resumed with other values.
+    """Options that change how a run is executed but not its result. A run may be resumed with other values.
 
     Attributes:
-        checkpoint_minutes: between checkpoints of a training stage.
-        micro_batches: parts of a batch that each process computes one after the other; 0: as the launcher says, else 1.
-        on_nonfinite: what to do about a loss or gradient that is not finite: stop, or leave the step out and count it.
-        trackers: where the values of every step go as well (`harness.training.trackers`).
-        until: the stage after which to leave; empty: go to the end.
+        checkpoint_minutes: minutes between checkpoints of a training stage.
+        micro_batches: number of parts of a batch that each process computes one after another; 0 takes the launcher's
+            number of gradient accumulation steps, or 1 if there is none.
+        on_nonfinite: reaction to a loss or gradient that is not finite: "stop" ends the run, "skip" leaves the step out
+            and counts it.
+        trackers: names of trackers (`TRACKERS`) that also receive the values of every step.
+        until: the stage after which the run stops; empty for a complete run.
     """
 
     checkpoint_minutes: float = _option(
@@ -122,6 +127,8 @@ AS_USUAL = Execution()
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What the user asked for, before names are resolved and data is read.
+
+    The text of each field's option says what the field is.
 
     Raises:
         UserError: a value that is out of range.
@@ -254,47 +261,48 @@ class Request:
 
 
 def options(kind: type[Request] | type[Execution]) -> Iterator[tuple[str, Option]]:
-    """Names and options of the fields, in their order."""
-    for each in fields(kind):
-        if "option" in each.metadata:
-            yield each.name, each.metadata["option"]
+    """The names of the fields that have an option, with their options, in the order of declaration."""
+    for declared in fields(kind):
+        if "option" in declared.metadata:
+            yield declared.name, declared.metadata["option"]
 
 
 def field_of(name: str) -> Field[Any]:
-    """The field of that name, of a request or of its execution."""
+    """The dataclass field of that name, of `Request` or of `Execution`."""
     return next(each for kind in (Request, Execution) for each in fields(kind) if each.name == name)
 
 
 def command(request: Request) -> list[str]:
-    """The words that ask for this run."""
-    words = ["harness", "run"]
-    for each in fields(Request):
-        if each.name == "execution":
+    """The command line that starts this run, as a list of arguments that begins with `harness run`."""
+    arguments = ["harness", "run"]
+    for declared in fields(Request):
+        if declared.name == "execution":
             for inner in fields(Execution):
-                words += _words(inner, getattr(request.execution, inner.name))
+                arguments += _arguments(inner, getattr(request.execution, inner.name))
         else:
-            words += _words(each, getattr(request, each.name))
-    return words
+            arguments += _arguments(declared, getattr(request, declared.name))
+    return arguments
 
 
-def _words(each: Field[Any], value: Any) -> list[str]:
-    option: Option = each.metadata["option"]
+def _arguments(declared: Field[Any], value: Any) -> list[str]:
+    """The command line arguments that give `value` to a field; none for a default that need not be stated."""
+    option: Option = declared.metadata["option"]
     if isinstance(value, tuple):
-        return [word for one in value for word in (option.flag, one)]
+        return [argument for item in value for argument in (option.flag, item)]
     if isinstance(value, bool):
         return [option.flag] if value else []
-    if value == each.default and not option.always:
+    if value == declared.default and not option.always:
         return []
     return [option.flag, f"{value:g}" if isinstance(value, float) else str(value)]
 
 
 def recorded_fields(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the request that made a record, as far as the record holds them."""
-    found = {}
+    """The fields of the request that made a record: field name -> value, for the fields whose `Option.record` is in it."""
+    values = {}
     for name, option in options(Request):
         value: Any = record
         for key in option.record.split(".") if option.record else ():
             value = value.get(key) if isinstance(value, Mapping) else None
         if option.record and value is not None:
-            found[name] = option.axis(value) if option.axis else value
-    return found
+            values[name] = option.axis(value) if option.axis else value
+    return values

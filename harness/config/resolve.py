@@ -1,4 +1,7 @@
-"""From a request to one configuration: preset, then task, backbone, method, and `--set` last."""
+"""Resolve a request to one validated configuration.
+
+The values of the preset are replaced by those of the task, the backbone, the method and `--set`, in this order.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -17,7 +20,11 @@ SETTABLE = (*SECTIONS, "task")
 
 
 def parse_overrides(pairs: Sequence[str]) -> dict[str, str]:
-    """`["method.mask_ratio=0.6"]` -> `{"method.mask_ratio": "0.6"}`. Raises UserError for anything else."""
+    """Parse the values of `--set`: `["method.mask_ratio=0.6"]` -> `{"method.mask_ratio": "0.6"}`.
+
+    Raises:
+        UserError: text that is not of the form section.field=value, or an unknown section.
+    """
     overrides = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
@@ -31,7 +38,11 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def change_task(task: Task, overrides: Mapping[str, str]) -> Task:
-    """The task under the `task.*` settings among `overrides`. Raises UserError for an unknown field or a wrong value."""
+    """The task with the changes that the `task.*` settings in `overrides` make.
+
+    Raises:
+        UserError: an unknown field, or a value that is out of range.
+    """
     values = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith("task.")}
     settings = build(TaskSettings, values, "task")
     if settings.spacing is not None:
@@ -40,21 +51,23 @@ def change_task(task: Task, overrides: Mapping[str, str]) -> Task:
 
 
 def resolve(request: Request, registry: Registry, task: Task) -> RunConfig:
-    """Lay task, backbone, method and `--set` over the preset, in this order, and validate the whole.
+    """Combine preset, task, backbone, method and `--set`, in this order, and validate the result.
 
-    `task` is as `change_task` gives it.
+    Args:
+        task: the task that `change_task` returns.
 
     Raises:
-        UserError: an unknown name or setting, or a value that is out of range.
+        UserError: an unknown name or setting, a value that is out of range, or a plugin whose preset changes a section that
+            it may not change.
     """
     overrides, preset = parse_overrides(request.settings), request.preset
     method_class, backbone_class = registry.load("method", request.method), registry.load("backbone", request.backbone)
-    written = read_preset(preset)
-    values: dict[str, dict[str, Any]] = {section: dict(written.get(section, {})) for section in SECTIONS}
+    shipped = read_preset(preset)
+    values: dict[str, dict[str, Any]] = {section: dict(shipped.get(section, {})) for section in SECTIONS}
     layers = [
         (f"task {task.name!r}", task.presets, SECTIONS[2:]),
         (f"backbone {request.backbone!r}", backbone_class.presets, ("backbone",)),
-        # A method that could change the fine-tuning would no longer be compared with a matched control.
+        # A method may not change fine-tuning, because its control must be fine-tuned in the same way.
         (f"method {request.method!r}", method_class.presets, ("method", "pretrain")),
         ("--set", {preset: {k: v for k, v in overrides.items() if not k.startswith("task.")}}, SECTIONS),
     ]
@@ -67,11 +80,11 @@ def resolve(request: Request, registry: Registry, task: Task) -> RunConfig:
             if other and section in ("pretrain", "finetune"):
                 values[section].pop(other, None)
             values[section][field] = value
-    asked = {name: getattr(request, name) for name, _ in options(Request) if name in RunConfig.model_fields}
-    run = asked | {
+    requested = {name: getattr(request, name) for name, _ in options(Request) if name in RunConfig.model_fields}
+    run = requested | {
         "task": task.name,
         "mode": request.mode if method_class.trains else "task-specific",
-        "corpora": (),  # with digests of their scans, once these are read
+        "corpora": (),  # filled in once the corpora are read, because it holds digests of their scans
         "prepared": {
             "spacing": task.spacing,
             "normalisation": type(task.normalisation).__name__,

@@ -1,4 +1,4 @@
-"""Every setting of a run, validated: budgets, fine-tuning, evaluation, and the configuration of the whole."""
+"""The validated settings of a run: training budgets, fine-tuning, evaluation, and the complete configuration."""
 
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ Empty = Literal["worst", "skipped", "perfect"]
 
 
 class Training(Settings):
-    """Budget and optimizer of a training stage: AdamW, cosine schedule with linear warm-up (section IV-C)."""
+    """Budget and optimizer of a training stage: AdamW, with a linear warm-up and a cosine schedule (section IV-C)."""
 
     steps: PositiveInt | None = Field(None, description="optimizer steps; give steps or epochs")
     epochs: PositiveInt | None = Field(None, description="passes over the training cases; give steps or epochs")
@@ -34,30 +34,31 @@ class Training(Settings):
 
     @model_validator(mode="after")
     def _one_budget(self) -> "Training":
+        """Exactly one of `steps` and `epochs` must be given."""
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs, and set the other to none")
         return self
 
     def rows(self, processes: int, micro_batches: int) -> int:
-        """Crops of a batch that each process computes at a time.
+        """Number of crops in each part of a batch: those of one micro-batch of one process.
 
         Raises:
-            UserError: the batch cannot be dealt out evenly.
+            UserError: the batch cannot be divided evenly.
         """
-        number = processes * micro_batches
-        if self.batch_size % number:
+        num_parts = processes * micro_batches
+        if self.batch_size % num_parts:
             raise UserError(
                 f"a batch of {self.batch_size} crops cannot be dealt out evenly over {processes} processes with "
                 f"{micro_batches} micro-batches each: set pretrain.batch_size and finetune.batch_size to multiples of "
-                f"{number}, or take fewer"
+                f"{num_parts}, or take fewer"
             )
-        return self.batch_size // number
+        return self.batch_size // num_parts
 
     def schedule(self, num_cases: int) -> tuple[int, int]:
-        """Total steps and warm-up steps for a number of training cases.
+        """Number of optimizer steps, and number of warm-up steps among them, for `num_cases` training cases.
 
         Raises:
-            UserError: the warm-up is longer than the training.
+            UserError: the warm-up is as long as the training, or longer.
         """
         per_epoch = -(-num_cases // self.batch_size)
         steps = self.steps if self.steps is not None else (self.epochs or 0) * per_epoch
@@ -71,7 +72,7 @@ class Training(Settings):
 
 
 class Finetune(Training):
-    """Fine-tuning: DiceCE and the paper's light augmentation (section IV-C)."""
+    """Fine-tuning with the DiceCE loss and the paper's light augmentation (section IV-C)."""
 
     foreground: float = Field(
         0.5,
@@ -86,24 +87,25 @@ class Finetune(Training):
 
 
 class Evaluate(Settings):
-    """Sliding-window inference."""
+    """Sliding-window inference and the definitions of the metrics."""
 
     overlap: float = Field(0.5, ge=0, lt=1, description="of neighbouring windows, as a share of the window")
     hd95: Definition = Field(
-        "max-directed", description="definition of HD95: MONAI's, medpy's or surface-distance's (harness/metrics.py)"
+        "max-directed", description="definition of HD95: MONAI's, medpy's or surface-distance's (harness/evaluation/metrics.py)"
     )
-    empty: Empty = Field("worst", description="policy for empty masks (harness/metrics.py)")
+    empty: Empty = Field("worst", description="policy for empty masks (harness/evaluation/metrics.py)")
     tolerance: float = Field(1.0, ge=0, description="of surface Dice, in mm")
 
 
 class TaskSettings(Settings):
-    """What `--set task.FIELD` changes of a task."""
+    """The settings of a task that `--set task.FIELD` can change."""
 
     spacing: tuple[float, float, float] | None = Field(None, description="of the prepared volumes in mm")
     window: tuple[float, float] | None = Field(None, description="intensities that are told apart, in Hounsfield units")
 
     @model_validator(mode="after")
     def _in_order(self) -> "TaskSettings":
+        """The spacing must be in range, and the window in ascending order and representable in float32."""
         if self.spacing is not None and not all(SPACINGS[0] <= edge <= SPACINGS[1] for edge in self.spacing):
             raise ValueError(f"each spacing must be more than 0 mm, within {SPACINGS[0]:g} to {SPACINGS[1]:g} mm")
         if self.window is not None and self.window[0] >= self.window[1]:
@@ -114,7 +116,7 @@ class TaskSettings(Settings):
 
 
 class RunConfig(Settings):
-    """Everything that determines a run's result, but for the data itself."""
+    """Everything that determines the result of a run, except for the data itself."""
 
     method: str
     backbone: str

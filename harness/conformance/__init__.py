@@ -1,4 +1,4 @@
-"""Does a method keep the contract? The checks behind `harness check-method`, and the same ones for a plugin's own tests.
+"""Checks of a method against its contract: those of `harness check-method`, and the same for the tests of a plugin.
 
 from harness.conformance import assert_conforms
 

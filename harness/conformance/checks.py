@@ -1,4 +1,7 @@
-"""The checks of one method on one backbone: gradients, seeds, state, shapes, cost."""
+"""The checks of one method on one backbone: gradients, seeds, state, shapes, cost.
+
+Each check returns what it measured, as text, and raises CheckError where the method does not pass.
+"""
 
 import io
 import pickle
@@ -22,6 +25,7 @@ from harness.system.errors import UserError
 
 
 def check_losses(fixture: MethodFixture) -> str:
+    """The loss terms are named, finite scalars, and their sum has a gradient."""
     built = fixture.new()
     terms = built.method(built.batches(1)[0])
     sum_of_terms(terms)
@@ -29,6 +33,7 @@ def check_losses(fixture: MethodFixture) -> str:
 
 
 def check_gradients(fixture: MethodFixture) -> str:
+    """A gradient reaches every trainable parameter within three batches; frozen parameters stay unchanged."""
     method = (built := fixture.new()).method
     before = {key: value.clone() for key, value in method.backbone.named_parameters() if not value.requires_grad}
     reached: set[str] = set()
@@ -39,29 +44,30 @@ def check_gradients(fixture: MethodFixture) -> str:
     dead = [key for key in trainable if key not in reached]
     if dead:
         raise CheckError(
-            f"no gradient reaches {_some(dead)}: use them in forward, take them out, or name fewer parts in trains"
+            f"no gradient reaches {_shorten(dead)}: use them in forward, take them out, or name fewer parts in trains"
         )
     frozen = [
         key for key, value in method.backbone.named_parameters() if not value.requires_grad and value.grad is not None
     ]
     if frozen:
-        raise CheckError(f"frozen parameters {_some(frozen)} have a gradient: do not switch requires_grad on")
+        raise CheckError(f"frozen parameters {_shorten(frozen)} have a gradient: do not switch requires_grad on")
     built.train(1)
     moved = [key for key, value in method.backbone.named_parameters() if key in before and not before[key].equal(value)]
     if moved:
-        raise CheckError(f"frozen parameters {_some(moved)} have changed: trains is {method.trains}")
+        raise CheckError(f"frozen parameters {_shorten(moved)} have changed: trains is {method.trains}")
     return f"{len(trainable)} parameters trained, {len(before)} frozen"
 
 
 def check_learns(fixture: MethodFixture) -> str:
+    """The loss falls in `STEPS` steps on a phantom."""
     built = fixture.new()
-    # A few batches with the same masks and dropout, again and again, each against its own mean: differences between batches
-    # would hide what thirty steps learn.
+    # Three batches with the same masks and dropout are repeated ten times, and each batch is compared with its own mean:
+    # differences between batches would hide what thirty steps learn.
     turns = np.asarray(built.train(STEPS, cycle=STEPS // 10)).reshape(10, -1)
     first, last = float(turns[:2].mean()), float(turns[-2:].mean())
-    # Rank correlation with the step: noise without a trend passes once in a hundred times, a steady fall always.
-    apart = (turns - turns.mean(axis=0)).ravel()
-    chance = spearmanr(np.arange(STEPS), apart, alternative="less").pvalue if np.ptp(apart) else 1.0
+    # Rank correlation of loss and step: noise without a trend passes once in a hundred times, a steady fall always.
+    deviations = (turns - turns.mean(axis=0)).ravel()
+    chance = spearmanr(np.arange(STEPS), deviations, alternative="less").pvalue if np.ptp(deviations) else 1.0
     if not (last < first and chance < 0.01):
         raise CheckError(
             f"the loss went from {first:.4g} to {last:.4g} in {STEPS} steps (p = {chance:.2g} that this is noise): it does "
@@ -71,27 +77,29 @@ def check_learns(fixture: MethodFixture) -> str:
 
 
 def check_same_seed(fixture: MethodFixture) -> str:
+    """Two trainings with one seed end with equal states."""
     states = []
     for number in range(2):
-        # An empty folder each: what a method keeps from preparing must not change what comes after.
+        # Each training gets an empty folder: what `prepare` cached must not change the training that follows.
         folder = fixture.folder / f"same-seed-{number}"
         folder.mkdir(exist_ok=True)
         built = replace(fixture, folder=folder).new()
         built.train(2)
         states.append({key: value.clone() for key, value in built.method.state_dict().items()})
-    other = [key for key, value in states[0].items() if not torch.equal(value, states[1][key])]
-    if other:
+    differing = [key for key, value in states[0].items() if not torch.equal(value, states[1][key])]
+    if differing:
         raise CheckError(
-            f"two runs of one seed differ in {_some(other)}: draw from self.generator and the transform's rng only"
+            f"two runs of one seed differ in {_shorten(differing)}: draw from self.generator and the transform's rng only"
         )
     return "equal after 2 steps"
 
 
 def check_state(fixture: MethodFixture) -> str:
+    """A method that loads a saved state gives the same loss terms as the method that was saved."""
     built, other = fixture.new(), fixture.new(seed=1)
     batches = built.batches(2)
     built.train(1)
-    # In the memory layout that training uses, which may compute other last digits.
+    # Use the memory layout of training: another layout may change the last digits.
     prepare_module(other.method, CPU, other.budget.channels_last)
     path = fixture.folder / "state.safetensors"
     save_file({key: value.contiguous().clone() for key, value in built.method.state_dict().items()}, path)
@@ -110,7 +118,10 @@ def check_state(fixture: MethodFixture) -> str:
 
 
 class _NoModels(pickle.Pickler):
+    """A pickler that refuses modules and tensors."""
+
     def persistent_id(self, value: Any) -> None:
+        """Raises CheckError for a module or a tensor; is called for every object that is pickled."""
         if isinstance(value, nn.Module | Tensor):
             raise CheckError(
                 f"the transform holds a {type(value).__name__}: it runs in loader workers, keep models out of it"
@@ -118,6 +129,7 @@ class _NoModels(pickle.Pickler):
 
 
 def check_transform(fixture: MethodFixture) -> str:
+    """The transform can be pickled without models or tensors; its size, and its time per sample."""
     built = fixture.new()
     if built.transform is None:
         return "none: plain crops"
@@ -140,68 +152,75 @@ def check_transform(fixture: MethodFixture) -> str:
 
 
 def check_worker(fixture: MethodFixture) -> str:
+    """A loader worker makes the same samples as the main process."""
     built = fixture.new()
-    here, there = built.batches(2), built.batches(2, workers=1)
-    for mine, other in zip(here, there, strict=True):
-        unlike = [key for key, value in mine.items() if not torch.equal(value, other[key])]
-        if unlike:
+    in_main, in_worker = built.batches(2), built.batches(2, workers=1)
+    for batch, worker_batch in zip(in_main, in_worker, strict=True):
+        differing = [key for key, value in batch.items() if not torch.equal(value, worker_batch[key])]
+        if differing:
             raise CheckError(
-                f"a loader worker gives another {_some(unlike)}: draw from the rng that the transform is given only"
+                f"a loader worker gives another {_shorten(differing)}: draw from the rng that the transform is given only"
             )
     return "as in the main process"
 
 
 def check_batches(fixture: MethodFixture) -> str:
+    """The method trains with batches of 1 and of 3 crops, or refuses one of these sizes in words."""
     return _sizes(fixture, {"1": {"batch": 1}, "3": {"batch": 3}})
 
 
 def check_channels(fixture: MethodFixture) -> str:
+    """The method trains with 2 and with 4 channels, or refuses one of these numbers in words."""
     return _sizes(fixture, {"2": {"channels": 2}, "4": {"channels": 4}})
 
 
 def check_crops(fixture: MethodFixture) -> str:
+    """The method trains with crops of two other shapes, or refuses one of them in words."""
     x, y, z = fixture.crop
     return _sizes(fixture, {f"{y}x{x}x{z}": {"crop": (y, x, z)}, f"{x}x{y}x{y}": {"crop": (x, y, y)}})
 
 
 def _sizes(fixture: MethodFixture, variants: Mapping[str, Mapping[str, Any]]) -> str:
-    said = []
-    for name, changed in variants.items():
+    """Train one step with each variant of the fixture. `variants`: name -> arguments of `MethodFixture.new`."""
+    remarks = []
+    for name, arguments in variants.items():
         try:
-            built = fixture.new(**changed)
+            built = fixture.new(**arguments)
         except UserError as error:
             # A method may refuse a size, in words; it may not fail on it.
-            said.append(f"{name} refused: {error}")
+            remarks.append(f"{name} refused: {error}")
             continue
         try:
             built.train(1)
-        # Whatever it raises is what the author has to look at.
+        # The author has to see any error that the method raises here.
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise CheckError(f"{name}: {type(error).__name__}: {error}; mend it, or refuse it in check") from error
-        said.append(f"{name} works")
-    if not any(text.endswith("works") for text in said):
-        raise CheckError("; ".join(said))
-    return "; ".join(said)
+        remarks.append(f"{name} works")
+    if not any(text.endswith("works") for text in remarks):
+        raise CheckError("; ".join(remarks))
+    return "; ".join(remarks)
 
 
 class _Plain(nn.Module):
-    """What any method at least does: encode, decode, compare."""
+    """A plain autoencoder: the least that any method computes in a step."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone, self.restore = backbone, nn.Conv3d(backbone.width, backbone.in_channels, kernel_size=1)
 
     def forward(self, batch: Batch) -> Tensor:
+        """Mean squared error of the restored images."""
         features = self.backbone.decode(self.backbone.encode(batch["image"]))
         return (self.restore(features) - batch["image"]).square().mean()
 
 
 def check_cost(fixture: MethodFixture) -> str:
+    """Time of a step of the method, as a multiple of a step of a plain autoencoder. It never fails."""
     built, plain = fixture.new(), _Plain(fixture.new_backbone(1))
     (batch,) = built.batches(1)
     image = {"image": batch["image"]}
     seconds: dict[str, list[float]] = {"method": [], "plain": []}
-    # Turn by turn, so that what else the machine does falls on both.
+    # The two take turns, so that other work of the machine slows both.
     for _ in range(4):
         for name, loss in (("method", lambda: sum_of_terms(built.method(batch))), ("plain", lambda: plain(image))):
             began = time.perf_counter()
@@ -212,24 +231,26 @@ def check_cost(fixture: MethodFixture) -> str:
 
 
 def check_weights(fixture: MethodFixture) -> str:
+    """The weights that the method hands over have the shapes of the backbone's own."""
     method = fixture.new().method
     state, weights = method.backbone.state_dict(), method.weights()
     foreign = [key for key, value in weights.items() if method.trains and state[key].shape != value.shape]
     if foreign:
-        raise CheckError(f"weights gives {_some(foreign)}, which do not fit the backbone")
+        raise CheckError(f"weights gives {_shorten(foreign)}, which do not fit the backbone")
     return f"{len(weights)} tensors handed over"
 
 
 @torch.inference_mode()
 def check_picture(fixture: MethodFixture) -> str:
+    """The images that `show` returns are finite and have the extent of the crop."""
     built = fixture.new()
     built.reseed()
     (batch,) = built.batches(1)
-    shown = built.method.eval().show(batch)
-    for name, image in shown.items():
+    images = built.method.eval().show(batch)
+    for name, image in images.items():
         if image.ndim != 5 or image.shape[2:] != batch["image"].shape[2:] or not image.float().isfinite().all():
             raise CheckError(f"show gives {name!r} of shape {tuple(image.shape)}: due are finite (N, C, x, y, z)")
-    return ", ".join(shown) or "nothing to show"
+    return ", ".join(images) or "nothing to show"
 
 
 CHECKS: dict[str, Callable[[MethodFixture], str]] = {
@@ -251,5 +272,6 @@ CHECKS: dict[str, Callable[[MethodFixture], str]] = {
 }
 
 
-def _some(keys: Sequence[str]) -> str:
+def _shorten(keys: Sequence[str]) -> str:
+    """The first three keys, and the number of the others."""
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

@@ -1,4 +1,4 @@
-"""Is a method's step the same however its batch is dealt out? One process against several, and against micro-batches."""
+"""Checks that a step gives the same result however its batch is divided: one process, several processes, micro-batches."""
 
 import multiprocessing
 import os
@@ -33,7 +33,7 @@ ADVICE = (
 
 
 def check_micro_batches(fixture: MethodFixture) -> str:
-    """Two micro-batches against the whole batch."""
+    """A step with two micro-batches equals a step with the whole batch."""
     try:
         parted = _step(fixture, SingleProcess(CPU, micro_batches=2))
     except UserError as error:
@@ -42,30 +42,33 @@ def check_micro_batches(fixture: MethodFixture) -> str:
 
 
 def check_resume(fixture: MethodFixture) -> str:
-    """Four steps against two, a checkpoint, and two more by a module that is built anew."""
+    """Four steps equal two steps, a checkpoint, and two steps of a module that is built anew from it."""
     whole = _train(fixture, range(1, 5), None)
     half = _train(fixture, range(1, 3), None)
-    kept = Checkpoints(fixture.folder / "checkpoints", minutes=0)
-    kept.save(2, half.state())
-    (state,) = kept.candidates()
-    kept.clear()
+    checkpoints = Checkpoints(fixture.folder / "checkpoints", minutes=0)
+    checkpoints.save(2, half.state())
+    (state,) = checkpoints.candidates()
+    checkpoints.clear()
     resumed = _train(fixture, range(3, 5), state)
     pairs = zip(_flat(whole.state()).items(), _flat(resumed.state()).items(), strict=True)
-    other = [
-        key for (key, value), (_, again) in pairs if not torch.equal(torch.as_tensor(value), torch.as_tensor(again))
+    differing = [
+        key
+        for (key, value), (_, resumed_value) in pairs
+        if not torch.equal(torch.as_tensor(value), torch.as_tensor(resumed_value))
     ]
-    if other:
+    if differing:
         raise CheckError(
-            f"a resumed training ends with another {other[0]}: keep what counts in parameters, in buffers or in "
+            f"a resumed training ends with another {differing[0]}: keep what counts in parameters, in buffers or in "
             "get_extra_state, and let what prepare makes depend on the data and the seed only"
         )
     return "equal weights and optimizer"
 
 
 def _train(fixture: MethodFixture, steps: range, state: dict[str, Any] | None) -> Trainer:
+    """The trainer after these steps (from 1), begun from `state` where one is given."""
     built = fixture.new()
-    own = {"precision": "fp32", "crop": built.crop, "batch_size": built.batch}
-    trainer = Trainer(built.method, build(Training, {**BUDGET, **own}, "pretrain"), 4, 1, SingleProcess(CPU))
+    settings = {"precision": "fp32", "crop": built.crop, "batch_size": built.batch}
+    trainer = Trainer(built.method, build(Training, {**BUDGET, **settings}, "pretrain"), 4, 1, SingleProcess(CPU))
     if state is not None:
         trainer.load(state)
     data = built.data(4 * built.batch)
@@ -77,18 +80,18 @@ def _train(fixture: MethodFixture, steps: range, state: dict[str, Any] | None) -
 
 
 def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    """Tensors and numbers of a nested state, by their places in it."""
+    """Tensors and numbers of a nested state, by their path in it."""
     if isinstance(value, Mapping):
-        return {k: v for name, each in value.items() for k, v in _flat(each, f"{key}.{name}").items()}
+        return {path: leaf for name, item in value.items() for path, leaf in _flat(item, f"{key}.{name}").items()}
     if isinstance(value, list | tuple):
-        return {k: v for place, each in enumerate(value) for k, v in _flat(each, f"{key}.{place}").items()}
+        return {path: leaf for index, item in enumerate(value) for path, leaf in _flat(item, f"{key}.{index}").items()}
     return {key: value} if isinstance(value, Tensor | int | float) else {}
 
 
 def check_processes(number: int, name: str, plugins: Sequence[str], backbone: str, settings: Mapping[str, str]) -> str:
-    """So many processes, through Accelerate with gloo on this machine, against one."""
+    """A step in `number` processes (Accelerate with gloo on this machine) equals a step in one process."""
     context = multiprocessing.get_context("forkserver")
-    # The server imports torch and MONAI once, its forks then start at once; it runs nothing before they do.
+    # The fork server imports torch and MONAI once, so that its forks start at once; it runs nothing else before them.
     context.set_forkserver_preload(["harness.conformance.suite", "monai.networks.nets.swin_unetr"])
     queue = context.Queue()
     with socket.socket() as free:
@@ -98,20 +101,20 @@ def check_processes(number: int, name: str, plugins: Sequence[str], backbone: st
     ranks = [context.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(number)]
     for process in ranks:
         process.start()
-    found, problem = "", "a process died before it answered"
+    detail, problem = "", "a process died before it answered"
     while any(process.is_alive() for process in ranks) or not queue.empty():
         try:
-            found, problem = queue.get(timeout=1)
+            detail, problem = queue.get(timeout=1)
             break
         except Empty:
             continue
     for process in ranks:
-        # After a failure the other ones may wait for it forever.
+        # After a failure the other processes may wait for the failed one without end.
         process.join(timeout=1 if problem else 30)
         process.kill()
     if problem:
         raise CheckError(problem)
-    return found
+    return detail
 
 
 def _rank(
@@ -124,8 +127,9 @@ def _rank(
     settings: dict[str, str],
     queue: Any,
 ) -> None:
+    """One of the processes: takes the step, and puts (detail, problem) into the queue. The first one compares."""
     torch.set_num_threads(1)
-    found = problem = ""
+    detail = problem = ""
     try:
         address = {
             "MASTER_ADDR": "127.0.0.1",
@@ -145,34 +149,38 @@ def _rank(
             together = _step(fixture, new_accelerator())
             _same_weights(together[2])
             if rank == 0:
-                found = _compare(_step(fixture, SingleProcess(CPU)), together, f"{number} processes")
+                detail = _compare(_step(fixture, SingleProcess(CPU)), together, f"{number} processes")
     except CheckError as error:
         problem = str(error)
-    # Reported to the process that asked; a hung peer is killed there.
+    # The parent process reports it, and kills the processes that hang.
     except Exception as error:
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if rank == 0 or problem:
-        queue.put((found, problem))
+        queue.put((detail, problem))
 
 
-def _same_weights(mine: Tensor) -> None:
-    """Raises CheckError where processes end a step with other weights."""
-    every = [torch.zeros_like(mine) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(every, mine)
-    if not all(torch.equal(every[0], other) for other in every):
+def _same_weights(sums: Tensor) -> None:
+    """Raises CheckError where the processes end a step with different weights. `sums`: a sum of each weight."""
+    gathered = [torch.zeros_like(sums) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(gathered, sums)
+    if not all(torch.equal(gathered[0], sums_of_rank) for sums_of_rank in gathered):
         raise CheckError("the processes end with other weights: do not change parameters outside forward")
 
 
 def _step(fixture: MethodFixture, accelerator: Any) -> tuple[dict[str, float], dict[str, Tensor], Tensor]:
-    """One step on a batch of four, in double precision: loss terms, gradients, and a sum of each weight after it."""
+    """One step on a batch of four crops in double precision.
+
+    Returns:
+        loss terms, gradients, and the sum of each weight after the step.
+    """
     built = fixture.new(batch=BATCH)
     torch.manual_seed(1)
     method = built.method.double()
-    # Heads begin at 0 in some methods, which would hide what they are multiplied with.
+    # The heads of some methods start at 0, which would hide differences in what they are multiplied with.
     for parameter in method.parameters():
         parameter.data += 0.01 * torch.randn_like(parameter)
-    own = {"precision": "fp32", "channels_last": False, "crop": built.crop, "batch_size": BATCH}
-    trainer = Trainer(method, build(Training, {**BUDGET, **own}, "pretrain"), 30, 3, accelerator)
+    settings = {"precision": "fp32", "channels_last": False, "crop": built.crop, "batch_size": BATCH}
+    trainer = Trainer(method, build(Training, {**BUDGET, **settings}, "pretrain"), 30, 3, accelerator)
     data, parts = built.data(BATCH), trainer.parts
     size = BATCH // parts.number
     batches = []
@@ -187,19 +195,24 @@ def _step(fixture: MethodFixture, accelerator: Any) -> tuple[dict[str, float], d
     return {key: float(term) for key, term in terms.items() if key != FINITE}, gradients, sums
 
 
-def _compare(whole: Any, parted: Any, what: str) -> str:
-    """How far losses and gradients are apart. Raises CheckError where that is too far."""
-    apart = {key: abs(value - parted[0][key]) for key, value in whole[0].items()}
-    worst = max(apart, key=lambda key: apart[key])
-    if not apart[worst] <= TOLERANCE * max(1.0, abs(whole[0][worst])):
-        raise CheckError(f"{worst} of {what} is {parted[0][worst]:.6g}, of one process {whole[0][worst]:.6g}: {ADVICE}")
+def _compare(whole: Any, parted: Any, mode: str) -> str:
+    """How far losses and gradients differ, as text. Raises CheckError where they differ too much.
+
+    Args:
+        whole, parted: results of `_step` in one process, and in parts.
+        mode: how `parted` was computed, in words.
+    """
+    loss_errors = {key: abs(value - parted[0][key]) for key, value in whole[0].items()}
+    term = max(loss_errors, key=lambda key: loss_errors[key])
+    if not loss_errors[term] <= TOLERANCE * max(1.0, abs(whole[0][term])):
+        raise CheckError(f"{term} of {mode} is {parted[0][term]:.6g}, of one process {whole[0][term]:.6g}: {ADVICE}")
     if set(whole[1]) != set(parted[1]):
-        raise CheckError(f"{what} have gradients for other parameters than one process: {ADVICE}")
-    largest = max(float(slope.abs().max()) for slope in whole[1].values())
-    steps = {key: float((slope - parted[1][key]).abs().max()) for key, slope in whole[1].items()}
-    at = max(steps, key=lambda key: steps[key])
-    if not steps[at] <= TOLERANCE * largest:
+        raise CheckError(f"{mode} have gradients for other parameters than one process: {ADVICE}")
+    largest = max(float(gradient.abs().max()) for gradient in whole[1].values())
+    errors = {key: float((gradient - parted[1][key]).abs().max()) for key, gradient in whole[1].items()}
+    parameter = max(errors, key=lambda key: errors[key])
+    if not errors[parameter] <= TOLERANCE * largest:
         raise CheckError(
-            f"the gradient of {at} is {steps[at] / largest:.2g} of the largest apart with {what}: {ADVICE}"
+            f"the gradient of {parameter} is {errors[parameter] / largest:.2g} of the largest apart with {mode}: {ADVICE}"
         )
-    return f"losses within {max(apart.values()):.0e}, gradients within {steps[at] / largest:.0e}"
+    return f"losses within {max(loss_errors.values()):.0e}, gradients within {errors[parameter] / largest:.0e}"

@@ -1,4 +1,4 @@
-"""A method on a backbone with made-up volumes, small enough to be tried out: what the conformance checks work on."""
+"""A small method on a small backbone with made-up volumes, for the conformance checks."""
 
 import json
 import tempfile
@@ -30,17 +30,17 @@ from harness.training.trainer import Trainer
 CPU = torch.device("cpu")
 STEPS = 30
 BUDGET = {"steps": STEPS, "lr": 1e-3, "weight_decay": 1e-5, "warmup_steps": 3, "clip_norm": 1.0, "precision": "fp32"}
-BATCH = 2
-EDGE = 32  # crops are EDGE, 2 EDGE, EDGE, or whole strides where those are longer
+BATCH = 2  # crops
+EDGE = 32  # voxels; crops are EDGE x 2 EDGE x EDGE, each edge rounded up to a multiple of the backbone's stride
 
 
 class CheckError(Exception):
-    """A check that a method does not pass; the message says what to mend."""
+    """A method does not pass a check; the message says what to mend."""
 
 
 @dataclass(frozen=True)
 class PhantomVolume:
-    """A volume made of smooth noise and a few ellipsoids, in [0.001, 1] as prepared volumes are."""
+    """A volume made of smooth noise and a few ellipsoids, in [0.001, 1] as preprocessed volumes are."""
 
     number: int
     channels: int
@@ -48,7 +48,7 @@ class PhantomVolume:
 
     @cached_property
     def image(self) -> NDArray[np.float32]:
-        """(C, x, y, z)."""
+        """The image, (C, x, y, z)."""
         rng = np.random.default_rng(self.number)
         noise = rng.standard_normal((self.channels, *self.shape))
         image = np.stack([ndimage.gaussian_filter(channel, 2.0) for channel in noise])
@@ -61,7 +61,7 @@ class PhantomVolume:
         return (0.001 + 0.999 * (image - low) / (high - low)).astype(np.float32)
 
     def crop(self, origin: Sequence[int], size: Sequence[int]) -> NDArray[np.float32]:
-        """(C, *size) from `origin`; zeros outside."""
+        """The crop of this size at `origin`, (C, *size), with zeros outside the volume."""
         return cut(self.image, origin, size)
 
     def sample(self, size: Triple, rng: np.random.Generator) -> dict[str, Any]:
@@ -71,9 +71,9 @@ class PhantomVolume:
 
 @dataclass
 class MethodFixture:
-    """A method on a backbone, built anew for each check with settings small enough to be quick.
+    """A method on a backbone, built anew for each check with settings that make it quick.
 
-    Those are the presets named `check`, or else `demo`, of method and backbone; `settings` goes on top.
+    These settings are the presets `check`, or else `demo`, of method and backbone; `settings` overrides them.
     """
 
     method: type[Method]
@@ -83,12 +83,12 @@ class MethodFixture:
 
     @property
     def crop(self) -> Triple:
-        """Not cubic, two edges equal, whole strides of the backbone."""
+        """Extent of a crop in voxels: multiples of the backbone's stride; not cubic, but with two equal edges."""
         x, y, z = (-(-EDGE // step) * step for step in self.new_backbone(1).stride)
         return x, 2 * y, z
 
     def new(self, channels: int = 1, batch: int = BATCH, crop: Triple | None = None, seed: int = 0) -> "BuiltMethod":
-        """The method, checked, frozen and prepared as a run does it. Raises UserError where it refuses."""
+        """Build, check and prepare the method as a run does, with its frozen parts. Raises UserError where it refuses."""
         crop = crop or self.crop
         torch.manual_seed(seed)
         backbone = self.new_backbone(channels)
@@ -108,14 +108,14 @@ class MethodFixture:
         return built
 
     def new_backbone(self, channels: int) -> Backbone:
-        """The backbone alone, randomly initialised."""
+        """The backbone alone, with random weights."""
         settings = build(self.backbone.Config, _preset(self.backbone, "backbone"), "backbone")
         return self.backbone(settings, channels)
 
 
 @dataclass
 class BuiltMethod:
-    """A method ready to train, and what it draws its samples from."""
+    """A method that is ready to train, and the sources of its samples."""
 
     method: Method
     sources: Sequence[Source]
@@ -134,26 +134,26 @@ class BuiltMethod:
         return self.budget.batch_size
 
     def data(self, length: int) -> CropDataset:
-        """`length` samples."""
+        """A data set of `length` samples."""
         return CropDataset(self.sources, self.crop, length, self.seed, transform=self.transform)
 
     def batches(self, number: int, rank: int = 0, workers: int = 0) -> list[Batch]:
-        """The first batches; another rank gets others."""
+        """The first `number` batches of a rank; each rank has its own samples."""
         data = self.data((rank + 1) * number * self.batch)
         data.seed += rank
         loader = DataLoader(data, self.batch, num_workers=workers, generator=torch.Generator())
         return [batch for batch, _ in zip(loader, range(number), strict=False)]
 
     def reseed(self) -> None:
-        """Masks, dropout and whatever else the method draws, from the beginning."""
+        """Start all random draws of the method (masks, dropout, ...) from the beginning."""
         torch.manual_seed(self.seed)
         self.method.generator = torch.Generator().manual_seed(self.seed)
 
     def train(self, steps: int, cycle: int | None = None) -> list[float]:
-        """Train by the loop that runs use; the loss of each step.
+        """Train with the training loop of runs. Returns the loss of each step.
 
         Args:
-            cycle: number of steps after which crops, masks and dropout come again as they were.
+            cycle: number of steps after which the same crops, masks and dropout are repeated.
         """
         cycle = cycle or steps
         settings = self.budget.model_copy(update={"steps": steps})
@@ -168,16 +168,17 @@ class BuiltMethod:
 
 
 class _CyclicTrainer(Trainer):
-    """The trainer of a run, whose masks and dropout come again after `cycle` steps."""
+    """The trainer of a run, with masks and dropout that repeat after `cycle` steps."""
 
     cycle = 1
 
     def seed_step(self, number: int) -> None:
+        """Seed the step as the one `cycle` steps before it."""
         super().seed_step((number - 1) % self.cycle + 1)
 
 
 class _Cyclic(Dataset[dict[str, Any]]):
-    """`length` samples, the same few again and again."""
+    """`length` samples, which repeat those of `data`."""
 
     def __init__(self, data: CropDataset, length: int) -> None:
         self.data, self.length = data, length
@@ -205,5 +206,6 @@ def sum_of_terms(terms: Any) -> Tensor:
 
 
 def _preset(plugin: Any, section: str) -> dict[str, Any]:
-    chosen = plugin.presets.get("check", plugin.presets.get("demo", {}))
-    return {key.partition(".")[2]: value for key, value in chosen.items() if key.partition(".")[0] == section}
+    """The settings of a plugin's preset `check`, or else `demo`, without the prefix `section.`."""
+    preset = plugin.presets.get("check", plugin.presets.get("demo", {}))
+    return {key.partition(".")[2]: value for key, value in preset.items() if key.partition(".")[0] == section}

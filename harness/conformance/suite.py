@@ -1,4 +1,4 @@
-"""Does a method keep the contract? The checks behind `harness check-method`, and the same ones for a plugin's own tests.
+"""All conformance checks of a method: those of `harness check-method`, and the same for the tests of a plugin.
 
 from harness.conformance import assert_conforms
 
@@ -28,8 +28,8 @@ class Result:
     """One check of one method on one backbone.
 
     Attributes:
-        status: pass, FAIL, refused (the method or the backbone says no, in words), or n/a.
-        detail: what was measured, or what to mend.
+        status: pass, FAIL, refused (the method or the backbone raised UserError), or n/a (the check does not apply).
+        detail: what was measured, or what the author has to mend.
     """
 
     check: str
@@ -46,9 +46,14 @@ def check_method(
     checks: Sequence[str] | None = None,
     done: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
-    """Every check of a method (or those in `checks`) on every backbone that can serve it (or those in `backbones`).
+    """Run every check of a method on every backbone that has what the method needs.
 
-    `done` hears of each result as it comes.
+    Args:
+        plugins: files or modules with further plugins.
+        backbones: names; None: all.
+        settings: of the method, without the prefix `method.`.
+        checks: names of the checks to run; None: all.
+        done: is called with each result as soon as it is there.
 
     Raises:
         UserError: an unknown name, or a plugin that does not load.
@@ -58,6 +63,7 @@ def check_method(
     results: list[Result] = []
 
     def add(result: Result) -> None:
+        """Append a result, and pass it to `done`."""
         results.append(result)
         done(result)
 
@@ -72,17 +78,11 @@ def check_method(
             except UserError as error:
                 add(Result("fits", backbone, "refused", str(error)))
                 continue
-            # A plugin is foreign code: what it raises while it is built is its author's to see.
+            # A plugin is foreign code: any exception while it is built becomes a result that its author reads.
             except Exception as error:
                 text = " ".join(str(error).split())[:300]
-                add(
-                    Result(
-                        "builds",
-                        backbone,
-                        "FAIL",
-                        f"{type(error).__name__} in __init__, transform, check or prepare: {text}",
-                    )
-                )
+                detail = f"{type(error).__name__} in __init__, transform, check or prepare: {text}"
+                add(Result("builds", backbone, "FAIL", detail))
                 continue
             for check, function in CHECKS.items():
                 if checks is not None and check not in checks:
@@ -97,11 +97,12 @@ def check_method(
 
 
 def _result(check: str, backbone: str, function: Callable[[], str]) -> Result:
+    """Run one check. The result is FAIL where it raises, whatever it raises."""
     try:
         return Result(check, backbone, "pass", function())
     except CheckError as error:
         return Result(check, backbone, "FAIL", str(error))
-    # A plugin is foreign code: whatever it raises is its author's to see, and the other checks go on.
+    # A plugin is foreign code: any exception becomes a result that its author reads, and the other checks go on.
     except Exception as error:
         return Result(check, backbone, "FAIL", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
@@ -112,7 +113,11 @@ def assert_conforms(
     backbones: Sequence[str] | None = None,
     checks: Sequence[str] | None = None,
 ) -> None:
-    """For a plugin's own tests: every check passes on every backbone that can serve. Raises AssertionError."""
+    """Run every check of a method on every backbone that can serve it, in the tests of a plugin.
+
+    Raises:
+        AssertionError: a check fails, or no backbone can serve the method.
+    """
     results = check_method(name, plugins, backbones, checks=checks)
     failed = [f"{result.check} on {result.backbone}: {result.detail}" for result in results if result.status == "FAIL"]
     assert not failed, "\n".join([f"method {name!r} does not keep the contract:", *failed])
@@ -120,20 +125,20 @@ def assert_conforms(
 
 
 def report(results: Sequence[Result]) -> str:
-    """A table, checks by backbones, and below it what to mend and what was measured."""
+    """A table of checks by backbones; below it one line per check and result: what to mend, or what was measured."""
     backbones = list(dict.fromkeys(result.backbone for result in results))
     checks = list(dict.fromkeys(result.check for result in results))
-    found = {(result.check, result.backbone): result for result in results}
+    by_check = {(result.check, result.backbone): result for result in results}
     rows = [["", *backbones]]
     for check in checks:
-        cells = [found.get((check, backbone)) for backbone in backbones]
-        rows.append([check, *(cell.status if cell else "-" for cell in cells)])
+        table_cells = [by_check.get((check, backbone)) for backbone in backbones]
+        rows.append([check, *(cell.status if cell else "-" for cell in table_cells)])
     lines = align(rows)
     details: dict[tuple[str, str, str], list[str]] = {}
     for result in results:
         if result.status != "n/a":
             details.setdefault((result.status, result.check, result.detail), []).append(result.backbone)
     order = {"FAIL": 0, "refused": 1, "pass": 2}
-    for (status, check, detail), where in sorted(details.items(), key=lambda item: order[item[0][0]]):
-        lines.append(f"{status:7} {check} ({', '.join(where)}): {detail}")
+    for (status, check, detail), names in sorted(details.items(), key=lambda item: order[item[0][0]]):
+        lines.append(f"{status:7} {check} ({', '.join(names)}): {detail}")
     return "\n".join(lines)

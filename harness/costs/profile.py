@@ -1,4 +1,4 @@
-"""What a training step costs, beside what the machine can do: `harness profile`. How it is timed: docs/speed.md."""
+"""The cost of a training step beside the ceilings of the machine: `harness profile`. docs/speed.md says how it is timed."""
 
 import tempfile
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ from harness.system.console import progress
 from harness.training.clock import PHASES, UPDATE
 from harness.training.trainer import compiled
 
-NOISY = 0.15  # spread of a round's medians above which nothing is to be believed
-ROUND_SECONDS = 1.0  # that a cell is timed for per round, at least one step
-LOOP_SECONDS = 5.0  # that a cell's loader is watched for
+NOISY = 0.15  # spread of the rounds' medians above which a row is marked as noisy
+ROUND_SECONDS = 1.0  # for which a trial is timed per round; at least one step
+LOOP_SECONDS = 5.0  # for which the loader of a trial is timed
 
 
 def measure(
@@ -28,15 +28,15 @@ def measure(
     """Profile trials side by side: every round times each trial and each ceiling once, in a new order.
 
     Args:
-        short: on a GPU, measure memory and FLOPs in this process, since its allocator counts for each trial; measure no
-            peak of the host's memory, and do not watch the loaders.
+        short: on a GPU, measure memory and FLOPs in this process, since its allocator counts for each trial; do not measure
+            the peak of the host's memory, and do not time the loaders.
 
     Returns:
-        the results in the order of `specs`, and per ceiling (`gemm fp32`, `convolution fp32`, `copy`, ...) and round its
-        rates, in FLOP/s or bytes/s.
+        the results in the order of `specs`; and for each ceiling (`gemm fp32`, `convolution fp32`, `copy`, ...) its rates,
+        round by round, in FLOP/s or bytes/s.
     """
-    with tempfile.TemporaryDirectory(prefix="harness-profile-") as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory(prefix="harness-profile-") as temporary:
+        folder = Path(temporary)
         results = [TrialResult(spec) for spec in specs]
         device = new_accelerator().device
         short = short and device.type == "cuda"
@@ -61,7 +61,7 @@ def measure(
 
 
 def _build(results: Sequence[TrialResult], folder: Path, gpu: torch.device | None = None) -> dict[int, Trial]:
-    """The trials that can run, by their index, warmed up; on a GPU that is given, their memory is measured here."""
+    """The trials that can run, by their index, after a warm-up. `gpu`: measure their memory on it, in this process."""
     trials = {}
     for number, result in enumerate(progress(results, "warm-up")):
         if result.problem:
@@ -83,7 +83,10 @@ def _build(results: Sequence[TrialResult], folder: Path, gpu: torch.device | Non
 
 
 def _one_round(result: TrialResult, trial: Trial) -> None:
-    """As many steps as fit the time, at least one; before short ones one that does not count, since caches are others'."""
+    """Time the steps that fit into `ROUND_SECONDS`, at least one.
+
+    Before short steps one more step is done and not counted, since the other trials have used the caches meanwhile.
+    """
     with out_of_memory(result), compiled(trial.trainer.module, result.spec.settings.compile):
         if trial.step_seconds < ROUND_SECONDS:
             trial.timed(1)
@@ -91,12 +94,12 @@ def _one_round(result: TrialResult, trial: Trial) -> None:
 
 
 def _seconds(phases: dict[str, list[float]]) -> float:
-    """Of the last step."""
+    """Seconds of the last step."""
     return sum(phases[phase][-1] for phase in UPDATE)
 
 
 def _watch_loader(result: TrialResult, trial: Trial) -> None:
-    """The training loop with its loader: what the step waits for, once the batches made in advance are used up."""
+    """Time the training loop with its loader, after the batches that the workers make in advance are used up."""
     if result.problem:
         return
     result.sample_seconds = trial.sample_seconds()
@@ -104,16 +107,16 @@ def _watch_loader(result: TrialResult, trial: Trial) -> None:
 
 
 def summarise(results: Sequence[TrialResult], rates: dict[str, list[list[float]]]) -> list[dict[str, Any]]:
-    """One row per cell, in the columns of `leaderboards.profiles`; what could not be measured is None."""
+    """One row per trial in the columns of `leaderboards.profiles`; a value that was not measured is None."""
     device = new_accelerator().device
-    described = environment.describe_environment(device)
+    description = environment.describe_environment(device)
     machine = {
-        "machine": described["gpu"] or described["cpu"],
+        "machine": description["gpu"] or description["cpu"],
         "device": device.type,
-        "threads": described["threads"],
-        "torch": described["torch"],
-        "harness": described["harness"],
-        "revision": described["git"]["revision"],
+        "threads": description["threads"],
+        "torch": description["torch"],
+        "harness": description["harness"],
+        "revision": description["git"]["revision"],
     }
     noise = {name: _spread(rounds) for name, rounds in rates.items()}
     first = next((result for result in results if not result.problem), None)
@@ -123,14 +126,15 @@ def summarise(results: Sequence[TrialResult], rates: dict[str, list[list[float]]
 def _row(
     result: TrialResult, first: TrialResult | None, rates: dict[str, list[list[float]]], noise: dict[str, float]
 ) -> dict[str, Any]:
-    row = _described(result)
+    """One row. `first`: the first trial that ran; `noise`: spread of each ceiling."""
+    row = _describe(result)
     if result.problem or first is None:
         return row
-    return row | _timed(result, first, rates, noise, row["precision"])
+    return row | _times(result, first, rates, noise, row["precision"])
 
 
-def _described(result: TrialResult) -> dict[str, Any]:
-    """What was timed."""
+def _describe(result: TrialResult) -> dict[str, Any]:
+    """The columns that say what was timed."""
     spec, settings = result.spec, result.spec.settings
     return {
         "stage": spec.stage,
@@ -149,55 +153,55 @@ def _described(result: TrialResult) -> dict[str, Any]:
     }
 
 
-def _timed(
+def _times(
     result: TrialResult,
     first: TrialResult,
     rates: dict[str, list[list[float]]],
     noise: dict[str, float],
     precision: str,
 ) -> dict[str, Any]:
-    """What it took; `first` is what the ratios are of."""
+    """The columns with times, rates and memory; ratios are steps of `first` over steps of this trial."""
     settings, steps = result.spec.settings, result.steps()
     medians = [float(np.median(values)) for values in steps]
     step = float(np.median(np.concatenate(steps)))
-    every = {phase: np.concatenate([one[phase] for one in result.rounds]) for phase in PHASES}
+    seconds_of_phase = {phase: np.concatenate([phases[phase] for phases in result.rounds]) for phase in PHASES}
     row = _milliseconds("step", np.concatenate(steps))
     for phase in (*UPDATE, "transfer"):
-        row |= _milliseconds(phase, every[phase])
-    row |= _waited(result, step)
-    rate = {name: float(np.median(np.concatenate(rounds))) for name, rounds in rates.items()}
-    achieved = result.flops / float(np.median(every["forward"] + every["backward"]))
-    copied = float(np.median(every["transfer"]))
-    ratios = [float(np.median(one)) / mine for one, mine in zip(first.steps(), medians, strict=True)]
-    mine = {name: value for name, value in noise.items() if name.endswith(precision)}
+        row |= _milliseconds(phase, seconds_of_phase[phase])
+    row |= _data_wait(result, step)
+    ceilings = {name: float(np.median(np.concatenate(rounds))) for name, rounds in rates.items()}
+    achieved = result.flops / float(np.median(seconds_of_phase["forward"] + seconds_of_phase["backward"]))
+    copied = float(np.median(seconds_of_phase["transfer"]))
+    ratios = [float(np.median(seconds)) / median for seconds, median in zip(first.steps(), medians, strict=True)]
+    own_noise = {name: value for name, value in noise.items() if name.endswith(precision)}
     return row | {
         "samples_per_s": settings.batch_size / step,
         "first_over_this": float(np.median(ratios)),
         "first_over_this_low": min(ratios),
         "first_over_this_high": max(ratios),
         "workers": settings.workers,
-        **judge(result.watched, step, result.flops, rate[f"convolution {precision}"], rate["copy"]),
+        **judge(result.watched, step, result.flops, ceilings[f"convolution {precision}"], ceilings["copy"]),
         "gflop": result.flops / 1e9,
         "tflop_per_s": achieved / 1e12,
-        "of_gemm": achieved / rate[f"gemm {precision}"],
-        "of_convolution": achieved / rate[f"convolution {precision}"],
-        "of_copy": result.batch_bytes / copied / rate["host-to-device"] if "host-to-device" in rate else None,
-        "gemm_tflop_per_s": rate[f"gemm {precision}"] / 1e12,
-        "convolution_tflop_per_s": rate[f"convolution {precision}"] / 1e12,
-        "copy_gb_per_s": rate["copy"] / 1e9,
+        "of_gemm": achieved / ceilings[f"gemm {precision}"],
+        "of_convolution": achieved / ceilings[f"convolution {precision}"],
+        "of_copy": result.batch_bytes / copied / ceilings["host-to-device"] if "host-to-device" in ceilings else None,
+        "gemm_tflop_per_s": ceilings[f"gemm {precision}"] / 1e12,
+        "convolution_tflop_per_s": ceilings[f"convolution {precision}"] / 1e12,
+        "copy_gb_per_s": ceilings["copy"] / 1e9,
         "host_peak_gib": result.memory.get("host_peak_gib"),
         "device_peak_gib": result.memory.get("device_peak_gib"),
         "parameters": result.parameters,
         "rounds": len(steps),
         "steps": sum(map(len, steps)),
         "spread": _spread(steps),
-        "ceiling_spread": max(mine.values()),
-        "noisy": max(_spread(steps), *mine.values()) > NOISY,
+        "ceiling_spread": max(own_noise.values()),
+        "noisy": max(_spread(steps), *own_noise.values()) > NOISY,
     }
 
 
-def _waited(result: TrialResult, step: float) -> dict[str, Any]:
-    """What the loop waits for its loader, and the workers that it would need; None where it was not watched."""
+def _data_wait(result: TrialResult, step: float) -> dict[str, Any]:
+    """How long the loop waits for its loader, and how many workers it needs; None where the loader was not timed."""
     if not result.waits:
         names = ("data_wait_ms_p50", "data_wait_ms_p95", "data_wait_share", "sample_ms", "workers_needed")
         return dict.fromkeys(names)
@@ -211,10 +215,11 @@ def _waited(result: TrialResult, step: float) -> dict[str, Any]:
 
 
 def _milliseconds(name: str, seconds: Any) -> dict[str, float]:
-    return {f"{name}_ms_p{at}": float(np.percentile(seconds, at)) * 1000 for at in (50, 95)}
+    """Median and 95th percentile of the seconds, in milliseconds."""
+    return {f"{name}_ms_p{percent}": float(np.percentile(seconds, percent)) * 1000 for percent in (50, 95)}
 
 
 def _spread(rounds: Sequence[Sequence[float]]) -> float:
-    """How far the rounds' medians lie apart, of their median: what the machine did beside."""
+    """Range of the rounds' medians as a share of their median. A large one shows that something else used the machine."""
     medians = [float(np.median(values)) for values in rounds]
     return (max(medians) - min(medians)) / float(np.median(medians))

@@ -1,4 +1,4 @@
-"""A stage of a run, ready to step on made-up data: what profiles time and estimates watch."""
+"""A trial: one stage of a run on made-up data, whose steps `harness profile` and `harness estimate` time."""
 
 import multiprocessing
 import tempfile
@@ -40,20 +40,23 @@ from harness.training.segmenter import Segmenter
 from harness.training.trainer import Trainer
 
 OUT_OF_MEMORY = "out of memory"
-
-
 FLASH_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def sdpa_flops(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **named: Any) -> int:
-    """FLOPs of torch's attention on a CPU, which its own counter does not know."""
+    """FLOPs of torch's flash attention on a CPU, an operator that torch's own counter lacks."""
     flops: int = sdpa_flop_count(query, key, value)
     return flops
 
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """What is timed: a request, resolved; `variant` is how the method names its settings."""
+    """What a trial times: a resolved request and a stage.
+
+    Attributes:
+        stage: pretrain or finetune.
+        variant: the method's name for some of its settings; empty: none.
+    """
 
     request: Request
     config: RunConfig
@@ -64,7 +67,7 @@ class TrialSpec:
 
     @property
     def settings(self) -> Training:
-        """Of the stage that is timed."""
+        """The training settings of the stage that is timed."""
         return self.config.pretrain if self.stage == "pretrain" else self.config.finetune
 
     def __str__(self) -> str:
@@ -80,14 +83,19 @@ class TrialSpec:
 
 @dataclass
 class TrialResult:
-    """A cell's numbers; times in seconds, one entry per step, round by round.
+    """The measurements of a trial.
 
     Attributes:
-        problem: why there are none.
-        rounds: per round, phase -> seconds of each step.
-        waits: of the loop with its loader, phase -> seconds of each step; empty where it was not watched.
-        watched: what a GPU's profiler saw of a step.
-        sample_seconds: to make one sample in one process.
+        problem: why there are no measurements; empty where there are.
+        flops: FLOPs of a step.
+        memory: peaks in GiB, as `harness.compute.memory.peak_memory` gives them.
+        used: precision and whatever else the trainer reports that it used.
+        batch_bytes: size of a batch.
+        prepare_seconds: time of `Method.prepare`.
+        sample_seconds: time to make one sample in one process.
+        rounds: for each round, phase -> seconds of each step.
+        waits: phase -> seconds of each step of the loop with its loader; empty where the loader was not timed.
+        watched: what the profiler recorded of a step on a GPU.
     """
 
     spec: TrialSpec
@@ -104,23 +112,23 @@ class TrialResult:
     watched: WatchedStep | None = None
 
     def steps(self) -> list[list[float]]:
-        """Seconds of each step (`UPDATE`), per round."""
+        """Seconds of each step (the sum of the phases `UPDATE`), for each round."""
         return [list(np.sum([phases[phase] for phase in UPDATE], axis=0)) for phases in self.rounds]
 
 
 def resolve_trial(request: Request, stage: str = "pretrain", variant: str = "") -> TrialSpec:
-    """Names and settings of a request, checked as a run does it; no data is read.
+    """Resolve and check the names and settings of a request as a run does. No data is read.
 
     Raises:
-        UserError: as `harness.planning.plan`; an unknown variant; or a method that does not pre-train.
+        UserError: as `harness.runs.plan.plan`; an unknown variant; or a method that does not pre-train.
     """
     registry = Registry(request.plugins)
     method = registry.load("method", request.method)
     if variant:
         if variant not in method.variants:
             raise unknown(f"variant of method {request.method!r}", variant, method.variants)
-        chosen = tuple(f"{key}={value}" for key, value in method.variants[variant].items())
-        request = replace(request, settings=(*request.settings, *chosen))
+        pairs = tuple(f"{key}={value}" for key, value in method.variants[variant].items())
+        request = replace(request, settings=(*request.settings, *pairs))
     if stage == "pretrain" and not method.trains:
         raise UserError(f"method {request.method!r} pre-trains nothing: choose another, or give --stage finetune")
     task = change_task(registry.task(request.task), parse_overrides(request.settings))
@@ -131,7 +139,7 @@ def resolve_trial(request: Request, stage: str = "pretrain", variant: str = "") 
 
 
 class Trial:
-    """A cell ready to step: its module under the engine's own trainer, and its data."""
+    """The module of a stage in the engine's own trainer, and its data, ready to step."""
 
     def __init__(self, spec: TrialSpec, volumes: Sequence[Any], folder: Path) -> None:
         self.spec, settings = spec, spec.settings
@@ -151,14 +159,14 @@ class Trial:
         self.number, self.step_seconds = 0, float("inf")
 
     def step(self) -> None:
-        """One step on the same batch, its phases on the clock; the wait for data is not part of it."""
+        """Do one step, always on the same batch, and time its phases. The wait for data is not part of the step."""
         self.number += 1
         self.trainer.clock.start()
         self.trainer.clock.lap("data")
         self.trainer.step(self.number, [self.batch], self.after_step)
 
     def timed(self, number: int) -> dict[str, list[float]]:
-        """Seconds per phase of so many steps; on a GPU the device is waited for after the last one only."""
+        """Phase -> seconds of each of `number` steps. On a GPU the host waits for the device only after the last step."""
         clock = self.trainer.clock
         clock.read()
         for values in clock.seconds.values():
@@ -169,7 +177,7 @@ class Trial:
         return {phase: list(values) for phase, values in clock.seconds.items()}
 
     def weigh(self) -> tuple[int, int, dict[str, float | None]]:
-        """FLOPs of a step, number of parameters, and the peak of memory over two steps."""
+        """FLOPs of a step, number of parameters, and peaks of memory over two steps, in GiB."""
         device = self.trainer.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -181,15 +189,15 @@ class Trial:
         return counter.get_total_flops(), parameters, peak_memory(device)
 
     def sample_seconds(self) -> float:
-        """To make one sample in one process."""
+        """Seconds to make one sample in one process."""
         number = self.spec.settings.batch_size
         began = time.perf_counter()
-        for place in range(10**5, 10**5 + number):
-            self.data[place]
+        for index in range(10**5, 10**5 + number):
+            self.data[index]
         return (time.perf_counter() - began) / number
 
     def loop(self, number: int) -> dict[str, list[float]]:
-        """Seconds per phase of `number` steps of the training loop, after those whose batches workers make in advance."""
+        """Phase -> seconds of each of `number` steps of the training loop, without those whose batches were made in advance."""
         clock, ahead = self.trainer.clock, 2 * self.spec.settings.workers + 1
         for values in clock.seconds.values():
             values.clear()
@@ -201,7 +209,7 @@ class Trial:
 
 
 def _module(spec: TrialSpec, volumes: Sequence[Any], folder: Path) -> tuple[Any, Sequence[Any], float]:
-    """What is trained, what to draw samples from, and the seconds that the method's preparation takes."""
+    """The module to train, the sources of its samples, and the seconds that `Method.prepare` takes."""
     config, channels = spec.config, len(spec.task.channels)
     if spec.stage == "finetune":
         network = new_network(spec.plugins.new_backbone(config, channels), spec.task, config.protocol)
@@ -213,22 +221,24 @@ def _module(spec: TrialSpec, volumes: Sequence[Any], folder: Path) -> tuple[Any,
 
 
 class _ShortPreparation(PreparationContext):
-    """Trains for a few steps only and extrapolates the seconds: the cost of a later step depends on no result."""
+    """Trains for at most 4 steps and extrapolates the seconds: the cost of a step does not depend on earlier results."""
 
     def train(
         self, module: nn.Module, sources: Sequence[Source], *, size: Any, steps: int, batch_size: int, lr: float
     ) -> None:
-        some = min(steps, 4)
+        """Train for at most 4 of the steps, and add the estimated seconds of the others."""
+        few_steps = min(steps, 4)
         began = time.perf_counter()
-        super().train(module, sources, size=size, steps=some, batch_size=batch_size, lr=lr)
-        self.seconds += (time.perf_counter() - began) / some * (steps - some)
+        super().train(module, sources, size=size, steps=few_steps, batch_size=batch_size, lr=lr)
+        self.seconds += (time.perf_counter() - began) / few_steps * (steps - few_steps)
 
     def report(self, message: str, **values: Any) -> None:
-        """Nothing: what a method reports of noise is worth no line."""
+        """Print nothing: a method has nothing useful to report about noise."""
 
 
 @contextmanager
 def out_of_memory(result: TrialResult) -> Iterator[None]:
+    """Record a lack of memory as the problem of `result`, instead of raising it."""
     try:
         yield
     except RuntimeError as error:
@@ -238,7 +248,10 @@ def out_of_memory(result: TrialResult) -> Iterator[None]:
 
 
 def measure_apart(result: TrialResult) -> None:
-    """Memory and FLOPs of two steps, in a process of their own: a peak is a process's, and what is left over counts."""
+    """Measure memory and FLOPs of two steps in a new process, and write them into `result`.
+
+    The operating system keeps one peak per process, and memory that earlier work left over would be counted.
+    """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             answer = pool.submit(_two_steps, result.spec.request, result.spec.stage, torch.get_num_threads()).result()
@@ -251,23 +264,27 @@ def measure_apart(result: TrialResult) -> None:
 
 
 def _two_steps(request: Request, stage: str, threads: int) -> tuple[int, int, dict[str, float | None]] | str:
+    """What `Trial.weigh` returns, measured in this process; or the problem."""
     torch.set_num_threads(threads)
     spec = resolve_trial(request, stage)
     result = TrialResult(spec)
-    with tempfile.TemporaryDirectory(prefix="harness-profile-") as place, out_of_memory(result):
-        folder = Path(place)
+    with tempfile.TemporaryDirectory(prefix="harness-profile-") as temporary, out_of_memory(result):
+        folder = Path(temporary)
         trial = Trial(spec, made_up_volumes(spec, folder), folder)
         return trial.weigh()
     return result.problem
 
 
 def made_up_volumes(spec: TrialSpec, folder: Path, number: int = 4) -> list[Volume]:
-    """Volumes of noise as the cache holds them, larger than the crop by half, with a block of every label."""
+    """Write volumes of noise as the cache holds them, with a block of each label.
+
+    An edge is 1.5 times the crop's, and at least 96 voxels. Volumes that are in `folder` already are not written again.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shape = tuple(max(96, edge + edge // 2) for edge in spec.settings.crop)
     rng, channels = np.random.default_rng(0), len(spec.task.channels)
     name = f"{channels}-{'x'.join(map(str, shape))}-{spec.task.name}"
-    volumes = [Volume(Case(f"{name}-{n}", (), None), folder / f"{name}-{n}") for n in range(number)]
+    volumes = [Volume(Case(f"{name}-{index}", (), None), folder / f"{name}-{index}") for index in range(number)]
     for volume in volumes:
         if Path(f"{volume.stem}.points.npy").exists():
             continue

@@ -1,4 +1,4 @@
-"""One case opened and checked: its images and its label."""
+"""Opens and checks the images and the label of a case; groups the images of a folder into cases."""
 
 import os
 import re
@@ -20,16 +20,16 @@ from harness.data.image_names import IMAGE_ENDINGS, is_named_label, stem
 from harness.system.errors import UserError
 from harness.system.files import walk
 
-SHIFT_TOLERANCE = 0.1  # voxels by which two headers may place the same corner apart
-ROUNDING = 1e-3  # how far a float label may be from a whole number
-HIGHEST_HU = 32767  # above it: negative values that were stored without a sign
+SHIFT_TOLERANCE = 0.1  # voxels; largest allowed distance between the positions that two headers give to the same corner
+ROUNDING = 1e-3  # largest allowed distance of a float label from a whole number
+HIGHEST_HU = 32767  # larger values are negative ones that were stored without a sign
 
 
 @dataclass(frozen=True)
 class Loaded:
     """One case in its native grid: `image` (C, x, y, z) float32, `label` (x, y, z) uint8 or None, `affine`.
 
-    `notes` are what was tolerated, in words.
+    `affine` maps voxels to mm. `notes` describe in words which deviations were tolerated.
     """
 
     image: NDArray[np.float32]
@@ -47,42 +47,46 @@ def load_case(images: ImageSet, case: Case) -> Loaded:
     """Read and check one case.
 
     Raises:
-        UserError: a file that cannot be read, images and label whose shapes or affines differ, NaN or infinite
-            voxels, another number of channels, a label value that the task does not know.
+        UserError: a file cannot be read, images and label differ in shape or affine, voxels are NaN or infinite, the
+            number of channels is wrong, or the task does not know a label value.
     """
     volumes: list[NDArray[Any]] = []
     affine: Affine = np.eye(4)
     for path in case.images:
-        voxels, its_affine = read_image(path)
+        voxels, file_affine = read_image(path)
         if volumes:
-            _same_grid(case.images[0], volumes[0][0].shape, affine, path, voxels.shape[:3], its_affine)
+            _check_same_grid(case.images[0], volumes[0][0].shape, affine, path, voxels.shape[:3], file_affine)
         else:
-            affine = its_affine
-        _plausible(images, path, voxels)
+            affine = file_affine
+        _check_intensities(images, path, voxels)
         volumes.append(np.moveaxis(voxels, -1, 0) if voxels.ndim == 4 else voxels[None])
-    if (found := sum(map(len, volumes))) != len(images.channels):
+    if (num_channels := sum(map(len, volumes))) != len(images.channels):
         raise UserError(
-            f"{case.images[0]}: {found} channels, {images.name!r} has {len(images.channels)}: "
+            f"{case.images[0]}: {num_channels} channels, {images.name!r} has {len(images.channels)}: "
             f"{', '.join(images.channels)}"
         )
     image = np.concatenate(volumes, dtype=np.float32, casting="unsafe")
     if case.label is None:
         return Loaded(image, None, affine)
     label, label_affine, notes = load_label(images, case)
-    _same_grid(case.images[0], image.shape[1:], affine, case.label, label.shape, label_affine)
+    _check_same_grid(case.images[0], image.shape[1:], affine, case.label, label.shape, label_affine)
     return Loaded(image, label, affine, notes)
 
 
 def case_bytes(case: Case, prepared: float = 0) -> int:
-    """Memory that a case takes at most while it is opened and prepared (to so many voxels); 1 where it cannot be opened.
+    """Upper bound in bytes of the memory that opening and preprocessing a case takes; 1 if the case cannot be opened.
 
-    32 bytes a voxel of the larger grid, labels included (two CTs of 26 million voxels at a time peak at 1.7 GiB, see
-    `tests/benchmarks/test_cache.py`), and for each more channel its float32 before and after.
+    The larger one of the native and the preprocessed grid counts with 32 bytes per voxel, labels included (two CTs of 26
+    million voxels at a time peak at 1.7 GiB, see `tests/benchmarks/test_cache.py`). Each further channel adds 8 bytes per
+    voxel: its float32 values before and after preprocessing.
+
+    Args:
+        prepared: number of voxels of the preprocessed grid.
     """
     try:
         shapes = [read_header(path).shape for path in case.images]
     except UserError:
-        return 1  # said when its turn comes
+        return 1  # the problem is reported when the case is opened
     channels = sum(shape[3] if len(shape) == 4 else 1 for shape in shapes)
     return int(max(prepared, prod(shapes[0][:3])) * (32 + 8 * (channels - 1)))
 
@@ -91,7 +95,7 @@ def load_label(images: ImageSet, case: Case) -> tuple[NDArray[np.uint8], Affine,
     """The label map (x, y, z) in the task's own numbering, its affine, and notes on what was tolerated.
 
     Raises:
-        UserError: as `read_image`; not 3D; a value that the task, or the case's numbering, does not know.
+        UserError: as `read_image`; the label map is not 3D; or the task or the case's numbering does not know a value.
     """
     assert case.label is not None, f"case {case.id!r} has no label map"
     path = case.label
@@ -100,13 +104,13 @@ def load_label(images: ImageSet, case: Case) -> tuple[NDArray[np.uint8], Affine,
     if voxels.ndim != 3:
         raise UserError(f"{path}: a label map has 3 dimensions, this one has shape {voxels.shape}: save it as 3D")
     if voxels.dtype.kind == "f":
-        voxels, notes = _rounded(path, voxels)
+        voxels, notes = _round(path, voxels)
     numbering = dict(case.numbering) or {value: value for value in images.labels}
     label = _renumber(voxels, numbering)
     if label is None:
-        foreign = np.unique(voxels[~np.isin(voxels, list(numbering))])
+        unknown_values = np.unique(voxels[~np.isin(voxels, list(numbering))])
         raise UserError(
-            f"{path}: label values {', '.join(f'{value:g}' for value in foreign[:5])} are unknown to task "
+            f"{path}: label values {', '.join(f'{value:g}' for value in unknown_values[:5])} are unknown to task "
             f"{images.name!r}, which has {', '.join(map(str, numbering))}"
             f"{' in files of this name' if case.numbering else ''}: is this another release or another task?"
         )
@@ -114,18 +118,19 @@ def load_label(images: ImageSet, case: Case) -> tuple[NDArray[np.uint8], Affine,
 
 
 def _renumber(voxels: NDArray[Any], numbering: Mapping[int, int]) -> NDArray[np.uint8] | None:
-    """Whole numbers on disk -> the task's, by a table; None where one is unknown."""
+    """Map label values on disk to those of the task by a lookup table; None if `numbering` lacks a value."""
     limits = np.iinfo(np.int16)
     if voxels.min() < limits.min or voxels.max() > limits.max:
         return None
     table = np.full(2**16, -1, dtype=np.int16)
-    for theirs, ours in numbering.items():
-        table[theirs] = ours
-    found = table[voxels.astype(np.int16, copy=False).view(np.uint16)]
-    return None if (found < 0).any() else found.astype(np.uint8)
+    for on_disk, own in numbering.items():
+        table[on_disk] = own
+    label = table[voxels.astype(np.int16, copy=False).view(np.uint16)]
+    return None if (label < 0).any() else label.astype(np.uint8)
 
 
-def _plausible(images: ImageSet, path: Path, voxels: NDArray[Any]) -> None:
+def _check_intensities(images: ImageSet, path: Path, voxels: NDArray[Any]) -> None:
+    """Raises UserError if voxels are NaN or infinite, or a CT was stored without a sign."""
     if voxels.dtype.kind == "f":
         limit = np.finfo(np.float32).max
         bad = voxels.size - int(np.count_nonzero(np.abs(voxels) <= limit))
@@ -140,84 +145,91 @@ def _plausible(images: ImageSet, path: Path, voxels: NDArray[Any]) -> None:
         )
 
 
-def _rounded(path: Path, voxels: NDArray[Any]) -> tuple[NDArray[Any], tuple[str, ...]]:
+def _round(path: Path, voxels: NDArray[Any]) -> tuple[NDArray[Any], tuple[str, ...]]:
+    """Float labels as whole numbers, and a note if that changed them. Raises UserError if they are not whole numbers."""
     whole = np.rint(voxels)
-    off = float(np.abs(voxels - whole).max())
-    if not off <= ROUNDING:  # NaN as well
+    distance = float(np.abs(voxels - whole).max())
+    if not distance <= ROUNDING:  # NaN as well
         bad = np.unique(voxels[~(np.abs(voxels - whole) <= ROUNDING)])
         raise UserError(
             f"{path}: label values {', '.join(f'{value:g}' for value in bad[:5])} are no whole numbers: was the label map "
             "interpolated? Resample it again by nearest neighbour"
         )
-    return whole, (f"{path}: label values up to {off:.1g} from whole numbers, rounded",) if off else ()
+    return whole, (f"{path}: label values up to {distance:.1g} from whole numbers, rounded",) if distance else ()
 
 
-def _same_grid(
+def _check_same_grid(
     first: Path, shape: tuple[int, ...], affine: Affine, second: Path, other: tuple[int, ...], other_affine: Affine
 ) -> None:
+    """Raises UserError if two files differ in shape or affine, and says how."""
     if tuple(shape) != tuple(other):
         turned = ", the same edges in another order (turned?)" if sorted(shape) == sorted(other) else ""
         raise UserError(
             f"{second} has shape {tuple(other)}, {first} has {tuple(shape)}{turned}: they must be the same grid; resample "
             "one onto the other"
         )
-    off = corners_apart(shape, affine, other_affine)
-    if off <= SHIFT_TOLERANCE:
+    distance = corners_apart(shape, affine, other_affine)
+    if distance <= SHIFT_TOLERANCE:
         return
-    mine, theirs = ("".join(nib.orientations.aff2axcodes(a)) for a in (affine, other_affine))
+    axes, other_axes = ("".join(nib.orientations.aff2axcodes(a)) for a in (affine, other_affine))
     shift = np.linalg.solve(affine[:3, :3], (other_affine - affine)[:3, 3])
-    if mine != theirs:
-        how = f"their axes run {theirs} and {mine}: one of them is mirrored or turned, or its header is"
+    if axes != other_axes:
+        how = f"their axes run {other_axes} and {axes}: one of them is mirrored or turned, or its header is"
     elif np.allclose(affine[:3, :3], other_affine[:3, :3], atol=1e-4):
         how = f"shifted by {', '.join(f'{v:.2g}' for v in shift)} voxels"
     else:
-        how = f"by up to {off:.3g} voxels"
+        how = f"by up to {distance:.3g} voxels"
     raise UserError(
         f"{second} and {first} have different affines ({how}): resample one onto the other, or mend the header that is wrong"
     )
 
 
 def group_images(folder: Path, channels: Sequence[str]) -> list[Case]:
-    """The images of a folder (and below) as cases: one file each, or grouped where the task has several channels.
+    """The images in a folder and its subfolders as cases: one file per case, or one file per channel of a case.
 
-    Channels are told by a suffix: `_0000`, `_0001` ... as nnU-Net's, or the channel's name after `_` or `-`. Files that
-    carry none are whole cases (4D).
+    A suffix of the name says the channel: `_0000`, `_0001` ... as in nnU-Net, or the channel's name after `_` or `-`. A
+    file without such a suffix is a whole case (4D if there are several channels).
 
     Raises:
-        UserError: no image, or a case without one of its channels.
+        UserError: the folder holds no image, a case lacks a channel, or two files are the same channel of a case.
     """
-    found = (Path(path) for path in walk(folder))
-    images = [path for path in found if path.name.endswith(IMAGE_ENDINGS) and not path.name.startswith(".")]
+    files_below = (Path(path) for path in walk(folder))
+    images = [path for path in files_below if path.name.endswith(IMAGE_ENDINGS) and not path.name.startswith(".")]
     paths = sorted(path for path in images if not is_named_label(path.relative_to(folder)))
     if not paths:
         raise UserError(f"{folder} holds no image; images end in {', '.join(IMAGE_ENDINGS)}: give another folder")
     names = "|".join(re.escape(name) for name in channels)
     pattern = re.compile(rf"(.+)[_-](?:(\d{{4}})|({names}))", re.IGNORECASE | re.DOTALL)
-    positions = {name.lower(): place for place, name in enumerate(channels)}
+    indices = {name.lower(): channel for channel, name in enumerate(channels)}
     groups: dict[str, dict[int, Path]] = defaultdict(dict)
     for path in paths:
         name = stem(path, folder)
         match = pattern.fullmatch(name)
-        place = -1 if match is None else int(match[2]) if match[2] else positions[match[3].lower()]
+        channel = -1 if match is None else int(match[2]) if match[2] else indices[match[3].lower()]
         if match is None or (len(channels) == 1 and match[2] != "0000"):
-            name, place = name, -1
+            name, channel = name, -1
         else:
             name = match[1]
-        if place in groups[name]:
-            raise UserError(f"{groups[name][place]} and {path} are of one name, so would be their outputs: rename one")
-        groups[name][place] = path
+        if channel in groups[name]:
+            raise UserError(
+                f"{groups[name][channel]} and {path} are of one name, so would be their outputs: rename one"
+            )
+        groups[name][channel] = path
     cases = []
     for name, files in sorted(groups.items()):
         if -1 not in files and set(files) != set(range(len(channels))):
-            there = ", ".join(path.name for path in files.values())
+            present = ", ".join(path.name for path in files.values())
             raise UserError(
-                f"{folder / name}: there is {there}, due are the channels {', '.join(channels)}: add what is missing"
+                f"{folder / name}: there is {present}, due are the channels {', '.join(channels)}: add what is missing"
             )
-        cases.append(Case(id=name, images=tuple(files[place] for place in sorted(files)), label=None))
+        cases.append(Case(id=name, images=tuple(files[channel] for channel in sorted(files)), label=None))
     return cases
 
 
 def num_workers(largest: int, jobs: int) -> int:
-    """All cores, as far as half of the free memory holds that many cases of `largest` bytes."""
+    """Number of worker threads: the number of cores or of `jobs`, whichever is smaller.
+
+    Half of the free memory must hold one case of `largest` bytes per thread.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, jobs, psutil.virtual_memory().available // 2 // max(1, largest)))

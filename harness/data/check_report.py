@@ -1,4 +1,4 @@
-"""The one-page report of `harness data check`: opens from disk, needs no network, escapes everything."""
+"""The one-page HTML report of `harness data check`. It opens from disk, needs no network, and escapes all text."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ from harness.system.files import printable
 
 
 def render_report(images: ImageSet, root: str, checked: Sequence[Checked], summary: str) -> str:
-    """The page: a table per kind of problem, a slice of each case, and a table of all cases."""
+    """The report as HTML: a table per kind of problem, a slice of each case, and a table of all cases."""
     groups = problems_of(checked)
     bad = {problem.case for (weight, _), problems in groups.items() for problem in problems if weight == SPOILS}
     environment = Environment(
@@ -35,53 +35,55 @@ def render_report(images: ImageSet, root: str, checked: Sequence[Checked], summa
                 "kind": kind,
                 "weight": weight,
                 "spoils": weight == SPOILS,
-                "rows": [[each.case, each.text] for each in problems],
+                "rows": [[problem.case, problem.text] for problem in problems],
             }
             for (weight, kind), problems in groups.items()
         ],
-        keys=_keys(images),
+        keys=_legend(images),
         figures=[
-            {"case": each.case.id, "bad": each.case.id in bad, "image": _data_url(each.thumbnail)} for each in checked
+            {"case": result.case.id, "bad": result.case.id in bad, "image": _data_url(result.thumbnail)}
+            for result in checked
         ],
-        cases=_cases(images, checked),
+        cases=_table_of_cases(images, checked),
     )
 
 
-def _cases(images: ImageSet, checked: Sequence[Checked]) -> dict[str, Any]:
-    """Headings and rows of the table of all cases."""
-    heads = ["case", "shape", "spacing mm", "axes", "types", *(f"{name} ml" for name in images.targets)]
+def _table_of_cases(images: ImageSet, checked: Sequence[Checked]) -> dict[str, Any]:
+    """Headings and rows of the table of all cases; volumes of the targets are in ml."""
+    headings = ["case", "shape", "spacing mm", "axes", "types", *(f"{name} ml" for name in images.targets)]
     rows = []
-    for each in checked:
-        millilitres = float(np.prod(each.spacing)) / 1000 if each.spacing else 0.0
+    for result in checked:
+        millilitres = float(np.prod(result.spacing)) / 1000 if result.spacing else 0.0
         volumes = [
-            sum(each.voxels.get(value, 0) for value in values) * millilitres for values in images.targets.values()
+            sum(result.voxels.get(value, 0) for value in values) * millilitres for values in images.targets.values()
         ]
         rows.append(
             [
-                each.case.id,
-                " x ".join(map(str, each.shape)),
-                " x ".join(f"{edge:.3g}" for edge in each.spacing),
-                each.axes,
-                each.types,
-                *(_volume(volume) if each.voxels else "" for volume in volumes),
+                result.case.id,
+                " x ".join(map(str, result.shape)),
+                " x ".join(f"{edge:.3g}" for edge in result.spacing),
+                result.axes,
+                result.types,
+                *(_volume(volume) if result.voxels else "" for volume in volumes),
             ]
         )
-    return {"heads": heads, "rows": rows}
+    return {"heads": headings, "rows": rows}
 
 
 def _volume(millilitres: float) -> str:
+    """A volume in ml as text: whole numbers from 100 ml on, three significant digits below."""
     return f"{millilitres:.0f}" if millilitres >= 100 else f"{millilitres:.3g}"
 
 
-def _keys(images: ImageSet) -> list[dict[str, Any]]:
-    """The colours of the label values, by the names of the targets that consist of one value."""
+def _legend(images: ImageSet) -> list[dict[str, Any]]:
+    """Colour and name of each label value but 0; a value that is no target by itself has an empty name."""
     names = {values[0]: name for name, values in images.targets.items() if len(values) == 1}
     pairs = zip(images.labels[1:], colours(len(images.labels) - 1), strict=True)
     return [{"value": value, "colour": colour, "name": names.get(value, "")} for value, colour in pairs]
 
 
 def _data_url(pixels: NDArray[np.uint8] | None) -> str:
-    """A picture as base64 of PNG; empty where there is none."""
+    """PNG of an image (rows, columns, 3) in base64; empty if there is no image."""
     if pixels is None:
         return ""
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Corpora: unlabelled scans for pre-training in `generic` mode, named ones and any folder."""
+"""Corpora: unlabelled scans for pre-training in `generic` mode. A corpus has a registered name, or is any folder."""
 
 import re
 from collections.abc import Iterator
@@ -16,12 +16,12 @@ NORMALISATION = re.compile(r"(-?\d+(?:\.\d+)?),(-?\d+(?:\.\d+)?)|percentiles")
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus(ImageSet):
-    """Unlabelled scans as they are unpacked.
+    """A set of unlabelled scans, in the layout in which its archive unpacks.
 
     Attributes:
-        folders: names that the corpus has in a data folder.
-        patterns: globs of its images, below its folder.
-        phantom: name of a phantom's file, with the case number as `{:03d}` or the like.
+        folders: names that the folder of the corpus may have.
+        patterns: globs of its images, relative to its folder.
+        phantom: path of a phantom's file, with a format field such as `{:03d}` for the case number.
     """
 
     folders: tuple[str, ...] = ()
@@ -29,50 +29,51 @@ class Corpus(ImageSet):
     phantom: str = "scan_{:03d}.nii.gz"
 
     def find(self, data: Path) -> Path:
-        """The corpus's own folder: `data`, or a folder of its name in it or beside it.
+        """The folder of the corpus: a folder of its name in `data` or beside `data`, or `data` itself.
 
         Raises:
-            UserError: it is in none of these places.
+            UserError: none of these folders holds an image of the corpus.
         """
-        places = [data / name for name in self.folders] + [data.parent / name for name in self.folders] + [data]
-        for place in places:
-            if place.is_dir() and any(not label for _, label in self._matching(place)):
-                return place
+        folders = [data / name for name in self.folders] + [data.parent / name for name in self.folders] + [data]
+        for folder in folders:
+            if folder.is_dir() and any(not label for _, label in self._matching(folder)):
+                return folder
         raise UserError(
             f"corpus {self.name!r}: not found as {', '.join(self.folders) or 'itself'} in or beside {data}; expected: "
             f"{self.layout}; get it from {self.registration}, or name its folder: --corpus DIR"
         )
 
     def cases(self, root: Path) -> list[Case]:
-        """Its scans as cases without labels, sorted; ids are paths below `root`. Raises UserError for none."""
+        """Its scans as cases without labels, sorted; ids are paths relative to `root`. Raises UserError if there is no scan."""
         paths = sorted({path for path, label in self._matching(root) if not label})
         if not paths:
             raise UserError(
                 f"corpus {self.name!r}: no image below {root}; images end in {', '.join(IMAGE_ENDINGS)}: give another folder"
             )
-        # With its ending, so that two files are never of one name.
+        # The id contains the ending, so that two files never have the same id.
         return [
             Case(id=f"{self.name}/{path.relative_to(root).as_posix()}", images=(path,), label=None) for path in paths
         ]
 
     def num_labels(self, root: Path) -> int:
-        """Files that would be scans were they not named as label maps are, or in a folder of such a name."""
+        """Number of images that are no scans because their names, or those of their folders, are names of label maps."""
         return len({path for path, label in self._matching(root) if label})
 
     def _matching(self, root: Path) -> Iterator[tuple[Path, bool]]:
-        """Images, and whether their names say that they are label maps."""
+        """Paths of the images, each with a flag: whether its name is that of a label map."""
         for pattern in self.patterns:
             for path in map(Path, walk(root)) if pattern == ANY else root.glob(pattern):
-                inner = path.relative_to(root)
-                hidden = any(part.startswith(".") for part in inner.parts)
+                relative = path.relative_to(root)
+                hidden = any(name.startswith(".") for name in relative.parts)
                 if path.name.endswith(IMAGE_ENDINGS) and not hidden and not path.is_dir():
-                    yield path, is_named_label(inner)
+                    yield path, is_named_label(relative)
 
 
 def folder_corpus(folder: Path, like: Task | None = None) -> Corpus:
-    """Any folder of scans: every image below it, prepared like a task's images; what is named as labels is left out.
+    """A corpus of all images in a folder and its subfolders, preprocessed like the images of the task `like`.
 
-    Without a task: on each scan's own grid, scaled by percentiles.
+    Images with names of label maps are left out. Without a task, each scan keeps its own spacing and is scaled by
+    percentiles.
     """
     return Corpus(
         name=slug(folder.resolve().name),
@@ -87,7 +88,11 @@ def folder_corpus(folder: Path, like: Task | None = None) -> Corpus:
 
 
 def parse_spec(spec: str) -> tuple[str, Percentiles | Window | None]:
-    """`NAME|DIR[=LOW,HIGH|=percentiles]` -> the name or folder, and the normalisation where it was given."""
+    """Parse `NAME|DIR[=LOW,HIGH|=percentiles]`: the name or folder, and the normalisation or None.
+
+    Raises:
+        UserError: the window is empty or too wide.
+    """
     name, sign, how = spec.rpartition("=")
     match = NORMALISATION.fullmatch(how) if sign else None
     if match is None:
@@ -103,5 +108,5 @@ def parse_spec(spec: str) -> tuple[str, Percentiles | Window | None]:
 
 
 def with_normalisation(corpus: Corpus, normalisation: Percentiles | Window | None) -> Corpus:
-    """The corpus under another window, where one was given."""
+    """The corpus with another normalisation, or unchanged for None."""
     return corpus if normalisation is None else replace(corpus, normalisation=normalisation)

@@ -1,4 +1,7 @@
-"""Random crops from prepared volumes. Sample i is a function of (seed, i) alone: workers and resuming change nothing."""
+"""Random crops from preprocessed volumes.
+
+Sample i is a function of (seed, i) alone, so the number of workers and resuming do not change it.
+"""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -14,14 +17,14 @@ from harness.data.volumes import Volume
 
 
 class CropDataset(Dataset[dict[str, Any]]):
-    """`length` crops; every source comes up once per pass, in a new order each time.
+    """A data set of `length` crops. Each pass uses every source once, in a new order.
 
     Args:
-        sources: prepared volumes, or whatever else has `sample` (see `harness.contracts.Source`).
-        size: extent of a crop in voxels; volumes that are smaller are placed at random in zeros.
-        transform: applied to each sample with the sample's own generator.
-        task: given for labelled crops, which then carry `target`.
-        foreground: share of crops centred on a labelled voxel (targets drawn evenly).
+        sources: preprocessed volumes, or any other objects that have `sample` (see `harness.api.method.Source`).
+        size: extent (x, y, z) of a crop in voxels; a smaller volume is placed at a random position and padded with zeros.
+        transform: applied to each sample, with a random generator of its own for each sample.
+        task: makes the crops labelled: a sample then holds `target` too.
+        foreground: share of the labelled crops that are centred on a labelled voxel (each target equally likely).
     """
 
     def __init__(
@@ -41,14 +44,15 @@ class CropDataset(Dataset[dict[str, Any]]):
         return self.length
 
     def name(self, index: int) -> str:
-        """The case that sample `index` comes from, where its source says so."""
+        """Id of the case that sample `index` comes from; "?" if the source does not say."""
         source = self._source(index)
         case = getattr(getattr(source, "volume", source), "case", None)
         return str(getattr(case, "id", "?"))
 
     def _source(self, index: int) -> Any:
-        turn, place = divmod(index, len(self.sources))
-        return self.sources[_order(self.seed, turn, len(self.sources))[place]]
+        """The source of sample `index`."""
+        epoch, position = divmod(index, len(self.sources))
+        return self.sources[_order(self.seed, epoch, len(self.sources))[position]]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng((self.seed, index))
@@ -64,7 +68,7 @@ class CropDataset(Dataset[dict[str, Any]]):
 def _labelled(
     volume: Volume, task: Task, size: tuple[int, int, int], foreground: float, rng: np.random.Generator
 ) -> dict[str, Any]:
-    """A crop with its target; with probability `foreground` centred on a labelled voxel, targets drawn evenly."""
+    """A crop with its target; with probability `foreground` centred on a labelled voxel, each target equally likely."""
     points = volume.points if foreground and rng.random() < foreground else None
     if points is not None and len(points):
         low, high = origins(volume.shape, size)
@@ -78,6 +82,7 @@ def _labelled(
 
 
 @lru_cache(maxsize=4)
-def _order(seed: int, turn: int, number: int) -> list[int]:
-    # A third number keeps this stream apart from the samples' (seed, index).
-    return [int(place) for place in np.random.default_rng((seed, turn, 1)).permutation(number)]
+def _order(seed: int, epoch: int, number: int) -> list[int]:
+    """Random order of `number` sources in a pass."""
+    # The third number makes this random stream differ from those of the samples, which are seeded with (seed, index).
+    return [int(index) for index in np.random.default_rng((seed, epoch, 1)).permutation(number)]

@@ -1,4 +1,4 @@
-"""Which data a run uses: the task's cases and their split, the corpora, and whether they share scans."""
+"""The data of a run: the task's cases and their split, the corpora, and the check that they share no scans."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from harness.system.locks import held
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task's labelled cases, opened, checked and split."""
+    """The labelled cases of a task, opened, checked and split; `phantom` is true if they are made up."""
 
     task: Task
     phantom: bool
@@ -34,7 +34,7 @@ class TaskData:
 
 @dataclass(frozen=True)
 class CorpusData:
-    """A corpus's scans, opened and checked; `inventory.bad` has those that were skipped."""
+    """The scans of a corpus, opened and checked; `inventory.bad` has the problems of the scans that were skipped."""
 
     corpus: Corpus
     phantom: bool
@@ -43,13 +43,17 @@ class CorpusData:
 
     @property
     def label(self) -> str:
-        """Name, and the beginning of a digest of the scans and of how they are prepared: what a table shows."""
-        prepared = [self.corpus.version, self.corpus.spacing, repr(self.corpus.normalisation)]
-        return f"{self.corpus.name}@{digest([prepared, fingerprint(self.inventory.digests)])[:8]}"
+        """The corpus in a table: its name, and the beginning of a digest of its scans and preprocessing."""
+        preprocessing = [self.corpus.version, self.corpus.spacing, repr(self.corpus.normalisation)]
+        return f"{self.corpus.name}@{digest([preprocessing, fingerprint(self.inventory.digests)])[:8]}"
 
 
 def find_data(task: Task, data: Path | None, runs: Path) -> Path:
-    """The task's folder: the user's, or a phantom written on first use."""
+    """The folder of a task: in `data`, or without `data` a phantom, which is written on first use.
+
+    Raises:
+        UserError: `data` is no folder, or does not hold the task.
+    """
     if data is not None:
         if not is_folder(data):
             raise UserError(f"--data {data} is not a folder: give the task's own folder or the one that contains it")
@@ -62,13 +66,14 @@ def find_corpora(
 ) -> list[tuple[Corpus, Path]]:
     """The corpora that `--corpus` names, with their folders.
 
-    A folder is one as it is; a name is looked for in and beside the data folder, or made up as a phantom where no data
-    is given.
+    A spec that is a folder is a corpus of its own. A spec that is a name is searched in and beside `data`; without `data` it
+    is a phantom.
 
     Raises:
-        UserError: neither a folder nor a known name, not found, or one name twice.
+        UserError: a spec is neither a folder nor a known name, a corpus is not found, a name occurs twice, or the corpora
+            differ in their number of channels.
     """
-    found: list[tuple[Corpus, Path]] = []
+    corpora: list[tuple[Corpus, Path]] = []
     for spec in specs:
         name, folder, normalisation = read_spec(registry, spec)
         if folder is None:
@@ -76,20 +81,23 @@ def find_corpora(
             root = corpus.find(data) if data is not None else _phantom(corpus, runs, CORPUS_CASES)
         else:
             corpus, root = folder_corpus(folder, task), folder
-        if any(other.name == corpus.name for other, _ in found):
+        if any(other.name == corpus.name for other, _ in corpora):
             raise UserError(f"--corpus {spec}: two corpora are named {corpus.name!r}: give it once, or rename a folder")
-        found.append((with_normalisation(corpus, normalisation), root))
-    if len({len(corpus.channels) for corpus, _ in found}) > 1:
-        listed = ", ".join(f"{corpus.name} has {len(corpus.channels)}" for corpus, _ in found)
+        corpora.append((with_normalisation(corpus, normalisation), root))
+    if len({len(corpus.channels) for corpus, _ in corpora}) > 1:
+        listed = ", ".join(f"{corpus.name} has {len(corpus.channels)}" for corpus, _ in corpora)
         raise UserError(f"corpora must have equally many channels: {listed}: pre-train on them in turn")
-    return found
+    return corpora
 
 
 def read_spec(registry: Registry, spec: str) -> tuple[str, Path | None, Percentiles | Window | None]:
-    """A `--corpus`: its name, its folder where it is one, and the normalisation where that is given; reads no data.
+    """Read a value of `--corpus`. No data is read.
+
+    Returns:
+        Name as given; its folder, or None for a registered name; the normalisation, or None if none is given.
 
     Raises:
-        UserError: neither a folder nor a known name.
+        UserError: the value is neither a folder nor a known name.
     """
     name, normalisation = parse_spec(spec)
     if not name:
@@ -105,33 +113,39 @@ def read_spec(registry: Registry, spec: str) -> tuple[str, Path | None, Percenti
 
 
 def open_task(task: Task, root: Path, cache: Path, how: str) -> TaskData:
-    """Open, check, recognise and split the cases of a task.
+    """Open, check and split the cases of a task; cases that are the same scan count as one patient.
+
+    Args:
+        how: value of `--split`, as `check_how` returns it.
 
     Raises:
-        UserError: a case that cannot be used, or a split that leaves nothing on one side.
+        UserError: a case cannot be used, or the split leaves no case on one side.
     """
     phantom = is_phantom(root)
-    # A phantom's cases have the names of real ones, the shipped test list does not speak of them.
+    # The cases of a phantom have the names of real ones, but the shipped test list is not about them.
     task = replace(task, test_ids=None) if phantom else task
     cases = task.cases(root)
-    for each in cases:
-        check_name(each.id)
+    for case in cases:
+        check_name(case.id)
     inventory = take_inventory(task, cases, cache)
     split = split_cases(task, cases, how, twins([inventory.signatures[case.id] for case in cases]))
     if split.by == SAME:
         say(
             "PLUMBING CHECK: trained and tested on the same cases (--split same); the numbers say nothing about a method"
         )
-    for case, other in split.left_out:
-        say(f"left out of training: {case} is the same patient or scan as test case {other}")
+    for case_id, test_id in split.left_out:
+        say(f"left out of training: {case_id} is the same patient or scan as test case {test_id}")
     return TaskData(task, phantom, split, inventory)
 
 
 def open_corpora(found: Sequence[tuple[Corpus, Path]], cache: Path, skip_bad: bool) -> list[CorpusData]:
-    """Open, check and recognise the scans of corpora.
+    """Open and check the scans of corpora.
+
+    Args:
+        found: corpora and their folders, from `find_corpora`.
 
     Raises:
-        UserError: a file that cannot be used, unless `skip_bad`; or no scan is left.
+        UserError: a file cannot be used and `skip_bad` is false, or no scan of a corpus can be used.
     """
     opened = []
     for corpus, root in found:
@@ -154,29 +168,35 @@ def open_corpora(found: Sequence[tuple[Corpus, Path]], cache: Path, skip_bad: bo
 
 
 def overlap(data: TaskData, corpora: Sequence[CorpusData]) -> list[tuple[str, str]]:
-    """Pairs (scan of a corpus, test case) that are alike as copies are, whatever their files are called and say."""
-    scans = [(case.id, one) for each in corpora for case in each.cases for one in each.inventory.signatures[case.id]]
-    tested = [(case.id, one) for case in data.split.test for one in data.inventory.signatures[case.id]]
-    pairs = same_scans([one for _, one in scans], [one for _, one in tested], ALIKE)
+    """Sorted pairs (scan of a corpus, test case) that are copies by their voxels, whatever their names and headers are."""
+    scans = [
+        (case.id, signature)
+        for corpus in corpora
+        for case in corpus.cases
+        for signature in corpus.inventory.signatures[case.id]
+    ]
+    tested = [(case.id, signature) for case in data.split.test for signature in data.inventory.signatures[case.id]]
+    pairs = same_scans([signature for _, signature in scans], [signature for _, signature in tested], ALIKE)
     return sorted({(scans[i][0], tested[j][0]) for i, j in pairs})
 
 
 def check_overlap(data: TaskData, corpora: Sequence[CorpusData], allow: bool) -> list[tuple[str, str]]:
-    """`overlap`, which is an error unless it is allowed, and then said."""
+    """The pairs of `overlap`. Raises UserError if there are any and `allow` is false; else prints them."""
     pairs = overlap(data, corpora)
     if not pairs:
         return pairs
-    shown = "; ".join(f"{scan} is test case {case}" for scan, case in pairs[:3]) + ("; ..." if len(pairs) > 3 else "")
+    listed = "; ".join(f"{scan} is test case {case}" for scan, case in pairs[:3]) + ("; ..." if len(pairs) > 3 else "")
     if not allow:
         raise UserError(
-            f"{len(pairs)} scans to pre-train on are test cases of {data.task.name!r}, by their voxels ({shown}): take them out "
+            f"{len(pairs)} scans to pre-train on are test cases of {data.task.name!r}, by their voxels ({listed}): take them out "
             "of the corpus, or give --allow-overlap, and the tables will say so"
         )
-    say(f"OVERLAP: {len(pairs)} scans of the corpora are test cases ({shown}); every table says so")
+    say(f"OVERLAP: {len(pairs)} scans of the corpora are test cases ({listed}); every table says so")
     return pairs
 
 
 def _phantom(images: Task | Corpus, runs: Path, number: int) -> Path:
+    """The folder of a phantom with `number` cases, which is written if it does not exist."""
     root = runs / "phantoms" / f"{images.name}-v{PHANTOM}-n{number}"
     say_once(
         f"No data given (--data or HARNESS_DATA): using a PHANTOM of {images.name} in {root}. "

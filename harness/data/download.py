@@ -1,4 +1,7 @@
-"""Public archives: downloaded with resuming, verified, and unpacked without letting any path out of the folder."""
+"""Downloads public archives, verifies them and unpacks them.
+
+An interrupted transfer is resumed. No member of an archive is written outside of the folder.
+"""
 
 import errno
 import hashlib
@@ -18,50 +21,52 @@ from harness.api.task import Archive
 from harness.system.console import progress, say
 from harness.system.errors import UserError
 
-CHUNK = 2**20
+CHUNK = 2**20  # bytes
 TIMEOUT_S = 60
-DEEPEST = 50  # folders in each other; removing 1,000 would exceed Python's stack
+DEEPEST = 50  # nested folders; removing 1,000 of them would exceed Python's stack
+# Errors that are the fault of the disk, not of the archive.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
-TRIES = 5  # broken transfers in a row without a byte in between
+TRIES = 5  # broken transfers in a row that brought no byte
+PAUSE_S = 0.5  # before the second try; doubled before each further one
 
 
 def fetch(archive: Archive, folder: Path, keep: bool = False) -> Path:
-    """Bring an archive's data set into `folder`; what is there already is not brought again.
+    """Download and unpack an archive into `folder`; returns the folder of the data set. An existing one is left as it is.
 
     Args:
         keep: keep the archive itself after unpacking.
 
     Raises:
-        UserError: the transfer breaks again and again, the content is not what the MD5 sum says, the disk is full, or
-            the archive holds something that it may not.
+        UserError: the transfer breaks TRIES times without progress, the content has another MD5 sum, the disk is full, or
+            the archive holds a member that is not allowed.
     """
-    place = folder / archive.folder
-    if place.exists():
-        say(f"{place} is there already, nothing was brought; remove it to bring it again")
-        return place
+    root = folder / archive.folder
+    if root.exists():
+        say(f"{root} is there already, nothing was brought; remove it to bring it again")
+        return root
     folder.mkdir(parents=True, exist_ok=True)
     packed = folder / f"{archive.folder}.tar"
     if not (packed.exists() and md5(packed) == archive.md5):
         _download(archive, packed)
-    _unpack(packed, place)
+    _unpack(packed, root)
     if not keep:
         packed.unlink()
-    return place
+    return root
 
 
 def md5(path: Path) -> str:
-    """MD5 sum of a file, which is what is published; it tells broken transfers, not forgeries."""
+    """MD5 sum of a file. Publishers give this sum; it detects broken transfers, not forgeries."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _download(archive: Archive, packed: Path) -> None:
-    """Into a `.part` file, from where an earlier transfer stopped; renamed once its sum is right."""
-    part, tries = packed.with_name(f"{packed.name}.part"), 0
+    """Download into a `.part` file, resume where an earlier transfer stopped, and rename the file if its MD5 sum is right."""
+    partial, tries = packed.with_name(f"{packed.name}.part"), 0
     while True:
-        before = part.stat().st_size if part.exists() else 0
+        before = partial.stat().st_size if partial.exists() else 0
         try:
-            if _transfer(archive.url, part, before):
+            if _transfer(archive.url, partial, before):
                 break
             problem = "the transfer ended before its end"
         except (HTTPError, URLError, HTTPException, TimeoutError, ConnectionError) as error:
@@ -70,67 +75,69 @@ def _download(archive: Archive, packed: Path) -> None:
                 raise UserError(
                     f"{archive.url} answers {error.code} {error.reason}: give another address with --url"
                 ) from None
-        tries = tries + 1 if (part.stat().st_size if part.exists() else 0) <= before else 1
+        tries = tries + 1 if (partial.stat().st_size if partial.exists() else 0) <= before else 1
         if tries >= TRIES:
             raise UserError(
-                f"{archive.url}: {problem}, {TRIES} times; {before / 2**20:.1f} MiB are kept in {part}: the same command goes "
+                f"{archive.url}: {problem}, {TRIES} times; {before / 2**20:.1f} MiB are kept in {partial}: the same command goes "
                 "on from there once the network is well"
             )
         say(f"{problem}; going on from {before / 2**20:.1f} MiB")
-        time.sleep(min(2.0**tries, 30) / 10)
-    found = md5(part)
-    if found != archive.md5:
-        part.unlink()
+        time.sleep(min(PAUSE_S * 2.0**tries, 30))
+    md5_sum = md5(partial)
+    if md5_sum != archive.md5:
+        partial.unlink()
         raise UserError(
-            f"{archive.url}: MD5 sum {found}, expected {archive.md5}: the transfer was removed; ask again, or give another "
+            f"{archive.url}: MD5 sum {md5_sum}, expected {archive.md5}: the transfer was removed; ask again, or give another "
             "address with --url"
         )
-    part.replace(packed)
+    partial.replace(packed)
 
 
-def _transfer(url: str, part: Path, start: int) -> bool:
-    """Append to `part` from byte `start`; whether the end was reached."""
+def _transfer(url: str, partial: Path, start: int) -> bool:
+    """Append to `partial` from byte `start`. Returns whether the end was reached."""
     try:
         url.encode("ascii")
-        good = url.startswith(("https://", "http://")) and urlsplit(url).port != 0 and bool(urlsplit(url).hostname)
+        valid = url.startswith(("https://", "http://")) and urlsplit(url).port != 0 and bool(urlsplit(url).hostname)
     except ValueError:
-        good = False
-    if not good:
+        valid = False
+    if not valid:
         raise UserError(f"{url} is no address that is fetched: give one that begins with https:// or http://")
     request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
-        answer: Any = urlopen(request, timeout=TIMEOUT_S)
+        response: Any = urlopen(request, timeout=TIMEOUT_S)
     except HTTPError as error:
-        if error.code == 416 and start:  # nothing is left to send
+        if error.code == 416 and start:  # the server has no more bytes to send
             return True
         raise
-    with answer:
-        resumed = answer.status == 206
-        done = start if resumed else 0
-        length = answer.headers.get("Content-Length")
-        total = done + int(length) if length is not None else None
-        if total is not None and total - done > (free := shutil.disk_usage(part.parent).free):
-            raise UserError(f"{part.parent}: {total / 2**30:.1f} GiB come, {free / 2**30:.1f} GiB are free: make room")
-        with part.open("ab" if resumed else "wb") as file, progress(None, "fetch", total=total) as bar:
-            bar.update(done)
-            while chunk := answer.read(CHUNK):
+    with response:
+        resumed = response.status == 206
+        received = start if resumed else 0
+        length = response.headers.get("Content-Length")
+        expected = received + int(length) if length is not None else None
+        if expected is not None and expected - received > (free := shutil.disk_usage(partial.parent).free):
+            raise UserError(
+                f"{partial.parent}: {expected / 2**30:.1f} GiB come, {free / 2**30:.1f} GiB are free: make room"
+            )
+        with partial.open("ab" if resumed else "wb") as file, progress(None, "fetch", total=expected) as bar:
+            bar.update(received)
+            while chunk := response.read(CHUNK):
                 file.write(chunk)
-                done += len(chunk)
+                received += len(chunk)
                 bar.update(len(chunk))
-    return total is None or done >= total
+    return expected is None or received >= expected
 
 
-def _unpack(packed: Path, place: Path) -> None:
-    """Into a folder beside `place`, which takes its name once everything is out."""
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".unpack-") as partial:
+def _unpack(packed: Path, root: Path) -> None:
+    """Unpack into a temporary folder beside `root`, which is renamed to `root` when everything is unpacked."""
+    with tempfile.TemporaryDirectory(dir=root.parent, prefix=".unpack-") as partial:
         try:
-            # What is published is not compressed, and what is not cannot expand.
+            # The published archives are not compressed; an archive without compression cannot expand.
             with tarfile.open(packed, "r:") as tar:
-                for member in progress(_members(packed, tar, place), "unpack"):
+                for member in progress(_members(packed, tar, root), "unpack"):
                     tar.extract(member, partial, filter="data")
         except UserError:
             raise
-        # Foreign bytes make the reader raise nearly anything; only what the disk refuses is not the archive's fault.
+        # A damaged archive makes tarfile raise nearly any exception. Only errors of the disk are not its fault.
         except Exception as error:
             if isinstance(error, OSError) and error.errno in DISK:
                 raise
@@ -138,33 +145,33 @@ def _unpack(packed: Path, place: Path) -> None:
             raise UserError(
                 f"{packed} cannot be unpacked ({type(error).__name__}: {reason}): remove it and ask again"
             ) from None
-        if not (Path(partial) / place.name).is_dir():
-            raise UserError(f"{packed} does not hold the folder {place.name}: is this another archive?")
-        (Path(partial) / place.name).replace(place)
+        if not (Path(partial) / root.name).is_dir():
+            raise UserError(f"{packed} does not hold the folder {root.name}: is this another archive?")
+        (Path(partial) / root.name).replace(root)
 
 
-def _members(packed: Path, tar: tarfile.TarFile, place: Path) -> Iterator[tarfile.TarInfo]:
-    """Plain files and folders below the data set's own name; macOS' `._` shadows are left out.
+def _members(packed: Path, tar: tarfile.TarFile, root: Path) -> Iterator[tarfile.TarInfo]:
+    """The plain files and folders in the folder of the data set. The `._` files of macOS are left out.
 
     Raises:
-        UserError: any other member: a path that leads out, a link, a device, or more bytes than the disk has.
+        UserError: another member (a path that leads out of the folder, a link, a device), or more bytes than the disk has.
     """
-    free = shutil.disk_usage(place.parent).free
-    total = 0
+    free = shutil.disk_usage(root.parent).free
+    unpacked_bytes = 0
     for member in tar:
         path = PurePosixPath(member.name)
-        if any(part.startswith("._") for part in path.parts) or path.name == ".DS_Store":
+        if any(name.startswith("._") for name in path.parts) or path.name == ".DS_Store":
             continue
-        parts = [part for part in path.parts if part != "."]
+        parts = [name for name in path.parts if name != "."]
         if not parts:
             continue
-        below = parts[0] == place.name and ".." not in parts and not path.is_absolute() and len(parts) <= DEEPEST
-        if not below or not (member.isdir() or (member.isfile() and len(parts) > 1)):
+        allowed = parts[0] == root.name and ".." not in parts and not path.is_absolute() and len(parts) <= DEEPEST
+        if not allowed or not (member.isdir() or (member.isfile() and len(parts) > 1)):
             raise UserError(
-                f"{packed}: member {member.name[:200]!r} is no plain file or folder below {place.name}: nothing of the "
+                f"{packed}: member {member.name[:200]!r} is no plain file or folder below {root.name}: nothing of the "
                 "archive was kept; it is not the published one"
             )
-        total += member.size
-        if total > free:
+        unpacked_bytes += member.size
+        if unpacked_bytes > free:
             raise UserError(f"{packed} unpacks to more than the {free / 2**30:.1f} GiB that are free: make room")
         yield member

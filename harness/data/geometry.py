@@ -1,8 +1,8 @@
-"""Between grids: resampling, and the way of a prediction back to the image's own grid.
+"""Resampling of images and label maps, and of predictions back to the native grid of the image.
 
-Spline interpolation is linear in the voxels and separable, so it is a matrix per axis. For cubic splines the matrices come
-from scipy.ndimage and are applied by matrix products; linear interpolation has two taps. Both give scipy's values, several
-times faster, in single precision.
+Spline interpolation is linear in the voxels and separable, so one matrix per axis describes it. For cubic splines the
+matrices come from scipy.ndimage and are applied by matrix products. For linear interpolation each output voxel depends on two
+input voxels, so no matrix is needed. Both give scipy's values in single precision, several times faster than scipy.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,18 @@ from scipy import ndimage
 
 from harness.api.task import Task
 
-SLAB_BYTES = 64 * 2**20  # of probabilities on the native grid that exist at a time
+SLAB_BYTES = 64 * 2**20  # bytes of probabilities on the native grid that are in memory at a time
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a prepared volume lies in its native grid, so that predictions can go back.
+    """Position of a preprocessed volume in its native grid, used to bring predictions back to that grid.
 
     Attributes:
-        shape, affine: of the native grid.
-        box: the foreground, (start, stop) per axis of the canonical (RAS) grid.
-        spacing: of the prepared volume in mm, along the canonical axes.
+        shape: extent of the native grid in voxels.
+        affine: of the native grid, from voxels to mm.
+        box: the foreground, (start, stop) per axis of the canonical (RAS) grid, in native voxels.
+        spacing: voxel edges of the preprocessed volume in mm, along the canonical axes.
     """
 
     shape: tuple[int, int, int]
@@ -35,9 +36,9 @@ class Geometry:
     spacing: tuple[float, float, float]
 
     def decide(self, task: Task, probabilities: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """Probabilities on the prepared grid (outputs, x, y, z) -> masks (targets, x, y, z) on the native grid.
+        """Masks (targets, x, y, z) on the native grid from probabilities (outputs, x, y, z) on the preprocessed grid.
 
-        Probabilities are resampled (linear), then decided, a slab at a time; outside the foreground nothing is found.
+        Probabilities are resampled (linear) and then decided, one slab at a time. Masks are false outside the foreground.
         """
         to_canonical = nib.orientations.io_orientation(np.asarray(self.affine))
         canonical = [0, 0, 0]
@@ -50,7 +51,7 @@ class Geometry:
         rows = max(1, SLAB_BYTES // (4 * len(probabilities) * extent[1] * extent[2]))
         for start in range(0, extent[0], rows):
             slab = probabilities
-            for axis, taps in enumerate((x.part(start, start + rows), y, z), start=1):
+            for axis, taps in enumerate((x.restricted(start, start + rows), y, z), start=1):
                 slab = taps.apply(slab, axis)
             inside[:, start : start + rows] = task.decide(slab)
         identity = np.column_stack([np.arange(3), np.ones(3)])
@@ -59,95 +60,102 @@ class Geometry:
 
 
 def resample(values: NDArray[np.float32], extent: Sequence[int], order: int) -> NDArray[np.float32]:
-    """(x, y, z) onto `extent` voxels over the same physical box (voxel centres at half steps); splines of `order`."""
-    # The axis that shrinks most comes first: less work for the others.
+    """Resample an image (x, y, z) to `extent` voxels over the same physical box, by splines of `order`.
+
+    Voxel i of an axis is centred at (i + 0.5) voxel edges from the border of the box.
+    """
+    # The axis that shrinks most comes first, so that the other axes have fewer voxels to compute.
     for axis in sorted(range(3), key=lambda axis: extent[axis] / values.shape[axis]):
         old, new = values.shape[axis], extent[axis]
         if order == 1:
             values = _taps(old, new).apply(values, axis)
         elif old != new:
-            values = _along(values, _operator(old, new, order), axis)
+            values = _multiply_along(values, _spline_matrix(old, new, order), axis)
     return values
 
 
 def resample_label(label: NDArray[np.uint8], extent: Sequence[int]) -> NDArray[np.uint8]:
-    """Label by label, linear, the largest share wins: nearest-neighbour would leave stair steps.
+    """Resample a label map (x, y, z) to `extent` voxels: each label linearly, then the largest share of a voxel wins.
 
-    Each label is resampled in its own box, and only the best so far is kept, so memory does not grow with their number.
+    Nearest-neighbour interpolation would leave stair steps. Each label is resampled in its own bounding box, and only the
+    largest share so far is kept, so that the memory does not grow with the number of labels.
     """
     taps = [_taps(old, new) for old, new in zip(label.shape, extent, strict=True)]
     winner = np.zeros(extent, dtype=np.uint8)
-    best, taken = np.zeros(extent, dtype=np.float32), np.zeros(extent, dtype=np.float32)
+    largest_share, sum_of_shares = np.zeros(extent, dtype=np.float32), np.zeros(extent, dtype=np.float32)
     for number, box in enumerate(ndimage.find_objects(label), start=1):
         if box is None:
             continue
-        # A margin of one voxel, as far as linear interpolation reaches.
-        wide = tuple(
+        # The box gets a margin of one voxel, because linear interpolation reaches that far.
+        source_box = tuple(
             slice(max(0, span.start - 1), min(n, span.stop + 1)) for span, n in zip(box, label.shape, strict=True)
         )
-        share = (label[wide] == number).astype(np.float32)
-        place = tuple(each.reached(span) for each, span in zip(taps, wide, strict=True))
-        for axis, (each, span, here) in enumerate(zip(taps, wide, place, strict=True)):
-            share = each.part(here.start, here.stop).shifted(span.start).apply(share, axis)
-        taken[place] += share
-        better = share > best[place]
-        best[place][better] = share[better]
-        winner[place][better] = number
-    # What is left of 1 is background; an equal share goes to the lower number, as argmax would have it.
-    winner[1 - taken >= best] = 0
+        share = (label[source_box] == number).astype(np.float32)
+        target_box = tuple(axis_taps.reached(span) for axis_taps, span in zip(taps, source_box, strict=True))
+        for axis, (axis_taps, span, target_span) in enumerate(zip(taps, source_box, target_box, strict=True)):
+            share = axis_taps.restricted(target_span.start, target_span.stop).shifted(span.start).apply(share, axis)
+        sum_of_shares[target_box] += share
+        larger = share > largest_share[target_box]
+        largest_share[target_box][larger] = share[larger]
+        winner[target_box][larger] = number
+    # The background has the rest of the shares; of equal shares the lower label wins, as with argmax.
+    winner[1 - sum_of_shares >= largest_share] = 0
     return winner
 
 
 @dataclass(frozen=True)
 class _Taps:
-    """Linear interpolation along an axis: output i is `low[i]` and `high[i]` in the shares 1 - `share[i]` and `share[i]`."""
+    """Linear interpolation along an axis.
+
+    Output i is (1 - `share[i]`) times input `low[i]` plus `share[i]` times input `high[i]`.
+    """
 
     low: NDArray[np.intp]
     high: NDArray[np.intp]
     share: NDArray[np.float32]
 
-    def part(self, start: int, stop: int) -> "_Taps":
-        """Outputs `start`..`stop`."""
+    def restricted(self, start: int, stop: int) -> "_Taps":
+        """Interpolation of the outputs from `start` to `stop` (excluded) only."""
         return _Taps(self.low[start:stop], self.high[start:stop], self.share[start:stop])
 
     def shifted(self, start: int) -> "_Taps":
-        """The same for an input that begins at `start`."""
+        """The same interpolation for an input whose first voxel is number `start` of the present one."""
         return _Taps(self.low - start, self.high - start, self.share)
 
     def reached(self, span: slice) -> slice:
-        """Outputs that lie within the inputs `span`, and depend on nothing else."""
+        """The range of outputs that depend on inputs in `span` only."""
         inside = np.flatnonzero((self.low >= span.start) & (self.high < span.stop))
         return slice(int(inside[0]), int(inside[-1]) + 1) if len(inside) else slice(0, 0)
 
     def apply(self, values: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
-        """Interpolate along `axis`."""
-        found = values.take(self.low, axis)
+        """Interpolate `values` along `axis`."""
+        lower = values.take(self.low, axis)
         if not self.share.any():
-            return found
-        rise = values.take(self.high, axis)
-        rise -= found
-        rise *= self.share.reshape([-1 if place == axis else 1 for place in range(values.ndim)])
-        rise += found
-        return rise
+            return lower
+        result = values.take(self.high, axis)
+        result -= lower
+        result *= self.share.reshape([-1 if index == axis else 1 for index in range(values.ndim)])
+        result += lower
+        return result
 
 
 @lru_cache(maxsize=256)
 def _taps(old: int, new: int) -> _Taps:
-    """From `old` to `new` voxels over the same length; outside the first and last centre their values hold."""
-    place = ((np.arange(new) + 0.5) * old / new - 0.5).clip(0, old - 1)
-    low = np.floor(place).astype(np.intp)
-    return _Taps(low, np.minimum(low + 1, old - 1), (place - low).astype(np.float32))
+    """Linear interpolation from `old` to `new` voxels over the same length; constant outside the first and last centre."""
+    position = ((np.arange(new) + 0.5) * old / new - 0.5).clip(0, old - 1)
+    low = np.floor(position).astype(np.intp)
+    return _Taps(low, np.minimum(low + 1, old - 1), (position - low).astype(np.float32))
 
 
 @lru_cache(maxsize=256)
-def _operator(old: int, new: int, order: int) -> NDArray[np.float32]:
-    """(new, old): what each of `old` voxels gives to each of `new`."""
+def _spline_matrix(old: int, new: int, order: int) -> NDArray[np.float32]:
+    """Matrix (new, old) of the spline interpolation of `order` from `old` to `new` voxels."""
     columns = [ndimage.zoom(unit, new / old, order=order, mode="nearest", grid_mode=True) for unit in np.eye(old)]
     return np.stack(columns, axis=1).astype(np.float32)
 
 
-def _along(values: NDArray[np.float32], matrix: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
-    """Apply (new, old) along an axis of (x, y, z)."""
+def _multiply_along(values: NDArray[np.float32], matrix: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
+    """Multiply an array (x, y, z) along `axis` by a matrix (new, old)."""
     if axis == 2:
         return values @ matrix.T
     if axis == 1:

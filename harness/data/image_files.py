@@ -1,4 +1,4 @@
-"""Image files: NIfTI, NRRD and MetaImage, their headers checked before a voxel is read."""
+"""Reads and writes NIfTI, NRRD and MetaImage files. The header is checked before a voxel is read."""
 
 import re
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ Affine = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself before its voxels are read: `shape` (x, y, z[, channels]) and voxel -> mm `affine`."""
+    """Header of an image file: `shape` (x, y, z[, channels]), voxel type `dtype`, and `affine` from voxels to mm."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -35,24 +35,24 @@ class Header:
 
     @property
     def canonical_axes(self) -> NDArray[np.int64]:
-        """The array axis that runs along each canonical one: left to right, posterior to anterior, inferior to superior."""
+        """The array axis along each canonical axis: left to right, posterior to anterior, inferior to superior."""
         along: NDArray[np.int64] = nib.orientations.io_orientation(self.affine)[:, 0].astype(int).argsort()
         return along
 
 
 def read_header(path: Path) -> Header:
-    """Shape, type and place of an image, checked; no voxel is read.
+    """Shape, voxel type and affine of an image, checked. No voxel is read.
 
     Raises:
-        UserError: missing, no image, not 3D or 4D, not of numbers, larger than the memory that is free, a spacing that
-            cannot be, an affine that cannot be inverted, or an sform and a qform that disagree.
+        UserError: the file is missing, is no image, is not 3D or 4D, does not hold numbers, or is larger than the free
+            memory; the spacing is impossible, the affine cannot be inverted, or sform and qform disagree.
     """
     file_size(path)
     header = _nifti_header(path) if path.name.endswith(NIFTI) else _itk().read_header(path)
     shape, dtype = header.shape, header.dtype
     if len(shape) not in (3, 4) or 0 in shape or dtype.kind not in "iuf":
-        what = "colour or vector voxels" if dtype.kind == "V" else str(dtype)
-        raise UserError(f"{path}: expected a 3D or 4D image of numbers, it is {shape} of {what}: convert it")
+        voxel_type = "colour or vector voxels" if dtype.kind == "V" else str(dtype)
+        raise UserError(f"{path}: expected a 3D or 4D image of numbers, it is {shape} of {voxel_type}: convert it")
     if min(shape[:3]) < 2:
         raise UserError(f"{path}: shape {shape} is a single slice: this harness segments volumes, take the case out")
     spacing = header.spacing
@@ -63,12 +63,14 @@ def read_header(path: Path) -> Header:
             f"{path}: its header says a spacing of {', '.join(f'{edge:g}' for edge in spacing)} mm; each must be within "
             f"{SPACINGS[0]:g} to {SPACINGS[1]:g} mm: mend the header"
         )
-    _fits_in_memory(path, shape, dtype)
+    _check_memory(path, shape, dtype)
     return header
 
 
 def read_image(path: Path) -> tuple[NDArray[Any], Affine]:
-    """Scaled voxels (x, y, z) or (x, y, z, channels), in the file's own type where it needs no scaling; and the affine.
+    """Voxels (x, y, z) or (x, y, z, channels), scaled as the header says, and the affine.
+
+    Voxels that need no scaling keep the type that they have in the file.
 
     Raises:
         UserError: as `read_header`; or the voxels are truncated or cannot be decoded.
@@ -76,15 +78,15 @@ def read_image(path: Path) -> tuple[NDArray[Any], Affine]:
     header = read_header(path)
     try:
         voxels = _nifti_voxels(path) if path.name.endswith(NIFTI) else _itk().read_voxels(path)
-    # Foreign bytes make the readers raise nearly anything; whatever it is, the file is what is wrong.
+    # Damaged files make the readers raise nearly any exception; the cause is the file, whatever the exception is.
     except Exception as error:
         raise unreadable(path, error) from None
     return voxels, header.affine
 
 
 def unreadable(path: Path, error: Exception) -> UserError:
-    """What to say of a file that its reader refused, in the reader's own words."""
-    # ITK begins with places in its own source.
+    """The error for a file that its reader refused, with the reader's own message."""
+    # ITK's messages begin with positions in its own source code.
     reason = " ".join(
         re.sub(r"\S+\.[ch]xx\S*|Exception thrown in SimpleITK \w+:|sitk::ERROR:", "", str(error)).split()
     )[:200]
@@ -92,16 +94,17 @@ def unreadable(path: Path, error: Exception) -> UserError:
 
 
 def _itk() -> Any:
-    """The readers of NRRD and MetaImage. Imported where such a file is met: SimpleITK takes 0.2 s, most data is NIfTI."""
+    """The module that reads NRRD and MetaImage. Imported on first use: SimpleITK takes 0.2 s, and most data is NIfTI."""
     from harness.data import itk_files
 
     return itk_files
 
 
 def _nifti_header(path: Path) -> Header:
+    """Header of a NIfTI file. Raises UserError for a spacing of 0 or less, or if sform and qform disagree."""
     try:
         image: Any = nib.load(path)
-        # As it is in the file: nibabel itself turns a spacing of 0 into 1 and drops a sign.
+        # The spacing as the file has it: nibabel replaces a spacing of 0 by 1 and drops the sign of a negative one.
         with nib.openers.ImageOpener(str(path)) as file:
             raw = image.header_class.from_fileobj(file, check=False)
         spacing = np.asarray(raw["pixdim"][1:4], dtype=np.float64)
@@ -115,16 +118,17 @@ def _nifti_header(path: Path) -> Header:
         )
     shape = tuple(int(edge) for edge in image.shape)
     if sform is not None and qform is not None and len(shape) >= 3:
-        off = corners_apart(shape, np.asarray(sform), np.asarray(qform))
-        if off > 0.5:
+        distance = corners_apart(shape, np.asarray(sform), np.asarray(qform))
+        if distance > 0.5:
             raise UserError(
-                f"{path}: its sform and qform place voxels up to {off:.3g} voxels apart, and programs differ in which they "
+                f"{path}: its sform and qform place voxels up to {distance:.3g} voxels apart, and programs differ in which they "
                 "take: keep the right one and set the code of the other to 0"
             )
     return Header(shape, np.dtype(image.get_data_dtype()), np.asarray(image.affine, dtype=np.float64))
 
 
 def _nifti_voxels(path: Path) -> NDArray[Any]:
+    """Voxels of a NIfTI file, in the file's own type, or in float32 if they need scaling."""
     image: Any = nib.load(path)
     proxy = image.dataobj
     if (proxy.slope, proxy.inter) == (1, 0):
@@ -132,7 +136,8 @@ def _nifti_voxels(path: Path) -> NDArray[Any]:
     return np.asarray(proxy, dtype=np.float32)
 
 
-def _fits_in_memory(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+def _check_memory(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Raises UserError if the free memory cannot hold the voxels as they are in the file and a float32 copy."""
     need, free = prod(shape) * (dtype.itemsize + 4), psutil.virtual_memory().available
     if need > free:
         raise UserError(
@@ -142,7 +147,7 @@ def _fits_in_memory(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) ->
 
 
 def write_image(path: Path, voxels: NDArray[Any], affine: Affine) -> None:
-    """Voxels as a new file: NIfTI, or by its ending NRRD or MetaImage (3D, with a diagonal affine)."""
+    """Write voxels as NIfTI, NRRD or MetaImage, by the ending of `path`; the last two only in 3D with a diagonal affine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.name.endswith(NIFTI):
         nib.save(nib.Nifti1Image(voxels, affine), path)
@@ -151,12 +156,12 @@ def write_image(path: Path, voxels: NDArray[Any], affine: Affine) -> None:
 
 
 def write_label(path: Path, label: NDArray[np.uint8], affine: Affine) -> None:
-    """A label map (x, y, z) as NIfTI, by rename."""
+    """Write a label map (x, y, z) as NIfTI to a temporary file that is renamed at the end."""
     image = nib.Nifti1Image(label, affine)
     image.set_qform(affine, code=1)
     image.set_sform(affine, code=1)
     if corners_apart(label.shape, affine, np.asarray(image.get_qform())) > 0.1:
-        image.set_qform(None, code=0)  # it cannot say a shear (a tilted gantry)
+        image.set_qform(None, code=0)  # a qform cannot express a shear (a tilted gantry)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")
     nib.save(image, partial)
@@ -164,7 +169,7 @@ def write_label(path: Path, label: NDArray[np.uint8], affine: Affine) -> None:
 
 
 def corners_apart(shape: tuple[int, ...], first: Affine, second: Affine) -> float:
-    """Largest distance, in voxels, of a corner of the grid under two affines."""
+    """Largest distance, in voxels, between the positions that two affines give to the same corner of the grid."""
     corners = np.array([[*corner, 1] for corner in product(*((0, edge - 1) for edge in shape[:3]))], dtype=np.float64)
     distance = np.linalg.norm((corners @ first.T - corners @ second.T)[:, :3], axis=1).max()
     return float(distance / max(1e-9, np.linalg.norm(first[:3, :3], axis=0).min()))

@@ -1,4 +1,4 @@
-"""Names of image files: their endings, and those that label maps have. Reads no file."""
+"""Names of image files: the endings of images, and the names that label maps have. Reads no file."""
 
 import re
 from pathlib import Path
@@ -12,11 +12,11 @@ LABEL_NAMES = re.compile(r"(.*[_.-])?(seg|segm|segmentation|label|labels|mask|gt
 
 
 def stem(path: Path, root: Path | None = None) -> str:
-    """Name of an image file without its ending; below `root` with the folders between."""
+    """Name of an image file without its ending; with `root`, the path relative to it without the ending."""
     name = path.relative_to(root).as_posix() if root else path.name
     return next((name.removesuffix(ending) for ending in IMAGE_ENDINGS if name.endswith(ending)), name)
 
 
 def is_named_label(path: Path) -> bool:
-    """Whether a path, below the folder of a data set, is named as label maps are: `labelsTr/x`, `x_seg`, `label0001`."""
+    """Whether a path, relative to the folder of a data set, has a label map's name: `labelsTr/x`, `x_seg`, `label0001`."""
     return any(map(LABEL_FOLDERS.fullmatch, path.parts[:-1])) or bool(LABEL_NAMES.fullmatch(stem(path)))

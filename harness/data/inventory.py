@@ -1,12 +1,6 @@
-"""Which scans are the same scan: recognised by their voxels, whatever the file, its type and its header say.
+"""Opens and checks every case of a data set; digests of the files and signatures of the scans are cached on disk.
 
-A scan, its intensities clipped to percentiles, is averaged onto a small cube of blocks, centred and scaled to length 1. Two
-scans are the same where the blocks correlate, or anti-correlate, in one of the 48 orientations of the array. That stands
-re-saving, other types, rescaled, rounded, inverted or bent intensities, wide windows, single bright voxels, mirrored or turned
-arrays, header edits, resampling, and about a hundredth of an edge cut off. Narrow windows and deeper crops it does not stand.
-
-On the 220 scans of MSD Hippocampus the highest correlation of two different ones is 0.857, the lowest of a scan and its
-own turned copy in 8 bits 0.9999.
+`harness.data.duplicates` describes the signatures and recognises scans by them.
 """
 
 import json
@@ -29,17 +23,17 @@ from harness.system.console import progress, say
 from harness.system.errors import UserError
 from harness.system.files import digest, digest_file, file_size, read_json, write_atomic
 
-KIND = 3  # raise it when the signature of an image changes
+KIND = 3  # version of the cached signatures; raise it when the signature of an image changes
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """What the files of some cases hold, by case id.
+    """Digests and signatures of cases, by case id.
 
     Attributes:
-        digests: of the content of each case's files.
-        signatures: (channels, GRID, GRID, GRID) per case.
-        bad: what is wrong with the cases that cannot be used, where those are to be skipped.
+        digests: one per case, of the content of its files.
+        signatures: one array (channels, GRID, GRID, GRID) per case.
+        bad: the problem of each case that cannot be used; empty unless such cases are to be skipped.
     """
 
     digests: dict[str, str]
@@ -48,49 +42,49 @@ class Inventory:
 
 
 def take_inventory(images: ImageSet, cases: Sequence[Case], cache: Path, skip_bad: bool = False) -> Inventory:
-    """Open, check and recognise every case. What was seen before is not read again.
+    """Open and check every case, and compute its digest and signature. Cases that are in the cache are not read again.
 
     Raises:
-        UserError: a case that cannot be used, unless `skip_bad`; or two cases of one name.
+        UserError: a case cannot be used and `skip_bad` is false, or two cases have the same name.
     """
-    found = Inventory({}, {}, {})
+    inventory = Inventory({}, {}, {})
     folder = cache / "signatures"
     folder.mkdir(parents=True, exist_ok=True)
     digests, unreadable = digest_cases(cases, cache)
     if unreadable and not skip_bad:
         raise UserError(next(iter(unreadable.values())))
-    found.digests.update(digests)
-    found.bad.update(unreadable)
-    readable = [case for case in cases if case.id in found.digests]
-    work = partial(_signature, images, folder, found.digests, skip_bad)
-    fresh = [case for case in readable if not _place(images, folder, found.digests, case).exists()]
-    largest = max(map(case_bytes, fresh), default=1)
+    inventory.digests.update(digests)
+    inventory.bad.update(unreadable)
+    readable = [case for case in cases if case.id in inventory.digests]
+    compute = partial(_cached_signature, images, folder, inventory.digests, skip_bad)
+    uncached = [case for case in readable if not _signature_path(images, folder, inventory.digests, case).exists()]
+    largest = max(map(case_bytes, uncached), default=1)
     with ThreadPoolExecutor(num_workers(largest, len(readable))) as pool:
         for case, signature in zip(
-            readable, progress(pool.map(work, readable), "inventory", total=len(readable)), strict=True
+            readable, progress(pool.map(compute, readable), "inventory", total=len(readable)), strict=True
         ):
             if isinstance(signature, UserError):
-                found.bad[case.id] = str(signature)
-                del found.digests[case.id]
+                inventory.bad[case.id] = str(signature)
+                del inventory.digests[case.id]
             else:
-                found.signatures[case.id] = signature
-    return found
+                inventory.signatures[case.id] = signature
+    return inventory
 
 
 def digest_cases(cases: Sequence[Case], cache: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Case id -> digest of its files' content, and case id -> what is wrong with a file that is no readable one.
+    """Digests of the cases' files, and problems of the files that cannot be read; both by case id.
 
-    Files that did not change since last time are not read again.
+    The digests are cached: a file whose path, size and time of modification are the same is not read again.
 
     Raises:
-        UserError: two cases have one id.
+        UserError: two cases have the same id.
     """
-    memory = cache / "digests.json"
-    known = read_json(memory) if memory.exists() else {}
-    if not isinstance(known, dict):
-        say(f"{memory} is damaged: every file is read again")
-        known = {}
-    before = len(known)
+    cache_file = cache / "digests.json"
+    cached = read_json(cache_file) if cache_file.exists() else {}
+    if not isinstance(cached, dict):
+        say(f"{cache_file} is damaged: every file is read again")
+        cached = {}
+    cached_before = len(cached)
     digests: dict[str, str] = {}
     bad: dict[str, str] = {}
     try:
@@ -98,62 +92,69 @@ def digest_cases(cases: Sequence[Case], cache: Path) -> tuple[dict[str, str], di
             if case.id in digests or case.id in bad:
                 raise UserError(f"two cases are named {case.id!r} (one is {case.images[0]}): rename one")
             try:
-                digests[case.id] = digest([_digest_known(path, known) for path in case.files])
+                digests[case.id] = digest([_digest_of_file(path, cached) for path in case.files])
             except UserError as error:
                 bad[case.id] = str(error)
             except OSError as error:
                 bad[case.id] = f"{error.filename} cannot be read: {error.strerror}"
     finally:
-        # Also when it is interrupted: what was read is not read again.
-        if len(known) != before:
-            write_atomic(memory, json.dumps(known, indent=0))
+        # Written after an interruption too, so that the files read so far are not read again.
+        if len(cached) != cached_before:
+            write_atomic(cache_file, json.dumps(cached, indent=0))
     return digests, bad
 
 
-def _digest_known(path: Path, known: dict[str, Any]) -> str:
+def _digest_of_file(path: Path, cached: dict[str, Any]) -> str:
+    """Digest of a file, from `cached` if it did not change; a new digest is added to `cached`."""
     size = file_size(path)
     key = f"{path.resolve()}|{size}|{path.stat().st_mtime_ns}"
-    if key not in known:
-        known[key] = digest_file(path)
-    return str(known[key])
+    if key not in cached:
+        cached[key] = digest_file(path)
+    return str(cached[key])
 
 
-def _place(images: ImageSet, folder: Path, digests: dict[str, str], case: Case) -> Path:
-    # What is accepted depends on the set (channels, labels), so it is part of the name.
-    accepted = [KIND, images.channels, images.labels, case.numbering, type(images.normalisation).__name__]
-    return folder / f"{digests[case.id][:20]}-{digest(accepted)[:8]}.npy"
+def _signature_path(images: ImageSet, folder: Path, digests: dict[str, str], case: Case) -> Path:
+    """The file that holds the signature of a case."""
+    # Whether a case passes the checks depends on the data set (channels, labels), so these settings are part of the name.
+    settings = [KIND, images.channels, images.labels, case.numbering, type(images.normalisation).__name__]
+    return folder / f"{digests[case.id][:20]}-{digest(settings)[:8]}.npy"
 
 
-def _kept_signature(path: Path, channels: int) -> Signature | None:
-    """What was found before; None where there is nothing, or nothing whole."""
+def _read_signature(path: Path, channels: int) -> Signature | None:
+    """A signature from the cache; None if the file is missing or damaged."""
     try:
-        kept = load_array(path)
+        array = load_array(path)
     except (OSError, ValueError, EOFError):
         return None
-    return kept.astype(np.float32) if kept.shape == (channels, GRID, GRID, GRID) else None
+    return array.astype(np.float32) if array.shape == (channels, GRID, GRID, GRID) else None
 
 
 def fingerprint(digests: dict[str, str]) -> str:
-    """One digest for the content of all cases: case id -> digest of its files."""
+    """One digest of the content of all cases.
+
+    Args:
+        digests: case id -> digest of its files.
+    """
     return digest(dict(sorted(digests.items())))
 
 
-def _signature(
+def _cached_signature(
     images: ImageSet, folder: Path, digests: dict[str, str], skip_bad: bool, case: Case
 ) -> Signature | UserError:
-    path = _place(images, folder, digests, case)
-    kept = _kept_signature(path, len(images.channels))
-    if kept is not None:
-        return kept
+    """The signature of a case, from the cache if it is there; with `skip_bad`, the error of a case that cannot be used."""
+    path = _signature_path(images, folder, digests, case)
+    cached = _read_signature(path, len(images.channels))
+    if cached is not None:
+        return cached
     try:
         loaded = load_case(images, case)
     except UserError as error:
         if skip_bad:
             return error
         raise
-    found = np.stack([signature(channel) for channel in loaded.image])
-    # Two threads may meet the same content under two names, two processes the same case.
+    computed = np.stack([signature(channel) for channel in loaded.image])
+    # Two threads may handle two files of the same content, and two processes the same case: each writes a file of its own.
     partial_path = path.with_name(f".{os.getpid()}-{threading.get_ident()}-{path.name}")
-    np.save(partial_path, found)
+    np.save(partial_path, computed)
     partial_path.replace(path)
-    return found
+    return computed

@@ -1,11 +1,14 @@
-"""NRRD and MetaImage through SimpleITK, which is imported here only; headers that would crash it are refused."""
+"""Reads and writes NRRD and MetaImage with SimpleITK. Headers that would crash SimpleITK are refused.
+
+No other module imports SimpleITK.
+"""
 
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk  # noqa: N813 - its own documentation's name
+import SimpleITK as sitk  # noqa: N813 - SimpleITK's documentation uses this name
 from numpy.typing import NDArray
 
 from harness.data.image_files import Affine, Header, unreadable
@@ -13,25 +16,28 @@ from harness.data.image_names import NRRD
 from harness.system.errors import UserError
 from harness.system.files import file_size
 
-# What ITK calls the type of a voxel.
+# Names that ITK gives to voxel types.
 PIXEL = re.compile(r"(\d+)-bit (signed integer|unsigned integer|float)")
 KINDS = {"signed integer": "i", "unsigned integer": "u", "float": "f"}
-# Where text headers name another file: a data file beside the header is read, nothing else.
+# Fields of text headers that name another file. Only a data file beside the header is read.
 NAMED_FILE = re.compile(
     rb"^[ \t]*(?:ElementDataFile[ \t]*[=:]|data[ \t]*file[ \t]*:)[ \t]*(.*?)[ \t\r]*$", re.MULTILINE | re.IGNORECASE
 )
-LONGEST_HEADER = 2**20
-LONGEST_LINE = 400  # of NRRD; the reader writes its complaint about a longer one past the end of an array
+LONGEST_HEADER = 2**20  # bytes
+LONGEST_LINE = 400  # bytes, NRRD only; ITK's error message about a longer line overruns a buffer
 CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-KEPT = re.compile(r"#|content: |[^:]+:=")  # but for these, which it keeps as they are
-FIELD = re.compile(r"[ \t]*((?:[A-Za-z_]|[0-9A-Fa-f]{4}\|)[^=:]*)[=:](.*)")  # tags of DICOM begin with a digit
+# Lines of NRRD that may be longer: ITK keeps comments, `content` and key/value pairs unchanged.
+KEPT = re.compile(r"#|content: |[^:]+:=")
+# A field begins with a letter, or is a DICOM tag, which may begin with a digit.
+FIELD = re.compile(r"[ \t]*((?:[A-Za-z_]|[0-9A-Fa-f]{4}\|)[^=:]*)[=:](.*)")
+# Fields whose numbers are positions, distances or directions.
 PLACES = {"transformmatrix", "orientation", "rotation", "centerofrotation", "elementspacing", "elementsize", "offset"}
 PLACES |= {"origin", "position", "spacedirections", "spaceorigin", "spacings"}
-FARTHEST = 1e6  # mm; the reader turns 1e308 over and over
+FARTHEST = 1e6  # mm; ITK loops without end on numbers such as 1e308
 
 
 def read_header(path: Path) -> Header:
-    """Shape, type and place. Raises UserError where the header cannot be read, or would harm the reader."""
+    """Shape, voxel type and affine. Raises UserError if the header cannot be read, or would crash ITK or block it."""
     try:
         reader = _reader(path)
         reader.ReadImageInformation()
@@ -47,29 +53,30 @@ def read_header(path: Path) -> Header:
     dtype = np.dtype(f"{KINDS[match[2]]}{int(match[1]) // 8}" if match else "V1")
     affine = np.eye(4)
     if dimension >= 3:
-        # ITK's world is left, posterior, superior; NIfTI's is right, anterior, superior.
+        # ITK's axes point to left, posterior, superior (LPS); NIfTI's to right, anterior, superior (RAS).
         affine[:3, :3], affine[:3, 3] = direction * spacing, origin
         affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
     return Header(shape, dtype, affine)
 
 
 def read_voxels(path: Path) -> NDArray[Any]:
-    """Voxels (x, y, z). Raises whatever ITK raises for voxels that cannot be read."""
+    """Voxels (x, y, z). Raises any exception of ITK if the voxels cannot be read."""
     voxels: NDArray[Any] = sitk.GetArrayFromImage(_reader(path).Execute())
     return voxels.transpose()  # (z, y, x) -> (x, y, z), without a copy
 
 
 def write_image(path: Path, voxels: NDArray[Any], affine: Affine) -> None:
-    """Voxels (x, y, z) with a diagonal affine in mm."""
+    """Write voxels (x, y, z) with a diagonal affine in mm."""
     image = sitk.GetImageFromArray(np.ascontiguousarray(voxels.transpose()))
     image.SetSpacing([float(value) for value in np.diag(affine)[:3]])
-    # ITK's world is left, posterior, superior.
+    # ITK's axes point to left, posterior, superior (LPS).
     image.SetDirection([-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0])
     image.SetOrigin([float(value) for value in affine[:3, 3] * (-1, -1, 1)])
     sitk.WriteImage(image, str(path))
 
 
 def _reader(path: Path) -> Any:
+    """A SimpleITK reader of a file whose header was checked. Raises UserError for a header that must not be read."""
     for name in _named_files(path):
         if name.upper() == "LOCAL":
             continue
@@ -77,20 +84,20 @@ def _reader(path: Path) -> Any:
             raise UserError(
                 f"{path}: its voxels are in {name!r}; only a single file beside the header is read: move it there"
             )
-        file_size(path.with_name(name))  # a pipe or a device would never end
+        file_size(path.with_name(name))  # raises UserError for a pipe or a device, which would never end
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     reader = sitk.ImageFileReader()
-    # Another reader would see other fields than those that were checked.
+    # ITK must not choose the reader itself: another one would use other fields than those that were checked.
     reader.SetImageIO("NrrdImageIO" if path.suffix in NRRD else "MetaImageIO")
     reader.SetFileName(str(path))
     return reader
 
 
 def _named_files(path: Path) -> list[str]:
-    """The files that a text header names, as written in it."""
+    """The names of files in a text header, as written there. Raises UserError for a header that must not be read."""
     with path.open("rb") as file:
         text = file.read(LONGEST_HEADER + 1)
-    # The header of NRRD ends with an empty line, MetaImage's with the place of its voxels.
+    # A header of NRRD ends with an empty line, one of MetaImage with the line that names the file of the voxels.
     end = re.search(
         rb"\r?\n\r?\n" if path.suffix in NRRD else rb"^[ \t]*ElementDataFile[ \t]*[=:][^\n]*", text, re.MULTILINE
     )
@@ -102,9 +109,9 @@ def _named_files(path: Path) -> list[str]:
 
 
 def _check_fields(path: Path, header: str) -> None:
-    """Raises UserError for what crashes the reader, or keeps it busy without end; anything else it refuses itself."""
+    """Raises UserError for a field that crashes ITK or makes it loop without end; ITK itself refuses all other bad fields."""
     nrrd, fields = path.suffix in NRRD, dict[str, str]()
-    for line in (each.removesuffix("\r") for each in header.split("\n")):
+    for line in (text.removesuffix("\r") for text in header.split("\n")):
         match = FIELD.fullmatch(line)
         key, value = (match[1].replace(" ", "").strip().lower(), match[2].strip()) if match else ("", "")
         fields[key] = value
@@ -115,7 +122,9 @@ def _check_fields(path: Path, header: str) -> None:
             problem = f"a line of {len(line)} bytes, {line[:40]!r}; at most {LONGEST_LINE} are read"
         elif key in ("ndims", "dimension") and not re.fullmatch("[1-9]", value):
             problem = f"{value[:40]!r} dimensions"
-        elif key in PLACES and not all(_near(part, nrrd) for part in re.split(r"[\s(),]+", value) if part):
+        elif key in PLACES and not all(
+            _is_plausible(number, nrrd) for number in re.split(r"[\s(),]+", value) if number
+        ):
             problem = f"a number that is not within {FARTHEST:g} mm, {line[:80]!r}"
         if problem:
             raise UserError(f"{path} cannot be read, its header has {problem}: mend it, or write the image again")
@@ -123,8 +132,8 @@ def _check_fields(path: Path, header: str) -> None:
         raise UserError(f"{path} cannot be read, its byte skip is negative, which is for raw voxels: mend the header")
 
 
-def _near(number: str, nrrd: bool) -> bool:
-    """Whether a number of a header is finite and plausible; NRRD says `none` and `nan` for axes that are not in space."""
+def _is_plausible(number: str, nrrd: bool) -> bool:
+    """Whether a number is within FARTHEST; NRRD also has `none` and `nan`, for axes that are not spatial."""
     try:
         return (nrrd and number.lower() in ("none", "nan")) or abs(float(number)) <= FARTHEST
     except ValueError:

@@ -1,4 +1,4 @@
-"""Phantoms: small anatomy-like volumes in the exact layout of a task or corpus: everything runs before data is there."""
+"""Phantoms: small made-up volumes in the exact layout of a task or a corpus, so that all commands run without real data."""
 
 import json
 import tempfile
@@ -16,10 +16,10 @@ from harness.data.image_files import write_image
 from harness.system.console import progress
 from harness.system.errors import UserError
 
-PHANTOM = 2  # raise it when the voxels that a seed gives change
+PHANTOM = 2  # version of the phantoms; raise it when the voxels of a seed change
 MARKER = "PHANTOM.json"
 CORPUS_SIZE, CORPUS_CASES = (80, 72, 72), 12
-# What an unlabelled body holds: big and small, bright and dark organs.
+# The organs of an unlabelled body: big and small, bright and dark.
 ORGANS = (
     PhantomShape(1, (0.4, 0.1, 0.1), (0.4, 0.42, 0.5), (70,)),
     PhantomShape(2, (-0.5, -0.2, 0.2), (0.24, 0.3, 0.34), (110,)),
@@ -34,10 +34,10 @@ def is_phantom(root: Path) -> bool:
 
 
 def write_phantom(images: Task | Corpus, root: Path, num_cases: int, seed: int) -> None:
-    """Write `num_cases` phantom cases in the layout of a task or corpus; the marker that ends the work names them so.
+    """Write `num_cases` phantom cases in the layout of a task or a corpus, and a file MARKER that marks the folder.
 
     Raises:
-        UserError: the task describes no phantom, or `root` holds something already.
+        UserError: the task describes no phantom, or `root` is not empty.
     """
     if isinstance(images, Task) and not images.phantom:
         raise UserError(f"task {images.name!r} describes no phantom: give --data a folder with its data")
@@ -46,19 +46,20 @@ def write_phantom(images: Task | Corpus, root: Path, num_cases: int, seed: int) 
     if root.parent.exists() and not root.parent.is_dir():
         raise UserError(f"{root.parent} is no folder: give another place for the phantom")
     root.parent.mkdir(parents=True, exist_ok=True)
-    # By rename: what is broken off is not there, and can be asked for again.
+    # Written under another name and then renamed, so that an interrupted call leaves nothing and can be repeated.
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=".partial-") as partial:
         _write_cases(images, Path(partial) / "phantom", num_cases, seed)
         (Path(partial) / "phantom").replace(root)
 
 
 def _write_cases(images: Task | Corpus, root: Path, num_cases: int, seed: int) -> None:
+    """Write the cases and the marker into the folder `root`."""
     for number in progress(range(1, num_cases + 1), "phantom"):
-        # The name, so that a corpus does not hold what a task tests on.
+        # The name is part of the seed, so that a corpus does not contain the test cases of a task.
         name = int.from_bytes(images.name.encode()[:8].ljust(8), "big")
         rng = np.random.default_rng((seed, number, name))
         voxels, label = make_phantom(images, rng)
-        # RAS with an origin that differs between cases, as scanners do.
+        # RAS axes; the origin differs between cases, as it does in real scans.
         affine = np.diag([*(images.spacing or (1.0, 1.0, 1.0)), 1.0])
         affine[:3, 3] = rng.uniform(-100, 100, 3).round(2)
         if isinstance(images, Task):
@@ -72,8 +73,9 @@ def _write_cases(images: Task | Corpus, root: Path, num_cases: int, seed: int) -
 def make_phantom(images: Task | Corpus, rng: np.random.Generator) -> tuple[NDArray[Any], NDArray[np.uint8]]:
     """One case: images (channels, x, y, z) and label (x, y, z).
 
-    A body with an outer rind and structures nested in it; position, size, side and outline vary. For CT int16 Hounsfield
-    units, air at -1000; else float32 with a contrast per channel, texture, a bias field and noise, 0 outside the body.
+    A case is a body with an outer rind and nested structures, whose position, size, side and outline vary. CT images are
+    int16 Hounsfield units with air at -1000. Other images are float32 with a contrast per channel, texture, a bias field
+    and noise; they are 0 outside the body.
     """
     size, shapes = (images.phantom_size, images.phantom) if isinstance(images, Task) else (CORPUS_SIZE, ORGANS)
     shape = tuple(int(n * rng.uniform(0.92, 1.08)) for n in size)
@@ -92,6 +94,7 @@ def _structures(
     shapes: Sequence[PhantomShape],
     rng: np.random.Generator,
 ) -> NDArray[np.uint8]:
+    """Label map (x, y, z) of structures in the body, at random positions, on a random side."""
     label = np.zeros(body.shape, dtype=np.uint8)
     side = rng.choice([-1, 1])
     shift, scale = rng.uniform(-0.1, 0.1, 3), rng.uniform(0.8, 1.15)
@@ -100,7 +103,7 @@ def _structures(
         centre = np.asarray(structure.centre) * (side, 1, 1) + shift + rng.uniform(-0.02, 0.02, 3)
         radius = np.asarray(structure.radius) * scale * rng.uniform(0.9, 1.1, 3)
         mask = _ellipsoid(axes, centre, radius, rng, wobble=0.18) & masks[structure.inside]
-        # Neighbours do not overwrite each other; what lies inside another takes its place.
+        # A structure overwrites the background and the structure that contains it, but no neighbour.
         mask &= np.isin(label, (0, structure.inside or 0))
         masks[structure.label] = mask
         label[mask] = structure.label
@@ -115,6 +118,7 @@ def _intensities(
     shapes: Sequence[PhantomShape],
     rng: np.random.Generator,
 ) -> NDArray[np.float32]:
+    """Images (channels, x, y, z) in arbitrary units, 0 outside the body."""
     number = len(images.channels)
     rind = rng.uniform(0.25, 0.4, number) * rng.choice([-1, 1], number)
     channels = []
@@ -136,7 +140,7 @@ def _hounsfield(
     shapes: Sequence[PhantomShape],
     rng: np.random.Generator,
 ) -> NDArray[np.int16]:
-    """Air, a rind of fat, soft tissue and the structures' contrasts to it, with the noise of a scanner."""
+    """A CT image (x, y, z) in Hounsfield units: air, a rind of fat, soft tissue, structures, and noise as of a scanner."""
     tissue = np.where(body, np.where(core, 40.0, -100.0), -1000.0)
     for structure in shapes:
         tissue[label == structure.label] = 40.0 + structure.contrast[0]
@@ -155,6 +159,6 @@ def _ellipsoid(
 
 
 def _smooth_noise(shape: tuple[int, ...], sigma: float, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Gaussian noise smoothed by `sigma` voxels, scaled to unit deviation."""
+    """Gaussian noise, smoothed by `sigma` voxels and scaled to a standard deviation of 1."""
     noise: NDArray[np.float64] = ndimage.gaussian_filter(rng.standard_normal(shape), sigma)
     return noise / noise.std()

@@ -1,4 +1,4 @@
-"""Orientation, spacing, crop and intensities of one case, in memory."""
+"""Preprocesses one case in memory: orientation, crop to the foreground, intensities, spacing."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -15,21 +15,24 @@ from harness.data.geometry import Geometry, resample, resample_label
 from harness.system.errors import UserError
 
 POINTS_PER_TARGET = 2000
-STEPS = 32767  # of [0, 1] in int16; a step is 3e-5, far below any noise
+STEPS = 32767  # number of int16 steps in [0, 1]; a step is 3e-5, far below any noise
 
 
 def quantise(image: NDArray[np.float32]) -> NDArray[np.int16]:
-    """[0, 1] -> the whole numbers that the cache holds."""
+    """Intensities in [0, 1] as the int16 steps that the cache holds."""
     return np.rint(image * np.float32(STEPS)).astype(np.int16)
 
 
 def preprocess(
     images: ImageSet, loaded: Loaded, source: str
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None, Geometry]:
-    """Native arrays -> prepared image (C, x, y, z) in [0, 1], label (x, y, z) and geometry. No file is touched.
+    """Preprocess a case: image (C, x, y, z) in [0, 1], label (x, y, z) or None, and geometry. No file is read or written.
+
+    Args:
+        source: path or name of the image, for messages.
 
     Raises:
-        UserError: a channel of `source` has no contrast.
+        UserError: a channel has no contrast, or as `preprocessed_extent`.
     """
     orientation = nib.orientations.io_orientation(loaded.affine)
     turn = partial(nib.orientations.apply_orientation, ornt=orientation)
@@ -42,10 +45,10 @@ def preprocess(
     shape = [stop - start for start, stop in box]
     extent = preprocessed_extent(shape, spacing, target, len(channels), source)
     image = np.empty((len(channels), *extent), dtype=np.float32)
-    for place, channel in enumerate(channels):
-        # Cubic, as nnU-Net; it overshoots at edges, hence the clip.
+    for index, channel in enumerate(channels):
+        # Cubic splines as in nnU-Net. They overshoot at edges, so the result is clipped.
         scaled = normalise(channel[spans], images.normalisation, source)
-        image[place] = scaled if extent == shape else resample(scaled, extent, order=3).clip(0, 1)
+        image[index] = scaled if extent == shape else resample(scaled, extent, order=3).clip(0, 1)
     label = None
     if loaded.label is not None:
         label = np.ascontiguousarray(turn(loaded.label)[spans])
@@ -63,10 +66,11 @@ def preprocess(
 def preprocessed_extent(
     shape: Iterable[int], spacing: Iterable[float], target: Iterable[float], channels: int, source: str
 ) -> list[int]:
-    """Voxels per axis once an image of `shape` and `spacing` is resampled to `target` mm.
+    """Voxels per axis of an image of `shape` and `spacing` after resampling to the spacing `target`, both in mm.
 
     Raises:
-        UserError: less than two voxels along an axis, or more than the free memory holds: the spacing cannot be right.
+        UserError: the spacing cannot be right, because it gives fewer than two voxels along an axis, or more voxels than
+            the free memory holds.
     """
     extent = [max(1, round(n * float(old) / float(new))) for n, old, new in zip(shape, spacing, target, strict=True)]
     need, free = 4 * prod(extent) * (channels + 2), psutil.virtual_memory().available
@@ -80,7 +84,7 @@ def preprocessed_extent(
 
 
 def normalise(channel: NDArray[np.float32], how: Percentiles | Window, source: str) -> NDArray[np.float32]:
-    """One channel (x, y, z) -> [0.001, 1], so that 0 is no intensity but the absence of one (HybridMIM's code).
+    """Scale a channel (x, y, z) to [0.001, 1]; 0 is kept for voxels without an intensity (as in HybridMIM's code).
 
     Raises:
         UserError: the channel has no contrast.
@@ -104,22 +108,25 @@ def normalise(channel: NDArray[np.float32], how: Percentiles | Window, source: s
 
 
 def _foreground(channels: Sequence[NDArray[np.float32]], images: ImageSet) -> tuple[tuple[int, int], ...]:
-    """Smallest box around what is not background in any channel; the whole image if that is nothing."""
+    """Smallest box that holds the foreground of all channels, (start, stop) per axis; the whole image if there is none."""
     inside = np.zeros(channels[0].shape, dtype=np.bool_)
     for channel in channels:
         inside |= channel > images.normalisation.low if isinstance(images.normalisation, Window) else channel != 0
     box: list[tuple[int, int]] = []
     for axis in range(3):
-        where = np.flatnonzero(inside.any(axis=tuple(other for other in range(3) if other != axis)))
-        box.append((int(where[0]), int(where[-1]) + 1) if len(where) else (0, inside.shape[axis]))
+        indices = np.flatnonzero(inside.any(axis=tuple(other for other in range(3) if other != axis)))
+        box.append((int(indices[0]), int(indices[-1]) + 1) if len(indices) else (0, inside.shape[axis]))
     return tuple(box)
 
 
 def label_points(images: ImageSet, label: NDArray[np.uint8]) -> NDArray[np.int32]:
-    """Voxels of every target for foreground-centred crops; evenly spread, so no randomness is needed."""
+    """Voxels of each target, for crops centred on the foreground: rows of (target number, x, y, z).
+
+    At most POINTS_PER_TARGET per target. They are spread evenly over its voxels, so no random numbers are needed.
+    """
     rows = [np.zeros((0, 4), dtype=np.int64)]
     for number, values in enumerate(images.targets.values()):
         flat = np.flatnonzero(np.isin(label, values))
-        chosen = flat[np.linspace(0, len(flat) - 1, min(len(flat), POINTS_PER_TARGET)).astype(int)]
-        rows.append(np.column_stack([np.full(len(chosen), number), *np.unravel_index(chosen, label.shape)]))
+        selected = flat[np.linspace(0, len(flat) - 1, min(len(flat), POINTS_PER_TARGET)).astype(int)]
+        rows.append(np.column_stack([np.full(len(selected), number), *np.unravel_index(selected, label.shape)]))
     return np.concatenate(rows).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Which cases train and which test: by list, by rule, by fold; no patient on both sides."""
+"""Splits cases into training and test cases, by a list, by a rule or by folds. No patient is on both sides."""
 
 import hashlib
 import re
@@ -17,11 +17,14 @@ TEST_SHARE = Fraction(1, 5)
 
 @dataclass(frozen=True)
 class Split:
-    """Training cases, in an order whose prefixes are the nested label fractions, and test cases by id.
+    """Training cases and test cases.
 
     Attributes:
+        train: in an order of which each label fraction is a prefix, so that fractions are nested.
+        test: sorted by id.
         by: "list" (shipped with the task), "rule" (a function of the patients' names), "fold", or "same".
-        left_out: training cases that no list knows as test cases but that are the same patient as one, with that one.
+        left_out: pairs (case, test case) of the same patient, where the test list has only the second one. The first one is
+            not used for training.
         repeated: pairs of cases that are the same scan.
     """
 
@@ -33,7 +36,11 @@ class Split:
 
 
 def check_how(how: str) -> str:
-    """`fixed`, `same`, or `K/N` with K of 1..N and N of 2 or more. Raises UserError for anything else."""
+    """Check a value of --split and return it: `fixed`, `same`, or `K/N` with K of 1..N and N of 2 or more.
+
+    Raises:
+        UserError: for any other value.
+    """
     match = FOLD.fullmatch(how)
     if how in ("fixed", SAME) or (match and int(match[1]) <= int(match[2]) and int(match[2]) > 1):
         return how
@@ -46,20 +53,20 @@ def check_how(how: str) -> str:
 def split_cases(task: Task, cases: Sequence[Case], how: str = "fixed", same: Sequence[tuple[int, int]] = ()) -> Split:
     """Split labelled cases.
 
-    The rule orders patients by a digest of their names alone: the same scans in another layout are split alike, and so is
-    a part of them in the sense that no case changes its place in the order.
+    The rule orders patients by a digest of their names alone. So the same scans in another layout are split in the same
+    way, and a subset of the scans has the same order.
 
     Args:
-        how: as `check_how` says.
-        same: pairs of positions in `cases` that hold the same scan; they count as one patient.
+        how: as `check_how` returns it.
+        same: pairs of indices of `cases` that are the same scan; they count as one patient.
 
     Raises:
-        UserError: nothing would be left on one side, or a fold that there are not enough patients for.
+        UserError: no case is left on one side, or there are more folds than patients.
     """
     repeated = [(cases[i].id, cases[j].id) for i, j in same]
     if how == SAME:
-        everything = sorted(cases, key=lambda case: case.id)
-        return Split(everything, everything, SAME, repeated=repeated)
+        by_id = sorted(cases, key=lambda case: case.id)
+        return Split(by_id, by_id, SAME, repeated=repeated)
     groups = _patients(cases, same)
     by, left_out = "rule", []
     if how != "fixed":
@@ -70,28 +77,31 @@ def split_cases(task: Task, cases: Sequence[Case], how: str = "fixed", same: Seq
         test = [[case for case in group if case.id in task.test_ids] for group in groups]
         test = [group for group in test if group]
     else:
-        test, wanted = [], max(1, round(TEST_SHARE * len(cases)))
+        test, num_test = [], max(1, round(TEST_SHARE * len(cases)))
         for group in groups:
-            if sum(map(len, test)) < wanted:
+            if sum(map(len, test)) < num_test:
                 test.append(group)
-    chosen = {case.id for group in test for case in group}
+    test_ids = {case.id for group in test for case in group}
     train = []
     for group in groups:
-        known = next((case.id for case in group if case.id in chosen), None)
-        if known is None:
+        test_id = next((case.id for case in group if case.id in test_ids), None)
+        if test_id is None:
             train += group
         else:
-            left_out += [(case.id, known) for case in group if case.id not in chosen]
-    if not train or not chosen:
+            left_out += [(case.id, test_id) for case in group if case.id not in test_ids]
+    if not train or not test_ids:
         raise UserError(
-            f"task {task.name!r}: {len(cases)} labelled cases split into {len(train)} for training and {len(chosen)} for "
+            f"task {task.name!r}: {len(cases)} labelled cases split into {len(train)} for training and {len(test_ids)} for "
             "testing; both need at least one: give the whole data set, or --split same for a plumbing check"
         )
-    return Split(train, sorted((c for c in cases if c.id in chosen), key=lambda c: c.id), by, left_out, repeated)
+    return Split(
+        train, sorted((case for case in cases if case.id in test_ids), key=lambda case: case.id), by, left_out, repeated
+    )
 
 
 def _fold(task: Task, groups: Sequence[list[Case]], how: str) -> list[list[Case]]:
-    number, folds = (int(part) for part in how.split("/"))
+    """The patients of fold K of N. Raises UserError if there are fewer patients than folds."""
+    number, folds = (int(text) for text in how.split("/"))
     if folds > len(groups):
         raise UserError(
             f"--split {how}: task {task.name!r} has {len(groups)} patients here: give at most as many folds"
@@ -100,10 +110,14 @@ def _fold(task: Task, groups: Sequence[list[Case]], how: str) -> list[list[Case]
 
 
 def _patients(cases: Sequence[Case], same: Sequence[tuple[int, int]]) -> list[list[Case]]:
-    """Cases by patient, in the order of a digest of the patient's first name; scans that are the same share a patient."""
+    """Groups of cases of the same patient; cases that are the same scan count as one patient.
+
+    Groups are in the order of a digest of the patient's name; a patient with several names has the alphabetically first one.
+    """
     parent = {(case.patient or case.id): (case.patient or case.id) for case in cases}
 
     def root(name: str) -> str:
+        """The name that stands for all names of a patient."""
         while parent[name] != name:
             name = parent[name]
         return name

@@ -1,7 +1,7 @@
-"""Prepared volumes: canonical orientation, one spacing, cropped, normalised, memory-mapped; made once, cached on disk.
+"""Preprocessed volumes: canonical orientation, one spacing, cropped, normalised; cached on disk and memory-mapped.
 
-Intensities are kept as int16 in a plain `.npy`, row by row: crops of 96^3 come from it about as fast as from float32, in
-half the space, and faster than from blosc2 (`docs/data.md` has the numbers and their command).
+Intensities are stored as int16 in a plain `.npy`, row by row. Crops of 96^3 are read about as fast as from float32, in half
+the space, and faster than from blosc2 (`docs/data.md` has the numbers and the command that measured them).
 """
 
 import json
@@ -28,12 +28,16 @@ from harness.system.errors import UserError
 from harness.system.files import digest, digest_file, write_atomic
 from harness.system.locks import held
 
-PREPARED = 2  # raise it when preparing changes what it writes
+PREPARED = 2  # version of the cached volumes; raise it when preprocessing writes something else
 
 
 @dataclass(frozen=True)
 class Volume:
-    """One prepared case, read lazily: the arrays are memory maps, so crops touch only their own pages."""
+    """One preprocessed case. Its arrays are memory maps, so a crop reads only the pages that it needs.
+
+    Attributes:
+        stem: path of its files without their endings.
+    """
 
     case: Case
     stem: Path
@@ -46,41 +50,41 @@ class Volume:
 
     @property
     def image(self) -> NDArray[np.float32]:
-        """(C, x, y, z) in [0, 1], whole, in memory."""
+        """The whole image (C, x, y, z) in [0, 1], in memory."""
         return np.multiply(self._stored, np.float32(1 / STEPS), dtype=np.float32)
 
     def crop(self, origin: Sequence[int], size: Sequence[int]) -> NDArray[np.float32]:
-        """(C, *size) from `origin`, zeros outside; only what is touched is read."""
+        """A crop (C, *size) that starts at `origin`, zeros outside of the volume; only the pages of the crop are read."""
         return cut(self._stored, origin, size, scale=1 / STEPS)
 
     def sample(self, size: tuple[int, int, int], rng: np.random.Generator) -> dict[str, Any]:
-        """A random crop, `image` (C, *size); zeros where the volume is smaller."""
+        """A random crop: `image` (C, *size), padded with zeros if the volume is smaller."""
         return {"image": self.crop(random_origin(self.shape, size, rng), size)}
 
     @property
     def label(self) -> NDArray[np.uint8]:
-        """(x, y, z), the task's own label values."""
+        """The label map (x, y, z), in the task's own label values."""
         mapped: NDArray[np.uint8] = self._load("label", mmap_mode="r")
         return mapped
 
     @property
     def points(self) -> NDArray[np.int32]:
-        """Up to 2000 voxels of every target, rows of (target number, x, y, z)."""
+        """Up to 2000 voxels of each target, in rows of (target number, x, y, z)."""
         rows: NDArray[np.int32] = self._load("points")
         return rows
 
     @property
     def geometry(self) -> Geometry:
-        """Its place in the native grid."""
+        """Its position in the native grid."""
         return Geometry(**json.loads(self.description.read_text())["geometry"])
 
     @property
     def description(self) -> Path:
-        """Geometry, sizes and digests of the arrays; written last: where it is, they are whole."""
+        """The JSON file with geometry, sizes and digests of the arrays. It is written last, when the arrays are complete."""
         return Path(f"{self.stem}.json")
 
     def whole(self, verify: bool) -> bool:
-        """Whether its files are there in their full size; with `verify`, also with the bytes that were written."""
+        """Whether all its files exist in full size; with `verify`, also whether their bytes are those that were written."""
         try:
             described = json.loads(self.description.read_text())
             Geometry(**described["geometry"])
@@ -95,10 +99,12 @@ class Volume:
 
     @property
     def _stored(self) -> NDArray[np.int16]:
+        """The image as it is stored, (C, x, y, z) in steps of 1 / STEPS."""
         mapped: NDArray[np.int16] = self._load("image", mmap_mode="r")
         return mapped
 
     def _load(self, kind: str, mmap_mode: Literal["r"] | None = None) -> NDArray[Any]:
+        """One of its arrays. Raises UserError if the file is missing or damaged."""
         path = Path(f"{self.stem}.{kind}.npy")
         try:
             loaded = load_array(path, mmap_mode)
@@ -110,7 +116,7 @@ class Volume:
 
 
 def prepared(images: ImageSet, cases: Sequence[Case], digests: Mapping[str, str], cache: Path) -> list[Volume]:
-    """Volumes of `cases`, in their order, where `prepare` puts them; they need not be there."""
+    """Volumes of `cases`, in their order, with the paths that `preprocess_cases` writes to; the files need not exist."""
     settings = {
         "format": PREPARED,
         "set": images.name,
@@ -126,14 +132,14 @@ def prepared(images: ImageSet, cases: Sequence[Case], digests: Mapping[str, str]
 def preprocess_cases(
     images: ImageSet, cases: Sequence[Case], digests: Mapping[str, str], cache: Path, verify: bool = False
 ) -> list[Volume]:
-    """Prepared volumes of `cases`, in their order; those made before are taken from the cache.
+    """Preprocess `cases`, and return their volumes in the same order. Volumes that are in the cache are not made again.
 
-    The cache is keyed by what the set's volumes depend on (version, spacing, intensities, targets) and by the content
-    of the case's files. With `verify` the bytes of what is there are compared with their digests.
+    The key of the cache consists of the settings that volumes depend on (version, spacing, intensities, targets) and of
+    the content of the case's files. With `verify`, the bytes of the cached volumes are compared with their digests.
 
     Raises:
-        UserError: as `harness.images.load_case`, an image without contrast, or a disk that cannot hold the volumes. All
-            cases that can be prepared are, and kept.
+        UserError: as `harness.data.cases.load_case`; an image has no contrast; or the disk cannot hold the volumes. All
+            other cases are preprocessed and stay in the cache.
     """
     if not cases:
         return []
@@ -141,28 +147,30 @@ def preprocess_cases(
     folder = volumes[0].stem.parent
     folder.mkdir(parents=True, exist_ok=True)
     if _missing(volumes, verify):
-        # Processes that start at once prepare them once: who waited here finds them.
+        # Of processes that start together, one preprocesses; the others wait here and then find its volumes.
         with held(folder / "prepare", f"the prepared volumes of {images.name!r}"):
             missing = _missing(volumes, verify)
             broken = sum(volume.description.exists() for volume in missing)
             if broken:
                 say(f"{broken} volumes in {folder} are not as they were written: they are prepared again")
-            _prepare_missing(images, missing, folder)
+            _preprocess_missing(images, missing, folder)
     return volumes
 
 
 def _missing(volumes: Sequence[Volume], verify: bool) -> list[Volume]:
-    wholes = verified(volumes) if verify else [volume.whole(verify=False) for volume in volumes]
-    return list({each.stem: each for each, whole in zip(volumes, wholes, strict=True) if not whole}.values())
+    """The volumes whose files are missing or damaged, each stem once."""
+    complete = verified(volumes) if verify else [volume.whole(verify=False) for volume in volumes]
+    return list({volume.stem: volume for volume, whole in zip(volumes, complete, strict=True) if not whole}.values())
 
 
 def verified(volumes: Sequence[Volume]) -> list[bool]:
-    """Whether each of them still has the bytes that were written."""
+    """Whether each volume still has the bytes that were written."""
     with ThreadPoolExecutor() as pool:
         return list(progress(pool.map(lambda volume: volume.whole(verify=True), volumes), "verify", total=len(volumes)))
 
 
-def _prepare_missing(images: ImageSet, missing: Sequence[Volume], folder: Path) -> None:
+def _preprocess_missing(images: ImageSet, missing: Sequence[Volume], folder: Path) -> None:
+    """Preprocess several cases in threads. Raises UserError if the disk is too small, or with the first problem of a case."""
     if not missing:
         return
     size, largest = needed(images, missing)
@@ -175,13 +183,14 @@ def _prepare_missing(images: ImageSet, missing: Sequence[Volume], folder: Path) 
     problems = []
 
     def attempt(volume: Volume) -> str | None:
+        """Preprocess a case; returns its problem, or None."""
         try:
-            _prepare_one(images, volume)
+            _preprocess_case(images, volume)
         except UserError as error:
             return str(error)
         return None
 
-    # What takes long (decompression, matrix products) releases the interpreter, so threads use all cores.
+    # Decompression and matrix products, which take most of the time, release the GIL, so threads use all cores.
     with ThreadPoolExecutor(num_workers(largest, len(missing))) as pool:
         for problem in progress(pool.map(attempt, missing), "prepare", total=len(missing)):
             problems += [problem] if problem else []
@@ -191,13 +200,16 @@ def _prepare_missing(images: ImageSet, missing: Sequence[Volume], folder: Path) 
 
 
 def needed(images: ImageSet, volumes: Sequence[Volume]) -> tuple[int, int]:
-    """Bytes on disk at most (the foreground's box is not known yet), and bytes in memory for the largest case."""
+    """Bytes on disk that the volumes take at most, and bytes of memory for the largest case.
+
+    The numbers are upper bounds because the box of the foreground is not known yet.
+    """
     disk, largest = 0, 1
     for volume in volumes:
         try:
             headers = [read_header(path) for path in volume.case.images]
         except UserError:
-            continue  # reported when its turn comes
+            continue  # the problem is reported when the case is preprocessed
         shape, spacing = headers[0].shape[:3], headers[0].spacing
         channels = len(images.channels)
         target = sorted(spacing) if images.spacing is None else sorted(images.spacing)
@@ -207,7 +219,8 @@ def needed(images: ImageSet, volumes: Sequence[Volume]) -> tuple[int, int]:
     return disk, largest
 
 
-def _prepare_one(images: ImageSet, volume: Volume) -> None:
+def _preprocess_case(images: ImageSet, volume: Volume) -> None:
+    """Preprocess one case and write its files, the description last."""
     loaded = load_case(images, volume.case)
     image, label, geometry = preprocess(images, loaded, str(volume.case.images[0]))
     arrays: dict[str, NDArray[Any]] = {"image": quantise(image)}

@@ -1,4 +1,4 @@
-"""The last stage of a run: every test case scored in its native grid, once, however many processes share the work."""
+"""The last stage of a run: scores every test case on its native grid, exactly once, with any number of processes."""
 
 import csv
 import io
@@ -31,14 +31,15 @@ from harness.system.console import progress
 from harness.system.files import check_name, write_atomic
 
 AVERAGED = {"dice": "dice", "hd95": "hd95_mm", "surface_dice": "surface_dice"}
-"""What a summary averages, and the column of `cases.csv` that has it."""
+"""The scores that a summary averages, and their columns in `cases.csv`."""
 
 Rows = list[dict[str, Any]]
+"""Rows of `cases.csv`: one per target of a case."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """One case, scored: its rows of `cases.csv`, its panel, and the seconds that it took."""
+    """A scored case: its rows of `cases.csv`, its panel, and the seconds that it took."""
 
     rows: Rows
     panel: pictures.Panel
@@ -47,11 +48,11 @@ class Scored:
 
 @dataclass(frozen=True)
 class Scores:
-    """Where scored cases are kept until all of them are, a file each, so that none is scored twice.
+    """A folder with one file per scored case, so that no case is scored again after an interruption.
 
     Attributes:
-        network: digest of the weights; scores of others do not count.
-        predictions: where label maps go; None: nowhere.
+        network: digest of the weights; scores of other weights are not used.
+        predictions: folder for label maps; None if none are written.
     """
 
     folder: Path
@@ -59,13 +60,13 @@ class Scores:
     predictions: Path | None
 
     def read(self, case: str) -> Scored | None:
-        """What was found before; None where there is none, or not all of it."""
+        """The scores of a case from an earlier call; None if there are none, or a file is damaged or missing."""
         try:
-            with np.load(self._path(case), allow_pickle=False) as kept:
-                described = json.loads(str(kept["described"]))
+            with np.load(self._path(case), allow_pickle=False) as file:
+                described = json.loads(str(file["described"]))
                 if described["network"] != self.network or described["case"] != case:
                     return None
-                arrays = {name: kept[name] for name in ("image", "reference", "prediction")}
+                arrays = {name: file[name] for name in ("image", "reference", "prediction")}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
         if self.predictions is not None and not self.prediction(case).exists():
@@ -74,7 +75,7 @@ class Scores:
         return Scored(described["rows"], panel, described["seconds"])
 
     def write(self, case: str, scored: Scored) -> None:
-        """Keep what was found."""
+        """Write the scores of a case."""
         panel, buffer = scored.panel, io.BytesIO()
         described = {"case": case, "network": self.network, "rows": scored.rows, "seconds": scored.seconds}
         described |= {"dice": panel.dice, "aspect": panel.aspect}
@@ -83,7 +84,7 @@ class Scores:
         write_atomic(self._path(case), buffer.getbuffer())
 
     def prediction(self, case: str) -> Path:
-        """The label map of a case."""
+        """The file for the predicted label map of a case."""
         assert self.predictions is not None
         return self.predictions / f"{check_name(case)}.nii.gz"
 
@@ -102,13 +103,17 @@ def evaluate(
     processes: Processes,
     save_predictions: bool = False,
 ) -> tuple[dict[str, Any], float]:
-    """Score every test case in its native grid; leaves `cases.csv` and `figures/segmentation.png` in `folder`.
+    """Score every test case on its native grid; write `cases.csv` and `figures/segmentation.png` in `folder`.
 
-    With `save_predictions`, also `predictions/CASE.nii.gz`: label maps on the native grid, in the numbering of the data.
-    Cases that were scored before an interruption are not scored again. Returns the summary and the seconds of all cases.
+    With `save_predictions`, also write `predictions/CASE.nii.gz`: label maps on the native grid, in the numbering of the
+    data. Cases that were scored before an interruption are not scored again.
 
     Args:
         weights: digest of the network's weights.
+        title: of the figure.
+
+    Returns:
+        The summary, and the seconds of all cases divided by the number of processes.
     """
     unfinished = folder / ".predictions"
     scores = Scores(folder / "evaluation", weights, unfinished if save_predictions else None)
@@ -116,57 +121,59 @@ def evaluate(
     processes.wait()
 
     def collect() -> tuple[dict[str, Any], float]:
-        found = [scores.read(volume.case.id) for volume in volumes]
-        scored = [each for each in found if each is not None]
+        """Put the scores of all cases together: table, figure, predictions and summary."""
+        results = [scores.read(volume.case.id) for volume in volumes]
+        scored = [result for result in results if result is not None]
         if len(scored) < len(volumes):
             raise RuntimeError(f"{len(volumes) - len(scored)} cases were not scored")
-        rows = [row for each in scored for row in each.rows]
+        rows = [row for result in scored for row in result.rows]
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
         write_atomic(folder / "cases.csv", table.getvalue())
-        panels = [each.panel for each in scored]
+        panels = [result.panel for result in scored]
         pictures.segmentation(task, panels, folder / "figures" / "segmentation.png", title)
         if save_predictions:
-            # By rename: where the folder is, all predictions are in it.
+            # Renamed when complete, so that the folder holds all predictions if it exists.
             shutil.rmtree(folder / "predictions", ignore_errors=True)
             unfinished.replace(folder / "predictions")
-        return summarise(task, rows), sum(each.seconds for each in scored) / processes.size
+        return summarise(task, rows), sum(result.seconds for result in scored) / processes.size
 
     return processes.decide(collect)
 
 
 @torch.inference_mode()
 def _score_all(
-    config: RunConfig, task: Task, network: nn.Module, volumes: Sequence[Volume], scores: Scores, shown: bool
+    config: RunConfig, task: Task, network: nn.Module, volumes: Sequence[Volume], scores: Scores, show_bar: bool
 ) -> None:
-    """Those of `volumes` that are not scored yet.
+    """Score those of `volumes` that are not scored yet.
 
-    While one case is predicted, the one after it is read and the one before it is scored, never more: memory is that of
-    three cases, however many there are.
+    While one case is predicted, a thread reads the next one and another thread scores the one before. So never more than
+    three cases are in memory.
     """
-    left = [volume for volume in volumes if scores.read(volume.case.id) is None]
-    if not left:
+    remaining = [volume for volume in volumes if scores.read(volume.case.id) is None]
+    if not remaining:
         return
     scoring = new_scoring(config.evaluate)
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as scorer:
-        upcoming = reader.submit(lambda: left[0].image)
-        before = None
+        next_image = reader.submit(lambda: remaining[0].image)
+        scoring_job = None
         began = time.perf_counter()
-        bar = progress(left, "evaluate", total=len(volumes), shown=shown, initial=len(volumes) - len(left))
+        done = len(volumes) - len(remaining)
+        bar = progress(remaining, "evaluate", total=len(volumes), shown=show_bar, initial=done)
         for number, volume in enumerate(bar, start=1):
-            image = upcoming.result()
-            if number < len(left):
-                upcoming = reader.submit(lambda following: following.image, left[number])
+            image = next_image.result()
+            if number < len(remaining):
+                next_image = reader.submit(lambda volume: volume.image, remaining[number])
             probabilities = predict(task, network, image, config.finetune, config.evaluate)
-            if before is not None:
-                before.result()
+            if scoring_job is not None:
+                scoring_job.result()
             now = time.perf_counter()
-            before = scorer.submit(_score, task, scoring, volume, probabilities, scores, now - began)
+            scoring_job = scorer.submit(_score, task, scoring, volume, probabilities, scores, now - began)
             began = now
-        if before is not None:
-            before.result()
+        if scoring_job is not None:
+            scoring_job.result()
 
 
 def _score(
@@ -177,15 +184,17 @@ def _score(
     scores: Scores,
     seconds: float,
 ) -> None:
-    """Decide, score and write one case."""
+    """Turn the probabilities of one case into masks, score them, and write the scores and the prediction."""
     predicted = volume.geometry.decide(task, probabilities)
     reference, spacing = read_reference(task, volume.case)
-    by_target = metrics.score(predicted, reference, spacing, scoring)
-    rows = [{"case": volume.case.id, "target": t, **asdict(s)} for t, s in zip(task.targets, by_target, strict=True)]
+    target_scores = metrics.score(predicted, reference, spacing, scoring)
+    rows = [
+        {"case": volume.case.id, "target": t, **asdict(s)} for t, s in zip(task.targets, target_scores, strict=True)
+    ]
     if scores.predictions is not None:
         composed = task.compose(predicted, volume.case.numbering)
         write_label(scores.prediction(volume.case.id), composed, np.asarray(volume.geometry.affine))
-    panel = make_panel(task, volume, probabilities, [each.dice for each in by_target])
+    panel = make_panel(task, volume, probabilities, [score.dice for score in target_scores])
     scores.write(volume.case.id, Scored(rows, panel, seconds))
 
 
@@ -196,19 +205,19 @@ def read_reference(task: Task, case: Case) -> tuple[NDArray[np.bool_], list[floa
 
 
 def new_scoring(settings: Evaluate) -> metrics.Scoring:
-    """What is scored, as the settings say."""
+    """The definitions and the policy of the scores, from the settings."""
     return metrics.Scoring(hd95=settings.hd95, empty=settings.empty, tolerance=settings.tolerance)
 
 
 def summarise(task: Task, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Per-target means over the scored cases, and the average over targets; None where nothing can be averaged."""
+    """Means over the scored cases per target, and the average over targets; None where there is no value to average."""
     summary: dict[str, Any] = {}
     for target in task.targets:
-        mine = [row for row in rows if row["target"] == target]
-        values = {name: [row[key] for row in mine if row[key] is not None] for name, key in AVERAGED.items()}
-        status = [row["status"] for row in mine]
+        target_rows = [row for row in rows if row["target"] == target]
+        values = {name: [row[key] for row in target_rows if row[key] is not None] for name, key in AVERAGED.items()}
+        status = [row["status"] for row in target_rows]
         summary[target] = {
-            **{name: float(np.mean(found)) if found else None for name, found in values.items()},
+            **{name: float(np.mean(numbers)) if numbers else None for name, numbers in values.items()},
             "n_cases": len(values["dice"]),
             "n_missed": status.count("missed"),
             "n_spurious": status.count("spurious"),
@@ -216,22 +225,27 @@ def summarise(task: Task, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         }
     average = {}
     for name in AVERAGED:
-        found = [values[name] for values in summary.values() if values[name] is not None]
-        average[name] = float(np.mean(found)) if found else None
+        means = [values[name] for values in summary.values() if values[name] is not None]
+        average[name] = float(np.mean(means)) if means else None
     return {**summary, "average": average}
 
 
 def make_panel(task: Task, volume: Volume, probabilities: NDArray[np.float32], scores: Sequence[float | None]) -> Panel:
-    """The slice with the largest reference; `probabilities` (outputs, x, y, z) on the prepared grid."""
+    """A panel of the axial slice where the reference is largest.
+
+    Args:
+        probabilities: (outputs, x, y, z) on the preprocessed grid.
+        scores: Dice per target.
+    """
     reference = task.masks(volume.label)
-    middle = int(reference.any(axis=0).sum(axis=(0, 1)).argmax())
+    slice_index = int(reference.any(axis=0).sum(axis=(0, 1)).argmax())
     scored = [value for value in scores if value is not None]
     x, y, _ = volume.geometry.spacing
     return Panel(
         case=volume.case.id,
         dice=float(np.mean(scored)) if scored else 0.0,
-        image=volume.crop((0, 0, middle), (*volume.shape[:2], 1))[0, :, :, 0],
-        reference=numbered(reference[..., middle]),
-        prediction=numbered(task.decide(probabilities[..., middle : middle + 1])[..., 0]),
+        image=volume.crop((0, 0, slice_index), (*volume.shape[:2], 1))[0, :, :, 0],
+        reference=numbered(reference[..., slice_index]),
+        prediction=numbered(task.decide(probabilities[..., slice_index : slice_index + 1])[..., 0]),
         aspect=y / x,
     )

@@ -1,14 +1,15 @@
-"""Dice, HD95 and surface Dice of all targets of a case, with an explicit policy for empty masks.
+"""Dice, HD95 and surface Dice for all targets of a case, with an explicit policy for empty masks.
 
-Dice = 2|A & B| / (|A| + |B|). The field has several definitions of the other two; `Scoring` names the one that is used:
+Dice = 2|A & B| / (|A| + |B|). The field uses several definitions of the other two; `Scoring` names the one that is used:
 
 - `max-directed` (`monai.metrics`, Metrics Reloaded; the default): the larger of the two directed 95th percentiles of the
-  distances between surface voxels, which are what a 6-neighbour erosion removes.
-- `pooled` (`medpy.metric.hd95`): the 95th percentile of both directions' distances together.
-- `area-weighted` (DeepMind's `surface-distance`): surfaces by marching cubes, percentiles by area; the larger direction.
+  distances between surface voxels. Surface voxels are those that a 6-neighbour erosion removes.
+- `pooled` (`medpy.metric.hd95`): the 95th percentile of the distances of both directions together.
+- `area-weighted` (DeepMind's `surface-distance`): surfaces by marching cubes, percentiles weighted by area,
+  and the larger of the two directions.
 
-Surface Dice (Nikolov et al. 2021, arXiv:1809.04430, section "surface Dice") is the share of both surfaces, counted in voxels or
-by area as the definition has it, that lies within a tolerance of the other one.
+Surface Dice (Nikolov et al. 2021, arXiv:1809.04430, section "surface Dice") is the share of both surfaces that lies within a
+tolerance of the other surface. It is counted in voxels for the first two definitions and by area for the third.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,18 +23,20 @@ from harness.evaluation import surfaces
 from harness.evaluation.surfaces import BITS, Codes, Surfaces
 
 VERSION = 1
-"""Of what is computed; records of another version are never compared with these."""
+"""Version of the metrics. Records of different versions are never compared."""
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What is computed, by which definition.
+    """The definitions of the scores, and the policy for empty masks.
 
     Attributes:
-        empty: where one mask is empty and the other is not ("missed", "spurious"), Dice is 0 and
-            `worst`: HD95 is the diagonal of the image. Where both are empty ("empty"), the case is left out and counted.
-            `skipped`: HD95 has no value, as averages over MONAI's results have it; else as `worst`. Flatters who misses.
-            `perfect`: as `worst`, but where both are empty Dice is 1 and HD95 0, as in BraTS.
+        hd95: definition of HD95 and of surface Dice.
+        empty: policy for empty masks. If one mask is empty and the other is not ("missed", "spurious"), Dice is 0.
+            `worst`: HD95 is then the diagonal of the image. If both are empty ("empty"), the case is left out and counted.
+            `skipped`: HD95 then has no value, as in averages over MONAI's results. Missed structures drop out, which makes
+            HD95 look better. Otherwise as `worst`.
+            `perfect`: as `worst`, but if both are empty, Dice is 1 and HD95 is 0, as in BraTS.
         tolerance: of surface Dice, in mm.
     """
 
@@ -43,14 +46,14 @@ class Scoring:
 
     @property
     def policy(self) -> str:
-        """Name with version, kept with every row."""
+        """Name and version of the definitions and the policy, which are kept with every result."""
         name = f"empty-is-{self.empty}-v{VERSION}"
         return name if self.hd95 == "max-directed" else f"{name}+hd95-{self.hd95}"
 
 
 @dataclass(frozen=True)
 class Score:
-    """One target of one case; what has no value is None."""
+    """The scores of one target of one case; None for a score without a value."""
 
     status: str
     dice: float | None
@@ -64,18 +67,18 @@ DEFAULT = Scoring()
 def score(
     prediction: NDArray[np.bool_], reference: NDArray[np.bool_], spacing: Sequence[float], scoring: Scoring = DEFAULT
 ) -> list[Score]:
-    """Masks (targets, x, y, z) against their reference on the same grid; `spacing` in mm per axis.
+    """Score masks (targets, x, y, z) against their reference on the same grid; `spacing` in mm per axis.
 
     Raises:
-        ValueError: the shapes differ.
+        ValueError: the shapes differ, or do not have 4 axes.
     """
     if prediction.shape != reference.shape or prediction.ndim != 4:
         raise ValueError(f"prediction {prediction.shape} and reference {reference.shape} must have one shape of 4 axes")
     scores = []
     for start in range(0, len(prediction), BITS):
         group = slice(start, start + BITS)
-        mine, theirs = (_encode(masks[group]) for masks in (prediction, reference))
-        scores += _score(mine, theirs, len(prediction[group]), spacing, scoring)
+        prediction_codes, reference_codes = (_encode(masks[group]) for masks in (prediction, reference))
+        scores += _score(prediction_codes, reference_codes, len(prediction[group]), spacing, scoring)
     return scores
 
 
@@ -86,7 +89,14 @@ def score_labels(
     spacing: Sequence[float],
     scoring: Scoring = DEFAULT,
 ) -> list[Score]:
-    """Two label maps (x, y, z) of values 0..65535; each of `targets` is made up of label values. Otherwise as `score`."""
+    """Score label maps (x, y, z) with values 0..65535. Otherwise as `score`.
+
+    Args:
+        targets: the label values that make up each target.
+
+    Raises:
+        ValueError: the shapes differ, or do not have 3 axes.
+    """
     if prediction.shape != reference.shape or prediction.ndim != 3:
         raise ValueError(f"prediction {prediction.shape} and reference {reference.shape} must have one shape of 3 axes")
     values = list(targets.values())
@@ -108,27 +118,31 @@ def hausdorff95(
     spacing: Sequence[float],
     definition: Definition = "max-directed",
 ) -> float:
-    """HD95 in mm of two masks (x, y, z), neither of them empty."""
-    found = score(first[None], second[None], spacing, Scoring(hd95=definition))[0]
-    if found.status != "scored" or found.hd95_mm is None:
+    """HD95 in mm of two masks (x, y, z). Raises ValueError if one of them is empty."""
+    result = score(first[None], second[None], spacing, Scoring(hd95=definition))[0]
+    if result.status != "scored" or result.hd95_mm is None:
         raise ValueError("HD95 needs two masks that are not empty")
-    return found.hd95_mm
+    return result.hd95_mm
 
 
 def _encode(masks: NDArray[np.bool_]) -> Codes:
+    """Masks (targets, x, y, z) -> codes (x, y, z), whose bit t is mask t."""
     codes = np.zeros(masks.shape[1:], np.uint16)
     for bit, mask in enumerate(masks):
         codes |= mask.astype(np.uint16) << np.uint16(bit)
     return codes
 
 
-def _score(mine: Codes, theirs: Codes, number: int, spacing: Sequence[float], scoring: Scoring) -> list[Score]:
-    counts = surfaces.count(mine, theirs, number)
-    diagonal = float(np.linalg.norm(np.asarray(mine.shape) * np.asarray(spacing)))
+def _score(
+    prediction: Codes, reference: Codes, num_masks: int, spacing: Sequence[float], scoring: Scoring
+) -> list[Score]:
+    """The scores of each of the `num_masks` masks in two volumes of codes."""
+    counts = surfaces.count(prediction, reference, num_masks)
+    diagonal = float(np.linalg.norm(np.asarray(prediction.shape) * np.asarray(spacing)))
     if scoring.hd95 == "area-weighted":
-        sides = [surfaces.surface_cells(codes, number, spacing) for codes in (mine, theirs)]
+        sides = [surfaces.surface_cells(codes, num_masks, spacing) for codes in (prediction, reference)]
     else:
-        sides = [surfaces.surface_voxels(codes, number) for codes in (mine, theirs)]
+        sides = [surfaces.surface_voxels(codes, num_masks) for codes in (prediction, reference)]
     scores = []
     for mask, (predicted, present, both) in enumerate(counts.tolist()):
         if predicted and present:
@@ -143,29 +157,31 @@ def _score(mine: Codes, theirs: Codes, number: int, spacing: Sequence[float], sc
 
 
 def _compare(
-    mine: Surfaces, theirs: Surfaces, mask: int, spacing: Sequence[float], scoring: Scoring
+    predicted: Surfaces, reference: Surfaces, mask: int, spacing: Sequence[float], scoring: Scoring
 ) -> tuple[float, float]:
-    """HD95 and surface Dice of one target."""
-    there = surfaces.distances(mine, theirs, mask, spacing)
-    back = surfaces.distances(theirs, mine, mask, spacing)
-    areas = [side.masks[mask].weights for side in (mine, theirs)]
+    """HD95 in mm and surface Dice of one mask."""
+    forth = surfaces.distances(predicted, reference, mask, spacing)
+    back = surfaces.distances(reference, predicted, mask, spacing)
+    areas = [side.masks[mask].weights for side in (predicted, reference)]
     if scoring.hd95 == "max-directed":
-        hd95 = float(max(np.percentile(there, 95), np.percentile(back, 95)))
+        hd95 = float(max(np.percentile(forth, 95), np.percentile(back, 95)))
     elif scoring.hd95 == "pooled":
-        hd95 = float(np.percentile(np.concatenate([there, back]), 95))
+        hd95 = float(np.percentile(np.concatenate([forth, back]), 95))
     else:
-        hd95 = max(_percentile_by_area(there, areas[0]), _percentile_by_area(back, areas[1]))
-    # A distance that is the tolerance up to rounding is within it.
+        hd95 = max(_percentile_by_area(forth, areas[0]), _percentile_by_area(back, areas[1]))
+    # A distance that equals the tolerance but for rounding counts as within it.
     limit = scoring.tolerance * (1 + 1e-9)
     if scoring.hd95 == "area-weighted":
-        within, total = areas[0][there <= limit].sum() + areas[1][back <= limit].sum(), areas[0].sum() + areas[1].sum()
+        within = areas[0][forth <= limit].sum() + areas[1][back <= limit].sum()
+        size = areas[0].sum() + areas[1].sum()
     else:
-        within, total = np.count_nonzero(there <= limit) + np.count_nonzero(back <= limit), len(there) + len(back)
-    return hd95, float(within / total)
+        within = np.count_nonzero(forth <= limit) + np.count_nonzero(back <= limit)
+        size = len(forth) + len(back)
+    return hd95, float(within / size)
 
 
 def _percentile_by_area(distances: NDArray[np.float64], areas: NDArray[np.float64]) -> float:
-    """The smallest distance within which 95 % of the area lies."""
+    """The smallest distance in mm within which 95 % of the area lies."""
     order = np.argsort(distances, kind="stable")
     share = np.cumsum(areas[order]) / areas.sum()
     return float(distances[order[min(int(np.searchsorted(share, 0.95)), len(order) - 1)]])

@@ -1,4 +1,4 @@
-"""Cases side by side: image, reference, and what each of several runs made of it (the paper's Figure 3)."""
+"""A figure of cases: image, reference, and the predictions of several runs side by side (the paper's Figure 3)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,18 +22,21 @@ from leaderboards.records import Run
 def draw(
     runs: Sequence[Run], data: Path | None, out: Path, cases: Sequence[str], plugins: Sequence[str], fallback: Path
 ) -> list[str]:
-    """Write the figure (PNG or SVG, as `out` ends); the cases that it shows.
+    """Write the figure, as PNG or SVG by the ending of `out`. Returns the ids of the cases that it shows.
 
-    Without `cases`, the three on which the runs differ most by mean Dice. The slice is the one with most voxels on which any
-    run and the reference disagree.
+    Without `cases`, it shows the three cases on which the mean Dice of the runs differs most. Of each case it shows the axial
+    slice with the most voxels on which any run and the reference disagree.
+
+    Args:
+        fallback: runs folder, where a phantom is written if no data is given.
 
     Raises:
-        UserError: runs that are not comparable, predictions that were not saved, an unknown case, or data that is not theirs.
+        UserError: the runs are not comparable, kept no predictions, have no such case, or were made from other data.
     """
     for run in runs[1:]:
-        if different := board.differing(runs[0], run):
+        if differences := board.differing(runs[0], run):
             raise UserError(
-                f"{runs[0].run_id} and {run.run_id} differ in {', '.join(different)}: give runs of one table"
+                f"{runs[0].run_id} and {run.run_id} differ in {', '.join(differences)}: give runs of one table"
             )
     for run in runs:
         if not (run.folder / "predictions").is_dir():
@@ -42,14 +45,14 @@ def draw(
             )
     task = Registry(plugins).task(str(runs[0].record["task"]))
     root = find_data(task, data, fallback)
-    known = {case.id: case for case in task.cases(root)}
+    task_cases = {case.id: case for case in task.cases(root)}
     chosen = list(cases) or _most_different(runs)
     for name in chosen:
-        if name not in runs[0].cases or name not in known:
+        if name not in runs[0].cases or name not in task_cases:
             raise UserError(
                 f"{name!r} is no test case of these runs in {root}: there are {', '.join(runs[0].cases[:8])} ..."
             )
-    rows = [_row(task, known[name], runs) for name in chosen]
+    rows = [_row(task, task_cases[name], runs) for name in chosen]
     headings = ["image", "reference", *(f"{run.method}, {run.backbone}, seed {run.seed}" for run in runs)]
     title = "PHANTOM" if runs[0].phantom else f"{task.name}, the slice with the largest disagreement, Dice on it"
     pictures.grid(rows, headings, list(task.targets), out, title)
@@ -57,18 +60,20 @@ def draw(
 
 
 def _most_different(runs: Sequence[Run], number: int = 3) -> list[str]:
+    """The `number` cases whose mean Dice differs most between the runs; with a single run, those with its lowest Dice."""
     means = np.array([np.nanmean(run.dice, axis=1) for run in runs])
     spread = np.ptp(means, axis=0) if len(runs) > 1 else -means[0]
-    return [runs[0].cases[place] for place in np.argsort(-np.nan_to_num(spread), kind="stable")[:number]]
+    return [runs[0].cases[index] for index in np.argsort(-np.nan_to_num(spread), kind="stable")[:number]]
 
 
 def _row(task: Task, case: Case, runs: Sequence[Run]) -> Row:
+    """The row of one case in the figure."""
     loaded = load_case(task, case)
     assert loaded.label is not None
-    # The nearest axis-aligned orientation, so that a slice is axial whatever order the file has.
-    turn = nib.orientations.io_orientation(loaded.affine)
-    flipped = nib.orientations.apply_orientation
-    reference = flipped(task.masks(loaded.label).transpose(1, 2, 3, 0), turn)
+    # All volumes get the nearest axis-aligned orientation, so that slices are axial whatever order of axes the file has.
+    orientation = nib.orientations.io_orientation(loaded.affine)
+    reorient = nib.orientations.apply_orientation
+    reference = reorient(task.masks(loaded.label).transpose(1, 2, 3, 0), orientation)
     predictions = []
     for run in runs:
         voxels, _ = read_image(run.folder / "predictions" / f"{case.id}.nii.gz")
@@ -79,25 +84,25 @@ def _row(task: Task, case: Case, runs: Sequence[Run]) -> Row:
             )
         written = Case(case.id, case.images, run.folder / "predictions" / f"{case.id}.nii.gz", numbering=case.numbering)
         label, _, _ = load_label(task, written)
-        predictions.append(flipped(task.masks(label).transpose(1, 2, 3, 0), turn))
-    wrong = np.any([(each != reference).any(axis=3) for each in predictions], axis=0)
-    place = (
+        predictions.append(reorient(task.masks(label).transpose(1, 2, 3, 0), orientation))
+    wrong = np.any([(prediction != reference).any(axis=3) for prediction in predictions], axis=0)
+    index = (
         int(wrong.sum(axis=(0, 1)).argmax()) if wrong.any() else int(reference.any(axis=3).sum(axis=(0, 1)).argmax())
     )
-    slices = [each[:, :, place] for each in predictions]
-    edges = np.abs(loaded.affine[:3, :3]).max(axis=1)
+    slices = [prediction[:, :, index] for prediction in predictions]
+    voxel_edges = np.abs(loaded.affine[:3, :3]).max(axis=1)
     return Row(
         case=case.id,
-        image=flipped(loaded.image[0], turn)[:, :, place],
-        reference=pictures.numbered(reference[:, :, place].transpose(2, 0, 1)),
-        predictions=[pictures.numbered(each.transpose(2, 0, 1)) for each in slices],
-        dice=[_dice(each, reference[:, :, place]) for each in slices],
-        aspect=float(edges[1] / edges[0]),
+        image=reorient(loaded.image[0], orientation)[:, :, index],
+        reference=pictures.numbered(reference[:, :, index].transpose(2, 0, 1)),
+        predictions=[pictures.numbered(masks.transpose(2, 0, 1)) for masks in slices],
+        dice=[_dice(masks, reference[:, :, index]) for masks in slices],
+        aspect=float(voxel_edges[1] / voxel_edges[0]),
     )
 
 
 def _dice(prediction: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float | None:
-    """Mean over the targets that either has on the slice; (x, y, targets)."""
+    """Mean Dice of masks (x, y, targets) over the targets that either of them has on the slice; None if there are none."""
     both, sizes = (prediction & reference).sum(axis=(0, 1)), prediction.sum(axis=(0, 1)) + reference.sum(axis=(0, 1))
-    there = sizes > 0
-    return float((2 * both[there] / sizes[there]).mean()) if there.any() else None
+    present = sizes > 0
+    return float((2 * both[present] / sizes[present]).mean()) if present.any() else None

@@ -1,4 +1,4 @@
-"""From a prepared image to probabilities, by overlapping windows."""
+"""Predicts probabilities for a preprocessed image, by overlapping windows."""
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from harness.config.schema import Evaluate, Training
 def predict(
     task: Task, network: nn.Module, image: NDArray[np.float32], trained: Training, settings: Evaluate
 ) -> NDArray[np.float32]:
-    """A prepared image (C, x, y, z) -> probabilities (outputs, x, y, z) on the same grid, by sliding windows.
+    """A preprocessed image (C, x, y, z) -> probabilities (outputs, x, y, z) on the same grid, by sliding windows.
 
     Windows have the extent, precision and memory layout that the network was `trained` with.
     """
@@ -36,5 +36,5 @@ def predict(
         )
     assert isinstance(logits, Tensor)
     probabilities = logits.sigmoid() if task.overlapping else logits.softmax(dim=1)
-    found: NDArray[np.float32] = probabilities[0].float().cpu().numpy()
-    return found
+    array: NDArray[np.float32] = probabilities[0].float().cpu().numpy()
+    return array

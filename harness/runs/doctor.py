@@ -1,4 +1,4 @@
-"""What is wrong here, or will be: environment, devices, disk, plugins, caches, and what a crash has left behind."""
+"""Checks of an installation and a runs folder: environment, devices, disk, plugins, caches, and files left by crashes."""
 
 import importlib
 import os
@@ -31,14 +31,20 @@ TESTED = {
     "numpy": "2.4",
     "scipy": "1.17",
 }
-"""Versions that the whole test suite has passed with."""
+"""Versions with which the whole test suite has passed."""
 
-LITTLE = 5 * 2**30  # bytes of free disk below which a run may not fit
+LITTLE = 5 * 2**30  # bytes of free disk space; with less, a run may not fit
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. `status`: ok, note (worth knowing) or FAIL. `fix`: paths that --fix removes."""
+    """The result of one check.
+
+    Attributes:
+        status: ok, note (worth knowing) or FAIL.
+        what: name of the check.
+        fix: paths that --fix removes.
+    """
 
     status: str
     what: str
@@ -47,7 +53,7 @@ class Finding:
 
 
 def examine(runs: Path, plugins: tuple[str, ...]) -> Iterator[Finding]:
-    """Everything, in the order in which it matters; each finding as soon as it is known."""
+    """Run all checks, the most important first. Each finding is yielded as soon as it is known."""
     yield from packages()
     yield from device()
     yield from disk(runs)
@@ -59,49 +65,51 @@ def examine(runs: Path, plugins: tuple[str, ...]) -> Iterator[Finding]:
 
 
 def packages() -> Iterator[Finding]:
-    """Whether what is needed imports, and in versions that were tested."""
+    """Whether the required packages can be imported, and whether their versions were tested."""
     yield Finding("ok", "python", platform.python_version())
     for name, tested in TESTED.items():
         try:
-            found = version(name)
+            installed = version(name)
             importlib.import_module(name)
         except PackageNotFoundError:
             yield Finding("FAIL", name, f"is not installed: pip install -e . brings it ({tested} was tested)")
-        # An import may fail in any way: a library that is missing, versions that do not fit each other.
+        # An import may raise any error, for example if a library is missing or versions do not fit each other.
         except Exception as error:
             text = " ".join(str(error).split())[:300]
             yield Finding(
                 "FAIL", name, f"cannot be imported, {type(error).__name__}: {text}; install all in one command"
             )
         else:
-            other = "" if found.startswith(f"{tested}.") or found == tested else f"; {tested} was tested"
-            yield Finding("note" if other else "ok", name, f"{found}{other}")
+            other = "" if installed.startswith(f"{tested}.") or installed == tested else f"; {tested} was tested"
+            yield Finding("note" if other else "ok", name, f"{installed}{other}")
 
 
 def device() -> Iterator[Finding]:
-    """What is computed on."""
+    """The GPUs or CPU that runs use, their free memory in GiB, and their precision."""
     try:
-        place = new_accelerator().device
-    # Drivers and launchers fail in ways of their own.
+        device = new_accelerator().device
+    # Drivers and launchers may raise any error.
     except Exception as error:
         yield Finding("FAIL", "device", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
         return
-    bf16 = "bf16" if computes_in_bf16(place) else "fp32"
-    if place.type == "cuda":
+    precision = "bf16" if computes_in_bf16(device) else "fp32"
+    if device.type == "cuda":
         for number in range(torch.cuda.device_count()):
-            free, total = (amount / 2**30 for amount in torch.cuda.mem_get_info(number))
+            free, capacity = (amount / 2**30 for amount in torch.cuda.mem_get_info(number))
             name = torch.cuda.get_device_name(number)
-            status = "note" if free < 0.8 * total else "ok"
-            yield Finding(status, f"gpu {number}", f"{name}, {free:.1f} of {total:.1f} GiB free, {bf16}")
+            status = "note" if free < 0.8 * capacity else "ok"
+            yield Finding(status, f"gpu {number}", f"{name}, {free:.1f} of {capacity:.1f} GiB free, {precision}")
     else:
         cores = os.cpu_count()
         yield Finding(
-            "note", "device", f"no GPU that torch can use: {torch.get_num_threads()} threads of {cores} cores, {bf16}"
+            "note",
+            "device",
+            f"no GPU that torch can use: {torch.get_num_threads()} threads of {cores} cores, {precision}",
         )
 
 
 def disk(runs: Path) -> Iterator[Finding]:
-    """Whether the runs folder can be written, and what room there is."""
+    """Whether the runs folder can be written, and its free disk space in GiB."""
     try:
         writable(runs)
     except UserError as error:
@@ -113,7 +121,7 @@ def disk(runs: Path) -> Iterator[Finding]:
 
 
 def loaded_plugins(extra: tuple[str, ...]) -> Iterator[Finding]:
-    """Whether every plugin loads; those that do not are named with the place where they were found."""
+    """Whether every plugin loads. A plugin that does not is named, with the file or package it came from."""
     try:
         registry = Registry(extra)
     except UserError as error:
@@ -132,19 +140,19 @@ def loaded_plugins(extra: tuple[str, ...]) -> Iterator[Finding]:
 
 
 def prepared_cache(runs: Path) -> Iterator[Finding]:
-    """Whether prepared volumes have the bytes that were written."""
-    found = sorted(path for path in (runs / "cache" / "prepared").glob("*/*.json") if not path.name.startswith("."))
-    volumes = [Volume(Case(path.stem, (), None), path.with_suffix("")) for path in found]
-    damaged = [path for path, whole in zip(found, verified(volumes), strict=True) if not whole]
+    """Whether the files of preprocessed volumes still have the bytes that were written."""
+    paths = sorted(path for path in (runs / "cache" / "prepared").glob("*/*.json") if not path.name.startswith("."))
+    volumes = [Volume(Case(path.stem, (), None), path.with_suffix("")) for path in paths]
+    damaged = [path for path, intact in zip(paths, verified(volumes), strict=True) if not intact]
     if damaged:
-        detail = f"{len(damaged)} of {len(found)} volumes are not as they were written, {damaged[0]} among them"
+        detail = f"{len(damaged)} of {len(paths)} volumes are not as they were written, {damaged[0]} among them"
         yield Finding("FAIL", "prepared volumes", f"{detail}; runs prepare them again", tuple(damaged))
     else:
-        yield Finding("ok", "prepared volumes", f"{len(found)}, all as they were written")
+        yield Finding("ok", "prepared volumes", f"{len(paths)}, all as they were written")
 
 
 def pretrainings(runs: Path) -> Iterator[Finding]:
-    """Whether finished pre-trainings are what they were."""
+    """Whether the files of finished pre-trainings still have the bytes that were written."""
     stages = sorted((runs / "cache" / "pretrain").glob("*/stage.json"))
     damaged = [path for path in stages if read_stage(path) is None]
     if damaged:
@@ -155,7 +163,7 @@ def pretrainings(runs: Path) -> Iterator[Finding]:
 
 
 def remains(runs: Path) -> Iterator[Finding]:
-    """Locks of the dead, files that were never finished, and runs that can go on."""
+    """Running processes, locks whose owner is gone, unfinished files of crashes, and runs that can go on."""
     alive = holders(runs)
     for path, owner in alive:
         yield Finding("note", "at work", f"{path.parent.relative_to(runs)}: {owner}")

@@ -1,4 +1,4 @@
-"""One run from names to record: resolve, check, preprocess, pre-train, fine-tune, evaluate, record."""
+"""Computes one run, from the names in a request to the record: plan, preprocess, pre-train, fine-tune, evaluate, record."""
 
 import json
 import shutil
@@ -32,13 +32,13 @@ from harness.training.trackers import tracked
 
 
 def run(request: Request) -> FinishedRun:
-    """Carry out a run, or answer with the finished one.
+    """Compute a run, or return the finished run that answered the same request before.
 
-    Where a launcher started several processes, all of them share the work; the first one decides and writes.
+    If a launcher started several processes, all of them share the work. The first one decides and writes.
 
     Raises:
-        UserError: anything that the user can mend; finished stages stay finished.
-        Interrupted: a signal came; the same request goes on later.
+        UserError: any problem that the user can fix; finished stages are kept.
+        Interrupted: a signal arrived; the same request goes on from there later.
     """
     processes, runs = Processes(), request.runs
     located = processes.first(lambda: locate(request))
@@ -61,7 +61,7 @@ def run(request: Request) -> FinishedRun:
 
 
 def pretrain_only(request: Request) -> Path:
-    """The pre-training of a run, for every run that shares it. Returns its folder.
+    """Compute only the pre-training of a run, for all runs that share it. Returns its folder.
 
     Raises:
         UserError: as `run`, or the method pre-trains nothing.
@@ -74,42 +74,52 @@ def pretrain_only(request: Request) -> Path:
         raise UserError(f"method {request.method!r} pre-trains nothing: leave --until pretrain out")
     with _tracked(run_plan, request, processes) as context:
         _, _, pretraining_volumes = processes.first(lambda: _volumes(run_plan, request.runs / "cache"))
-        _pretrained(run_plan, request.runs, pretraining_volumes, context)
+        _pretrain_or_reuse(run_plan, request.runs, pretraining_volumes, context)
     return run_plan.pretrain_folder(request.runs)
 
 
 def _execute(run_plan: RunPlan, request: Request, folder: Path, processes: Processes, lock: Lock | None) -> None:
+    """Compute all stages of a run and its record, with trackers."""
     with _tracked(run_plan, request, processes) as context:
         _compute(run_plan, request, folder, context.under(lock))
 
 
 @contextmanager
 def _tracked(run_plan: RunPlan, request: Request, processes: Processes) -> Iterator[StageContext]:
-    """The context of the run's stages, while its trackers are open."""
+    """Open the trackers of a run, and yield the context of its stages."""
     execution, config = request.execution, run_plan.config.model_dump(mode="json")
     with tracked(execution.trackers, run_plan.run_id, config, request.runs, processes) as log:
         yield StageContext(processes, execution, log)
 
 
 def _compute(run_plan: RunPlan, request: Request, folder: Path, context: StageContext) -> None:
+    """Compute the stages that are not finished yet, evaluate, and write the record."""
     config, task, processes, began = run_plan.config, run_plan.task, context.processes, time.perf_counter()
     say(f"run {run_plan.run_id}")
     processes.decide(lambda: write_atomic(folder / "config.json", config.model_dump_json(indent=1)))
     train, test, pretraining_volumes = processes.first(lambda: _volumes(run_plan, request.runs / "cache"))
     seconds = {"prepare": time.perf_counter() - began}
-    weights, stage = _pretrained(run_plan, request.runs, pretraining_volumes, context)
+    weights, stage = _pretrain_or_reuse(run_plan, request.runs, pretraining_volumes, context)
     seconds |= {"pretrain": stage["seconds"], "method_prepare": stage["prepare_seconds"]} if stage else {}
-    finetuned = _finetuned(run_plan, train[: len(run_plan.label_cases)], weights, stage, folder, context)
+    finetuned = _finetune_or_reuse(run_plan, train[: len(run_plan.label_cases)], weights, stage, folder, context)
     seconds["finetune"] = finetuned["trained"]["seconds"]
     network = _load_network(run_plan, folder)
     summary, seconds["evaluate"] = evaluate(
-        *(config, task, network, finetuned["weights"], test, folder, _title(run_plan), processes),
+        config,
+        task,
+        network,
+        finetuned["weights"],
+        test,
+        folder,
+        _title(run_plan),
+        processes,
         save_predictions=request.save_predictions,
     )
     context.check()
     record = make_record(run_plan, summary, seconds, finetuned, network, stage)
 
     def finish() -> None:
+        """Write the record, and remove the per-case scores that `cases.csv` now has."""
         record["digests"] = {name: digest_file(folder / name) for name in ("cases.csv", "weights.safetensors")}
         write_atomic(folder / "record.json", json.dumps(record, indent=1, allow_nan=False))
         shutil.rmtree(folder / "evaluation", ignore_errors=True)
@@ -118,26 +128,29 @@ def _compute(run_plan: RunPlan, request: Request, folder: Path, context: StageCo
 
 
 def _volumes(run_plan: RunPlan, cache: Path) -> tuple[list[Volume], list[Volume], list[Volume]]:
-    """Prepared volumes to train on, to test on, and to pre-train on."""
+    """Preprocess the cases of a run. Returns the volumes for training, for testing and for pre-training."""
     digests = run_plan.data.inventory.digests
     cases = {case.id: case for case in (*run_plan.train, *run_plan.test)}
-    # Verified, because a record must be true: one pass over the cache costs little beside a training.
-    prepared = preprocess_cases(run_plan.task, list(cases.values()), digests, cache, verify=True)
-    volumes = dict(zip(cases, prepared, strict=True))
-    train, test = ([volumes[case.id] for case in side] for side in (run_plan.train, run_plan.test))
+    # The cache is verified, because a record must be true. One pass over the files costs little compared with a training.
+    preprocessed = preprocess_cases(run_plan.task, list(cases.values()), digests, cache, verify=True)
+    volumes = dict(zip(cases, preprocessed, strict=True))
+    train, test = ([volumes[case.id] for case in subset] for subset in (run_plan.train, run_plan.test))
     if not run_plan.corpora:
         return train, test, train
     scans = [
-        preprocess_cases(each.corpus, each.cases, each.inventory.digests, cache, verify=True)
-        for each in run_plan.corpora
+        preprocess_cases(data.corpus, data.cases, data.inventory.digests, cache, verify=True)
+        for data in run_plan.corpora
     ]
     return train, test, [volume for corpus_volumes in scans for volume in corpus_volumes]
 
 
-def _pretrained(
+def _pretrain_or_reuse(
     run_plan: RunPlan, runs: Path, volumes: Sequence[Volume], context: StageContext
 ) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
-    """What fine-tuning starts from, and what the pre-training reported; an earlier one where nothing differs."""
+    """The weights that fine-tuning starts from, and the report of pre-training.
+
+    A finished pre-training with the same inputs is used again. The report is empty if the method pre-trains nothing.
+    """
     config, plugins, channels = run_plan.config, run_plan.plugins, run_plan.pretrain_channels
     if not plugins.method.trains:
         return plugins.new_method(config, channels).weights(), {}
@@ -158,14 +171,14 @@ def _pretrained(
 
 
 def _read_pretraining(folder: Path) -> dict[str, Any] | None:
-    """What a finished pre-training reported; None where there is none, or its files are incomplete or damaged."""
+    """The report of a finished pre-training; None if there is none, or its files are incomplete or damaged."""
     stage = read_stage(folder / "stage.json") if (folder / "history.jsonl").exists() else None
     if stage is None and (folder / "stage.json").exists():
         say(f"{folder} is not whole: pre-training again")
     return stage
 
 
-def _finetuned(
+def _finetune_or_reuse(
     run_plan: RunPlan,
     volumes: Sequence[Volume],
     weights: Mapping[str, Tensor],
@@ -173,7 +186,7 @@ def _finetuned(
     folder: Path,
     context: StageContext,
 ) -> dict[str, Any]:
-    """What fine-tuning left in the run's folder, now or before."""
+    """The report of fine-tuning. A finished fine-tuning in the run's folder is used again."""
     file, task = folder / "finetune.json", run_plan.task
     before: dict[str, Any] | None = context.processes.decide(lambda: read_stage(file))
     if before is not None:
@@ -181,6 +194,7 @@ def _finetuned(
         return before
 
     def take_over_pretraining() -> str:
+        """Copy the picture of the pre-training to the run. Returns the text of its history."""
         if not stage:
             return ""
         picture = stage["folder"] / PICTURE
@@ -201,31 +215,40 @@ def _finetuned(
 
 
 def _predict_again(run_plan: RunPlan, runs: Path, folder: Path, processes: Processes) -> None:
-    """Evaluate a finished run once more, for its predictions; its scores stay as they are."""
+    """Evaluate a finished run once more to write its predictions; its scores stay unchanged."""
     network = _load_network(run_plan, folder)
     _, test, _ = processes.first(lambda: _volumes(run_plan, runs / "cache"))
-    aside, weights = folder / ".again", digest_file(folder / "weights.safetensors")
+    again, weights = folder / ".again", digest_file(folder / "weights.safetensors")
     evaluate(
-        *(run_plan.config, run_plan.task, network, weights, test, aside, _title(run_plan), processes),
+        run_plan.config,
+        run_plan.task,
+        network,
+        weights,
+        test,
+        again,
+        _title(run_plan),
+        processes,
         save_predictions=True,
     )
 
     def take_predictions() -> None:
-        if (aside / "cases.csv").read_bytes() != (folder / "cases.csv").read_bytes():
+        """Move the predictions into the run's folder; tell the user if the scores differ."""
+        if (again / "cases.csv").read_bytes() != (folder / "cases.csv").read_bytes():
             say(f"the predictions now differ from those that {folder / 'cases.csv'} scored: another device or version?")
-        (aside / "predictions").replace(folder / "predictions")
-        shutil.rmtree(aside, ignore_errors=True)
+        (again / "predictions").replace(folder / "predictions")
+        shutil.rmtree(again, ignore_errors=True)
 
     processes.decide(take_predictions)
 
 
 def _load_network(run_plan: RunPlan, folder: Path) -> nn.Module:
-    """The fine-tuned network of a run's folder."""
+    """The fine-tuned network in the folder of a run."""
     backbone = run_plan.plugins.new_backbone(run_plan.config, len(run_plan.task.channels))
     return new_network(backbone, run_plan.task, run_plan.config.protocol, folder / "weights.safetensors")
 
 
 def _title(run_plan: RunPlan) -> str:
+    """The title of the figure: warnings, names, preset and seed."""
     config = run_plan.config
     marks = "PHANTOM - " if run_plan.phantom else ""
     marks += "TRAINED ON TEST CASES - " if run_plan.num_test_seen else ""

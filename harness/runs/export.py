@@ -1,4 +1,4 @@
-"""A finished run's weights for use elsewhere: `harness export`. With a model card, and checked before they are given away."""
+"""Exports the weights of a finished run with a model card, for use elsewhere: `harness export`. Checks them first."""
 
 import json
 import shutil
@@ -20,14 +20,14 @@ from leaderboards.text import escape_markdown
 
 FORMATS = ("monai", "safetensors", "onnx")
 EQUAL = 1e-4
-"""Largest difference of the outputs, relative to the largest output."""
+"""Largest difference between two outputs that count as equal, relative to the largest output."""
 
 
 def export(run: Path, kind: str, out: Path, plugins: tuple[str, ...] = ()) -> list[Path]:
-    """Write `out`: weights, how to build the network, and the card; its files.
+    """Write the folder `out`: weights, a description of the network, and the model card. Returns the paths of its files.
 
     Raises:
-        UserError: a record that cannot be used, a folder that is there already, or no counterpart in this format.
+        UserError: the record cannot be used, `out` exists already, or the network has no counterpart in this format.
     """
     if out.exists():
         raise UserError(f"{out} is there already: give a new folder with --out")
@@ -41,18 +41,18 @@ def export(run: Path, kind: str, out: Path, plugins: tuple[str, ...] = ()) -> li
         expected = network(example)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as partial:
-        place = Path(partial) / "export"
-        place.mkdir()
+        folder = Path(partial) / "export"
+        folder.mkdir()
         how = {"monai": _monai, "safetensors": _safetensors, "onnx": _onnx}[kind](
-            place, record, restored, example, expected
+            folder, record, restored, example, expected
         )
-        (place / "README.md").write_text(card(record, how), encoding="utf-8")
-        shutil.move(place, out)
+        (folder / "README.md").write_text(card(record, how), encoding="utf-8")
+        shutil.move(folder, out)
     return sorted(path for path in out.iterdir())
 
 
-def _monai(place: Path, record: dict[str, Any], restored: Restored, example: Tensor, expected: Tensor) -> str:
-    """Weights under MONAI's keys, and the network's class and arguments as JSON."""
+def _monai(folder: Path, record: dict[str, Any], restored: Restored, example: Tensor, expected: Tensor) -> str:
+    """Write weights with MONAI's keys, and the network's class and arguments as JSON. Returns how to use them."""
     counterpart = None
     if record["protocol"] != "linear":
         counterpart = restored.network.monai(restored.task.num_outputs)
@@ -62,16 +62,16 @@ def _monai(place: Path, record: dict[str, Any], restored: Restored, example: Ten
             "or onnx"
         )
     name, arguments = counterpart
-    theirs: nn.Module = getattr(monai.networks.nets, name)(**arguments).eval()
-    own, known = restored.network.state_dict(), theirs.state_dict()
-    if foreign := sorted(own.keys() - known.keys()):
+    monai_network: nn.Module = getattr(monai.networks.nets, name)(**arguments).eval()
+    own, monai_state = restored.network.state_dict(), monai_network.state_dict()
+    if foreign := sorted(own.keys() - monai_state.keys()):
         raise RuntimeError(f"MONAI's {name} does not know {foreign[:4]}")
-    # MONAI's UNETR has a norm that nothing uses; it keeps its own values.
-    theirs.load_state_dict({**known, **own})
+    # MONAI's UNETR has a norm layer that nothing uses; it keeps its initial values.
+    monai_network.load_state_dict({**monai_state, **own})
     with torch.inference_mode():
-        _check_equal(theirs(example), expected)
-    _save(theirs, place, record)
-    (place / "network.json").write_text(
+        _check_equal(monai_network(example), expected)
+    _save(monai_network, folder, record)
+    (folder / "network.json").write_text(
         json.dumps({"class": f"monai.networks.nets.{name}", "arguments": arguments}, indent=1)
     )
     return f"""```python
@@ -85,17 +85,17 @@ network.load_state_dict(load_file("weights.safetensors"))
 ```"""
 
 
-def _safetensors(place: Path, record: dict[str, Any], restored: Restored, example: Tensor, expected: Tensor) -> str:
-    """The weights as the run left them."""
-    _save(restored.network, place, record)
+def _safetensors(folder: Path, record: dict[str, Any], restored: Restored, example: Tensor, expected: Tensor) -> str:
+    """Write the weights with this harness's keys. Returns how to use them."""
+    _save(restored.network, folder, record)
     return (
         "The keys are those of this harness's backbone: `harness run --method official --set "
         f"method.weights=weights.safetensors --backbone {record['backbone']}` starts from them."
     )
 
 
-def _onnx(place: Path, record: dict[str, Any], restored: Restored, example: Tensor, expected: Tensor) -> str:
-    """The network for crops of the training's extent, batches of any size."""
+def _onnx(folder: Path, record: dict[str, Any], restored: Restored, example: Tensor, expected: Tensor) -> str:
+    """Write the network for crops of the training's extent and batches of any size. Returns how to use it."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -105,7 +105,7 @@ def _onnx(place: Path, record: dict[str, Any], restored: Restored, example: Tens
     torch.onnx.export(
         restored.network,
         (example,),
-        place / "network.onnx",
+        folder / "network.onnx",
         input_names=["image"],
         output_names=["logits"],
         dynamic_shapes=({0: batch},),
@@ -117,21 +117,26 @@ def _onnx(place: Path, record: dict[str, Any], restored: Restored, example: Tens
     return f"`network.onnx` takes `image` (batch, {shape}) and gives `logits`; slide it over larger images."
 
 
-def _save(network: nn.Module, place: Path, record: dict[str, Any]) -> None:
+def _save(network: nn.Module, folder: Path, record: dict[str, Any]) -> None:
+    """Write the weights of a network to `weights.safetensors`, with the id of the run."""
     state = {key: value.detach().cpu().contiguous().clone() for key, value in network.state_dict().items()}
-    save_file(state, place / "weights.safetensors", metadata={"run_id": record["run_id"], "format": "pt"})
+    save_file(state, folder / "weights.safetensors", metadata={"run_id": record["run_id"], "format": "pt"})
 
 
 def _check_equal(output: Tensor, expected: Tensor) -> None:
+    """Raises RuntimeError if two outputs differ by more than `EQUAL`."""
     difference = float((output - expected).abs().max())
     if difference > EQUAL * float(expected.abs().max()):
         raise RuntimeError(f"MONAI's network gives another output with these weights: they differ by {difference:g}")
 
 
 def card(record: dict[str, Any], how: str) -> str:
-    """What somebody who gets the weights must know: data and its licence, protocol, results, preparation, limits.
+    """The model card: data and its licence, protocol, results, preprocessing, and limits of use.
 
-    Whatever comes from the record is escaped; `how` is ours and is not.
+    Values from the record are escaped.
+
+    Args:
+        how: text on using the weights; it is not escaped, because the harness wrote it.
     """
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("harness.runs", "templates"),
@@ -140,7 +145,7 @@ def card(record: dict[str, Any], how: str) -> str:
         finalize=lambda value: value if value is how else escape_markdown(value),
     )
     data = record["data"]
-    corpora = [f"{each['name']} ({each.get('licence', 'licence unknown')})" for each in data.get("corpora", [])]
+    corpora = [f"{corpus['name']} ({corpus.get('licence', 'licence unknown')})" for corpus in data.get("corpora", [])]
     pretrained = ", ".join(corpora) or f"the task's own {len(data.get('pretrain') or [])} training cases"
     template = templates.get_template("card.md")
     return template.render(record=record, how=how, pretrained=pretrained, version=version("ssl-seg-harness"))

@@ -1,4 +1,4 @@
-"""Was this asked before? Answered without torch, so that a finished run answers at once."""
+"""Finds the finished run that answered the same request before. It does not import torch, so the answer comes at once."""
 
 import platform
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class FinishedRun:
     """A finished run.
 
     Attributes:
-        again: whether it was finished before, so that nothing was computed.
+        again: whether the run was finished before this request, so that nothing was computed.
     """
 
     folder: Path
@@ -27,7 +27,7 @@ class FinishedRun:
 
 
 def finished_before(request: Request) -> FinishedRun | None:
-    """The run that answered the same request before, if there is one and nothing that it depends on has changed.
+    """The finished run that answered the same request before; None if there is none, or something it depends on has changed.
 
     Raises:
         UserError: as `harness.runs.locate.locate`.
@@ -39,27 +39,28 @@ def finished_before(request: Request) -> FinishedRun | None:
 
 
 def digest_request(request: Request, registry: Registry, roots: Sequence[Path]) -> str:
-    """Digest of a request and of all that its result depends on: the engine, the plugins, and the data in `roots`.
+    """Digest of a request and of everything that its result depends on: the engine, the plugins, and the data in `roots`.
 
-    Files are told apart by name, size and time, so that no file is read but those that settings name.
+    Files are identified by name, size and time. Only files that settings name are read.
     """
-    asked = asdict(request) | {
+    # Fields that the result does not depend on are set to None.
+    fields = asdict(request) | {
         "runs": None,
         "data": [str(root.resolve()) for root in roots],
         "save_predictions": None,
         "execution": None,
     }
     paths = [Path(pair.partition("=")[2]) for pair in request.settings]
-    asked["files"] = [digest_file(path) for path in paths if path.is_file()]
+    fields["files"] = [digest_file(path) for path in paths if path.is_file()]
     sources = [digest_tree(ENGINE), registry.digest_sources(), [digest_tree(root) for root in roots]]
-    return digest([asked, *sources, platform.node()])
+    return digest([fields, *sources, platform.node()])
 
 
 def finished_folder(runs: Path, key: str, predictions: bool) -> Path | None:
-    """The folder of the run that answered the request with digest `key`; None where there is none.
+    """The folder of the run that answered the request with digest `key`; None if there is none.
 
     Args:
-        predictions: whether it must have kept its predictions.
+        predictions: whether the folder must hold predictions.
     """
     try:
         folder = runs / check_name((runs / "cache" / "requests" / key).read_text())
@@ -71,7 +72,7 @@ def finished_folder(runs: Path, key: str, predictions: bool) -> Path | None:
 
 
 def read_finished(folder: Path) -> dict[str, Any]:
-    """The record of a finished run. Raises UserError where it is damaged."""
+    """The record of a finished run. Raises UserError if it is damaged."""
     record = read_json(folder / "record.json")
     if not isinstance(record, dict):
         raise UserError(f"{folder / 'record.json'} is damaged: remove the folder {folder} and ask again")

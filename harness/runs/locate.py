@@ -1,4 +1,4 @@
-"""Names checked and data folders found, before anything is read or torch is imported."""
+"""Checks the names in a request and finds the data folders, before any data is read or torch is imported."""
 
 import tempfile
 from pathlib import Path
@@ -15,10 +15,13 @@ from harness.system.errors import UserError
 
 
 def locate(request: Request) -> tuple[Registry, Task, Path, list[tuple[Corpus, Path]]]:
-    """Names checked, and the folders of the data found; a phantom is written where none was given.
+    """Check the names in a request and find the data folders. A phantom is written if no data is given.
+
+    Returns:
+        The registry, the task, the task's folder, and the corpora with their folders.
 
     Raises:
-        UserError: an unknown name, data that is not there, or a mode that does not fit the corpora.
+        UserError: a name is unknown, data does not exist, or the mode does not fit the corpora.
     """
     registry = Registry(request.plugins)
     overrides = parse_overrides(request.settings)
@@ -35,14 +38,14 @@ def locate(request: Request) -> tuple[Registry, Task, Path, list[tuple[Corpus, P
     for spec in request.corpora:
         read_spec(registry, spec)
     writable(request.runs)
-    # A task that is a folder is its own data.
+    # A task that is given as a folder has its data in that folder.
     data = registry.task_folder(request.task) or request.data
     root = find_data(task, data, request.runs)
     return registry, task, root, find_corpora(registry, request.corpora, task, request.data or data, request.runs)
 
 
 def writable(runs: Path) -> Path:
-    """The runs folder, made if need be. Raises UserError where it cannot be written."""
+    """The runs folder, which is created if necessary. Raises UserError if it cannot be written."""
     try:
         runs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=runs):

@@ -1,4 +1,4 @@
-"""What a run will do, known before it starts: names, data, configuration, split, and whether all of it fits."""
+"""Plans a run before it starts: names, data, configuration and split, and checks that they fit each other."""
 
 import os
 from collections.abc import Sequence
@@ -24,7 +24,15 @@ from harness.training.models import Plugins
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Everything about a run that is known before it starts."""
+    """Everything about a run that is known before it starts.
+
+    Attributes:
+        data: cases of the task and their split.
+        corpora: for pre-training; empty if the run is pre-trained on the task's own training cases.
+        overlap: pairs (scan of a corpus, test case) that are copies of each other.
+        sources: digests of the source files of plugins that are given as files.
+        files: digests of the files that the method's settings name, by setting.
+    """
 
     config: RunConfig
     plugins: Plugins
@@ -36,12 +44,12 @@ class RunPlan:
 
     @property
     def task(self) -> Task:
-        """The task, as this run prepares it."""
+        """The task, with the preprocessing of this run."""
         return self.data.task
 
     @property
     def train(self) -> list[Case]:
-        """Training cases; prefixes are the label fractions."""
+        """Training cases in a fixed order. A label fraction is a prefix of this list."""
         return self.data.split.train
 
     @property
@@ -51,39 +59,39 @@ class RunPlan:
 
     @property
     def phantom(self) -> bool:
-        """Whether anything in the run is made up."""
-        return self.data.phantom or any(each.phantom for each in self.corpora)
+        """Whether any data of the run is a phantom."""
+        return self.data.phantom or any(corpus.phantom for corpus in self.corpora)
 
     @property
     def label_cases(self) -> list[Case]:
-        """The nested subset of the training cases whose labels are used."""
+        """The training cases whose labels are used; those of a smaller fraction are among those of a larger one."""
         return self.train[: max(1, ceil(self.config.label_fraction * len(self.train)))]
 
     @property
     def pretrain_channels(self) -> int:
-        """Channels of the images that are pre-trained on."""
+        """Number of channels of the images for pre-training."""
         return len(self.corpora[0].corpus.channels if self.corpora else self.task.channels)
 
     @property
     def num_pretrain(self) -> int:
-        """Scans that are pre-trained on."""
-        return sum(len(each.cases) for each in self.corpora) or len(self.train)
+        """Number of scans for pre-training."""
+        return sum(len(corpus.cases) for corpus in self.corpora) or len(self.train)
 
     @property
     def pretrain_key(self) -> str:
-        """Digest of all that determines the pre-trained weights."""
-        parts = self.config.model_dump(mode="json", include={"method", "backbone", "seed", "mode", "pretrain"})
+        """Digest of everything that determines the pre-trained weights."""
+        names = self.config.model_dump(mode="json", include={"method", "backbone", "seed", "mode", "pretrain"})
         settings = self.config.model_dump(mode="json", include={"method_settings", "backbone_settings"})
         versions = [self.plugins.method.version, self.plugins.backbone.version, version("ssl-seg-harness")]
-        return digest([parts, settings, versions, self._pretrain_data, self.sources, self.files])
+        return digest([names, settings, versions, self._pretrain_data, self.sources, self.files])
 
     def pretrain_folder(self, runs: Path) -> Path:
-        """Where its pre-training is kept, for every run that shares it."""
+        """The folder of the pre-training, for all runs that share it."""
         return runs / "cache" / "pretrain" / f"{self.config.method}-{self.pretrain_key[:16]}"
 
     @property
     def preparation_identity(self) -> list[Any]:
-        """What every cached value of `Method.prepare` depends on, without the settings, which the method names itself."""
+        """Everything that a cached value of `Method.prepare` depends on, apart from settings, which the method names itself."""
         method = self.plugins.method
         return [
             method.name,
@@ -96,28 +104,29 @@ class RunPlan:
 
     @property
     def _pretrain_data(self) -> list[Any]:
+        """Names, versions, preprocessing and digests of the data for pre-training."""
         if self.corpora:
             return [
-                [each.corpus.name, each.corpus.version, each.corpus.spacing, repr(each.corpus.normalisation)]
-                + [each.inventory.digests[case.id] for case in each.cases]
-                for each in self.corpora
+                [data.corpus.name, data.corpus.version, data.corpus.spacing, repr(data.corpus.normalisation)]
+                + [data.inventory.digests[case.id] for case in data.cases]
+                for data in self.corpora
             ]
         digests = [self.data.inventory.digests[case.id] for case in self.train]
         return [self.task.name, self.task.version, self.config.prepared, digests]
 
     @property
     def num_test_seen(self) -> int:
-        """Test cases that were trained or pre-trained on."""
+        """Number of test cases that are also used for training or pre-training."""
         trained = {case.id for case in self.train} | {case for _, case in self.overlap}
         return len(trained & {case.id for case in self.test})
 
     @property
     def run_id(self) -> str:
-        """Readable name, made unique by a digest of all that determines the result."""
+        """Readable name, made unique by a digest of everything that determines the result."""
         config = self.config
         tested = [case.id for case in self.test]
-        # What was skipped changes nothing but the record, which counts it.
-        skipped = [sorted(each.inventory.bad) for each in self.corpora]
+        # Skipped scans change only the record, which lists them.
+        skipped = [sorted(data.inventory.bad) for data in self.corpora]
         key = digest([self.pretrain_key, config.model_dump(mode="json"), self.data.fingerprint, tested, skipped])
         return f"{config.task}-{config.method}-{config.backbone}-{config.preset}-s{config.seed}-{key[:10]}"
 
@@ -125,39 +134,43 @@ class RunPlan:
 def plan(
     request: Request, registry: Registry, task: Task, root: Path, found: Sequence[tuple[Corpus, Path]] = ()
 ) -> RunPlan:
-    """Configuration, plugins, split, data fingerprint and the leakage guard; every case is opened once.
+    """Plan a run: configuration, plugins, split, data fingerprint, and the check for leakage. Every case is opened once.
+
+    Args:
+        found: corpora and their folders.
 
     Raises:
-        UserError: anything that does not fit, found before anything is computed.
+        UserError: something does not fit. All such problems are found before anything is computed.
     """
     plugins = Plugins(registry.load("method", request.method), registry.load("backbone", request.backbone))
     if not plugins.method.trains:
-        found = ()  # nothing is pre-trained, so that one run serves both modes
+        found = ()  # without pre-training, one run serves both modes
     config = resolve(request, registry, task)
     channels = len(found[0][0].channels if found else task.channels)
-    in_turn = micro_batches(request.execution.micro_batches)
-    check_fit(registry, config, plugins, len(task.channels), channels, in_turn)
+    num_micro_batches = micro_batches(request.execution.micro_batches)
+    check_fit(registry, config, plugins, len(task.channels), channels, num_micro_batches)
     cache = request.runs / "cache"
     data = open_task(task, root, cache, request.split)
     corpora = open_corpora(found, cache, request.skip_bad)
-    pairs = check_overlap(data, corpora, request.allow_overlap)
-    # A plugin that is named as a file changes without a new version; installed ones state theirs.
+    overlap = check_overlap(data, corpora, request.allow_overlap)
+    # A plugin that is given as a file may change without a new version. Installed plugins state their version.
     named = [(kind, getattr(request, kind)) for kind in ("method", "backbone")]
-    sources = [registry.digest(*each) for each in named if registry.plugin(*each).entry_point is None]
+    sources = [registry.digest(kind, name) for kind, name in named if registry.plugin(kind, name).entry_point is None]
     # Paths say where a file lies, not what is in it.
     files = {name: digest_file(path) for name, path in config.method_settings if isinstance(path, Path)}
-    labels = tuple(each.label for each in corpora)
-    run_plan = RunPlan(config.model_copy(update={"corpora": labels}), plugins, data, corpora, pairs, sources, files)
-    # What does not fit fine-tuning is to be known before pre-training.
-    trained = [(config.finetune, len(run_plan.label_cases))]
-    for settings, number in [(config.pretrain, run_plan.num_pretrain), *trained] if plugins.method.trains else trained:
+    labels = tuple(corpus.label for corpus in corpora)
+    run_plan = RunPlan(config.model_copy(update={"corpora": labels}), plugins, data, corpora, overlap, sources, files)
+    # Problems of fine-tuning must be known before pre-training.
+    finetuning = [(config.finetune, len(run_plan.label_cases))]
+    pretraining = [(config.pretrain, run_plan.num_pretrain)] if plugins.method.trains else []
+    for settings, number in [*pretraining, *finetuning]:
         settings.schedule(number)
-        settings.rows(int(os.environ.get("WORLD_SIZE") or 1), in_turn)
+        settings.rows(int(os.environ.get("WORLD_SIZE") or 1), num_micro_batches)
     return run_plan
 
 
 def plan_without_data(request: Request) -> tuple[RunConfig, RunPlan | None]:
-    """What a run would do: its configuration, and with data given everything that `plan` finds. No phantom is written.
+    """The configuration of a run and, if data is given, its plan. No phantom is written.
 
     Raises:
         UserError: as `locate` and `plan`.

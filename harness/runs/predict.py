@@ -1,4 +1,7 @@
-"""New images through a finished run: `harness predict`. Needs the run's folder and its backbone, not its data."""
+"""Segments new images with the network of a finished run: `harness predict`.
+
+It needs the folder of the run and its backbone, but not its data.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +21,14 @@ from harness.system.errors import UserError
 
 
 def predict_images(run: Path, inputs: Sequence[Path], output: Path, plugins: Sequence[str]) -> list[Path]:
-    """Segment one case (a file per channel, or one 4D file) into a file, or a folder of cases into a folder.
+    """Segment one case into a file, or a folder of cases into a folder. Returns the written paths.
+
+    Args:
+        inputs: one file per channel of a case, one 4D file, or one folder.
+        output: file, or folder for a folder of cases.
 
     Raises:
-        UserError: a record that cannot be used, images that do not fit the task, or outputs that would be overwritten.
+        UserError: the record cannot be used, images do not fit the task, or an input would be overwritten.
     """
     record = read_run(run)
     restored = restore(run, record, Registry(plugins))
@@ -37,29 +44,30 @@ def predict_images(run: Path, inputs: Sequence[Path], output: Path, plugins: Seq
         if not output.name.endswith((".nii.gz", ".nii")):
             raise UserError(f"{output}: predictions are written as .nii.gz or .nii: give such a name")
         cases = [Case(id=stem(output), images=tuple(inputs), label=None)]
-    places = [output / f"{case.id}.nii.gz" if folder else output for case in cases]
+    outputs = [output / f"{case.id}.nii.gz" if folder else output for case in cases]
     for case in cases:
         headers = [read_header(path) for path in case.images]
-        number = sum(header.shape[3] if len(header.shape) == 4 else 1 for header in headers)
-        if number != len(task.channels):
+        num_channels = sum(header.shape[3] if len(header.shape) == 4 else 1 for header in headers)
+        if num_channels != len(task.channels):
             raise UserError(
-                f"{case.images[0]}: {number} channels, {task.name!r} has {len(task.channels)}: {', '.join(task.channels)}: "
+                f"{case.images[0]}: {num_channels} channels, {task.name!r} has {len(task.channels)}: {', '.join(task.channels)}: "
                 "give a file for each in this order, or one 4D file"
             )
-    read = {path.resolve() for case in cases for path in case.images}
-    for place in places:
-        if place.resolve() in read:
-            raise UserError(f"{place} is an input, which would be overwritten: give another output")
-    for case, place in zip(progress(cases, "predict"), places, strict=True):
-        _predict(restored, case, place)
-    return places
+    input_paths = {path.resolve() for case in cases for path in case.images}
+    for path in outputs:
+        if path.resolve() in input_paths:
+            raise UserError(f"{path} is an input, which would be overwritten: give another output")
+    for case, path in zip(progress(cases, "predict"), outputs, strict=True):
+        _predict(restored, case, path)
+    return outputs
 
 
-def _predict(restored: Restored, case: Case, place: Path) -> None:
+def _predict(restored: Restored, case: Case, path: Path) -> None:
+    """Segment one case and write its label map."""
     loaded = load_case(restored.task, case)
     image, _, geometry = preprocess(restored.task, loaded, str(case.images[0]))
-    # As the cache holds it, so that a test case gets the prediction that was scored.
+    # Values are rounded as in the cache, so that a test case gets the same prediction that was scored.
     image = quantise(image).astype(np.float32) * np.float32(1 / STEPS)
     with in_memory(case.images[0], restored.trained.crop):
         probabilities = predict(restored.task, restored.network, image, restored.trained, restored.evaluate)
-    write_label(place, restored.task.compose(geometry.decide(restored.task, probabilities)), loaded.affine)
+    write_label(path, restored.task.compose(geometry.decide(restored.task, probabilities)), loaded.affine)

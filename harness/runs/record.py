@@ -1,4 +1,4 @@
-"""What `record.json` says of a run."""
+"""Builds `record.json`, the record of a run."""
 
 import time
 from typing import Any
@@ -12,6 +12,7 @@ from harness.evaluation.evaluate import new_scoring
 from harness.runs.plan import RunPlan
 
 SCHEMA = 1
+"""Version of the record's fields."""
 
 
 def make_record(
@@ -22,6 +23,14 @@ def make_record(
     network: nn.Module,
     stage: dict[str, Any],
 ) -> dict[str, Any]:
+    """The record of a run, without the digests of its files.
+
+    Args:
+        summary: means of the scores, per target and over targets.
+        seconds: per stage.
+        tuned: report of fine-tuning.
+        stage: report of pre-training; empty if there was none.
+    """
     config, task, trained = run_plan.config, run_plan.task, tuned["trained"]
     device, scoring = next(network.parameters()).device, new_scoring(config.evaluate)
     peaks = [memory.peak_memory(device), tuned["memory"]]
@@ -67,14 +76,15 @@ def make_record(
 
 
 def _most(peaks: list[dict[str, Any]], key: str) -> float | None:
-    """The larger one of what several processes, one after the other, needed."""
-    known = [peak[key] for peak in peaks if peak.get(key) is not None]
-    return max(known, default=None)
+    """The largest of the peaks of memory that have a value; None if none has one."""
+    values = [peak[key] for peak in peaks if peak.get(key) is not None]
+    return max(values, default=None)
 
 
 def _data_record(run_plan: RunPlan) -> dict[str, Any]:
+    """What the record says about the data of a run."""
     data, split = run_plan.data, run_plan.data.split
-    scans = [case.id for each in run_plan.corpora for case in each.cases]
+    scans = [case.id for corpus in run_plan.corpora for case in corpus.cases]
     return {
         "source": "phantom" if run_plan.phantom else "real",
         "fingerprint": data.fingerprint,
@@ -90,15 +100,15 @@ def _data_record(run_plan: RunPlan) -> dict[str, Any]:
         "repeated": split.repeated,
         "corpora": [
             {
-                "name": each.corpus.name,
-                "fingerprint": each.label.partition("@")[2],
-                "n": len(each.cases),
-                "normalisation": repr(each.corpus.normalisation),
-                "spacing": each.corpus.spacing,
-                "licence": each.corpus.licence,
-                "skipped": each.inventory.bad,
+                "name": corpus_data.corpus.name,
+                "fingerprint": corpus_data.label.partition("@")[2],
+                "n": len(corpus_data.cases),
+                "normalisation": repr(corpus_data.corpus.normalisation),
+                "spacing": corpus_data.corpus.spacing,
+                "licence": corpus_data.corpus.licence,
+                "skipped": corpus_data.inventory.bad,
             }
-            for each in run_plan.corpora
+            for corpus_data in run_plan.corpora
         ],
         "overlap": run_plan.overlap,
         "n_test_seen": run_plan.num_test_seen,

@@ -1,4 +1,8 @@
-"""The command that made a run, what differs here from where it was made, and the same run again: `harness reproduce`."""
+"""Reproduces a run: `harness reproduce`.
+
+It gives the command of the run, lists the differences between its environment and the present one, and compares the results
+of the same run made again.
+"""
 
 import shlex
 import tempfile
@@ -18,11 +22,12 @@ from harness.system.errors import UserError
 from leaderboards.records import load_run
 
 ENVIRONMENT = ("python", "platform", "cpu", "threads", "torch", "cuda", "gpu", "harness")
+"""Fields of a record's environment that are compared."""
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A run's request, and (what, there, here) for all that differs."""
+    """The request of a recorded run, and every difference to it, as (name, value in the record, value here)."""
 
     record: Mapping[str, Any]
     request: Request
@@ -30,7 +35,7 @@ class Reproduction:
 
     @property
     def command(self) -> str:
-        """The exact command, with what is only known here (`--data`, `--runs`, `--plugin`) as it was given."""
+        """The exact command of the run. `--data`, `--runs` and `--plugin`, which no record holds, are those given here."""
         return shlex.join(command(self.request))
 
     def __str__(self) -> str:
@@ -44,27 +49,27 @@ class Reproduction:
         lines += [f"  revision: {git['revision']}{dirty}"] if git.get("revision") else []
         lines += ["what differs here:" if self.differences else "nothing differs here"]
         lines += [f"  {name}: there {there}, here {here}" for name, there, here in self.differences]
-        return "\n".join(" ".join(line.split(" ")) for line in lines)
+        return "\n".join(lines)
 
 
 def inspect(
     record: Mapping[str, Any], data: Path | None, runs: Path, plugins: Sequence[str], corpora: Sequence[str]
 ) -> Reproduction:
-    """The request of a record, and what differs here; the data is opened where it is at hand.
+    """The request of a record, and all differences here. The data is opened if it is given or is a phantom.
 
     Raises:
-        UserError: plugins that are not here, or a corpus whose folder the record does not know.
+        UserError: a plugin or a corpus is missing here, or more or fewer corpora are given than the record names.
     """
     request = _request(record, data, runs, plugins, corpora)
     return Reproduction(record, request, [*_environment(record), *_data(record, request)])
 
 
 def compare(record: Mapping[str, Any], cases: Path, again: Mapping[str, Any], cases_again: Path) -> str:
-    """How far the second run's results are from the first's, in one sentence."""
+    """A sentence on the difference between the results of the recorded run and those of the run made again."""
     if cases.exists() and cases.read_bytes() == cases_again.read_bytes():
         return "every case has the same scores, to the last digit"
-    here, there = (each["metrics"].get("average", {}).get("dice") for each in (again, record))
-    averages = f"average Dice there {_number(there)}, here {_number(here)}"
+    here, there = (run["metrics"].get("average", {}).get("dice") for run in (again, record))
+    averages = f"average Dice there {_format_dice(there)}, here {_format_dice(here)}"
     if not cases.exists():
         return averages
     first, second = load_run(cases.parent), load_run(cases_again.parent)
@@ -74,21 +79,22 @@ def compare(record: Mapping[str, Any], cases: Path, again: Mapping[str, Any], ca
     return f"{averages}; the largest difference of a case is {largest:.6f}"
 
 
-def _number(value: float | None) -> str:
+def _format_dice(value: float | None) -> str:
+    """A Dice with six decimals."""
     return "not stated" if value is None else f"{value:.6f}"
 
 
 def _request(
     record: Mapping[str, Any], data: Path | None, runs: Path, plugins: Sequence[str], corpora: Sequence[str]
 ) -> Request:
-    named = [str(each["name"]) for each in record["data"].get("corpora", [])]
+    """The request that a record answers, with the folders and plugins that are given here."""
+    named = [str(corpus["name"]) for corpus in record["data"].get("corpora", [])]
     if named and not corpora:
         corpora = named
     if len(corpora) != len(named):
         raise UserError(f"the run was pre-trained on {', '.join(named) or 'no corpus'}: give --corpus for each of them")
-    known = recorded_fields(record)
     return Request(
-        **known,
+        **recorded_fields(record),
         data=None if record["data"]["source"] == "phantom" else data,
         runs=runs,
         settings=tuple(f"{key}={value}" for key, value in record["overrides"].items()),
@@ -99,6 +105,7 @@ def _request(
 
 
 def _environment(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Differences between the environment in a record and the present one, as in `Reproduction.differences`."""
     there: Mapping[str, Any] = record.get("environment", {})
     here = environment.describe_environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     pairs = [(name, there.get(name), here[name]) for name in ENVIRONMENT]
@@ -106,27 +113,28 @@ def _environment(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     pairs += [(name, version, here["packages"].get(name)) for name, version in packages.items()]
     git = there.get("git") or {}
     pairs.append(("revision", git.get("revision"), here["git"]["revision"]))
-    found = [(name, str(a), str(b)) for name, a, b in pairs if a != b]
+    differences = [(name, str(a), str(b)) for name, a, b in pairs if a != b]
     if git.get("dirty") or here["git"]["dirty"]:
-        found.append(("uncommitted changes", str(bool(git.get("dirty"))), str(bool(here["git"]["dirty"]))))
-    return found
+        differences.append(("uncommitted changes", str(bool(git.get("dirty"))), str(bool(here["git"]["dirty"]))))
+    return differences
 
 
 def _data(record: Mapping[str, Any], request: Request) -> list[tuple[str, str, str]]:
+    """Differences between the data, versions and run id in a record and those here, as in `Reproduction.differences`."""
     there = record["data"]
     if request.data is None and there["source"] == "real":
         return [("data", f"real, fingerprint {there['fingerprint']}", "not given: --data DIR")]
-    # Elsewhere: to look leaves nothing behind.
-    with tempfile.TemporaryDirectory() as place:
-        aside = replace(request, runs=Path(place))
-        run_plan = plan(aside, *locate(aside))
-    found = []
+    # The plan is made in a temporary runs folder, so that a comparison leaves no files behind.
+    with tempfile.TemporaryDirectory() as runs:
+        temporary = replace(request, runs=Path(runs))
+        run_plan = plan(temporary, *locate(temporary))
+    differences = []
     if run_plan.data.fingerprint != there["fingerprint"]:
-        found.append(("data fingerprint", there["fingerprint"], run_plan.data.fingerprint))
+        differences.append(("data fingerprint", there["fingerprint"], run_plan.data.fingerprint))
     if run_plan.task.version != record["task_version"]:
-        found.append(("task version", record["task_version"], run_plan.task.version))
+        differences.append(("task version", record["task_version"], run_plan.task.version))
     if run_plan.plugins.method.version != record.get("method_version"):
-        found.append(("method version", str(record.get("method_version")), run_plan.plugins.method.version))
+        differences.append(("method version", str(record.get("method_version")), run_plan.plugins.method.version))
     if run_plan.run_id != record["run_id"]:
-        found.append(("run id", record["run_id"], run_plan.run_id))
-    return found
+        differences.append(("run id", record["run_id"], run_plan.run_id))
+    return differences

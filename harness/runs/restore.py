@@ -1,4 +1,4 @@
-"""The task and the network of a finished run, from its record and weights."""
+"""Restores the task and the network of a finished run from its record and weights."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,10 +26,11 @@ from leaderboards.records import RecordError, read_record
 from leaderboards.schema import Name, Part, Record
 
 Value = Annotated[int, Field(ge=0, le=255)]
+"""A label value."""
 
 
 class _Description(Part):
-    """The task of a run."""
+    """The recorded description of a run's task."""
 
     channels: Annotated[list[Name], Field(min_length=1)]
     targets: Annotated[dict[Name, Annotated[list[Value], Field(min_length=1)]], Field(min_length=1)]
@@ -38,7 +39,7 @@ class _Description(Part):
 
 
 class _Prepared(Part):
-    """How its volumes were prepared."""
+    """The recorded preprocessing of a run's volumes."""
 
     spacing: list[float] | None
     normalisation: Literal["Window", "Percentiles"]
@@ -47,12 +48,14 @@ class _Prepared(Part):
 
 
 class _Trained(Part):
-    """The part of its fine-tuning that is printed."""
+    """The recorded setting of fine-tuning that messages print."""
 
     crop: Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=3, max_length=3)]
 
 
 class _Config(Part):
+    """The recorded settings that restoring needs."""
+
     prepared: _Prepared
     finetune: _Trained
     evaluate: dict[str, Any]
@@ -60,7 +63,7 @@ class _Config(Part):
 
 
 class _Usable(Record):
-    """A record that the trained network can be made from."""
+    """A record from which the trained network can be restored."""
 
     protocol: FinetuneProtocol
     task_description: _Description
@@ -69,23 +72,30 @@ class _Usable(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class RecordedTask(Task):
-    """What a record says of its task: enough to prepare and decide, without the data's layout on disk."""
+    """The task in a record. It can preprocess images and turn probabilities into labels, but knows no layout of data on disk."""
 
     def find(self, data: Path) -> Path:
+        """The folder itself."""
         return data
 
     def cases(self, root: Path) -> list[Case]:
+        """The images in a folder, grouped into cases without labels."""
         return group_images(root, self.channels)
 
     def write_case(
         self, root: Path, number: int, images: NDArray[Any], label: NDArray[np.uint8], affine: NDArray[Any]
     ) -> None:
+        """Raises TypeError: phantoms need a layout on disk."""
         raise TypeError("a recorded task has no layout to write a phantom in")
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What inference needs of a finished run."""
+    """What inference needs from a finished run.
+
+    Attributes:
+        trained: settings of fine-tuning, for the extent of windows, the precision and the memory layout.
+    """
 
     task: RecordedTask
     network: Any
@@ -94,7 +104,7 @@ class Restored:
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """The record of a run that describes its task, every field checked. Raises UserError where it is none."""
+    """The record of a finished run, with all fields that restoring needs checked. Raises UserError if it cannot be used."""
     try:
         record = read_record(run / "record.json")
         _Usable.model_validate(record)
@@ -111,11 +121,11 @@ def read_run(run: Path) -> dict[str, Any]:
 
 
 def _recorded_task(record: dict[str, Any]) -> RecordedTask:
-    """Raises UserError or ValueError for a preparation, or label values, that no task has."""
-    described, prepared = record["task_description"], record["config"]["prepared"]
-    low, high = prepared["low"], prepared["high"]
-    window = (low, high) if prepared["normalisation"] == "Window" else None
-    settings = build(TaskSettings, {"spacing": prepared["spacing"], "window": window}, "prepared")
+    """The task in a record. Raises UserError or ValueError if its preprocessing or its label values are impossible."""
+    described, preprocessing = record["task_description"], record["config"]["prepared"]
+    low, high = preprocessing["low"], preprocessing["high"]
+    window = (low, high) if preprocessing["normalisation"] == "Window" else None
+    settings = build(TaskSettings, {"spacing": preprocessing["spacing"], "window": window}, "prepared")
     if window is None and not 0 <= low < high <= 100:
         raise ValueError(f"percentiles {low:g} to {high:g}")
     values = {value for region in described["targets"].values() for value in region}
@@ -138,7 +148,11 @@ def _recorded_task(record: dict[str, Any]) -> RecordedTask:
 
 @contextmanager
 def in_memory(source: Path, crop: Sequence[int]) -> Iterator[None]:
-    """Raises UserError where a window of the training crop does not fit the memory with what is computed from it."""
+    """Turn an out-of-memory error in the `with` block into a UserError about the windows, which have the training crop's extent.
+
+    Args:
+        source: file or folder that the message names.
+    """
     try:
         yield
     except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
@@ -151,13 +165,13 @@ def in_memory(source: Path, crop: Sequence[int]) -> Iterator[None]:
 
 
 def restore(run: Path, record: dict[str, Any], registry: Registry) -> Restored:
-    """The task and the trained network of a record. Raises UserError where it cannot be used."""
+    """The task and the trained network of a run. Raises UserError if its record or weights cannot be used."""
     try:
         task, config = _recorded_task(record), record["config"]
         trained, settings = Finetune(**config["finetune"]), Evaluate(**config["evaluate"])
         backbone_class = registry.load("backbone", record["backbone"])
         own = build(backbone_class.Config, config["backbone_settings"], "backbone")
-        # Input and output alone, and the weights; what is between needs more, and is found out by trying.
+        # Bytes of input, output and weights alone. Features between them need more, which only inference itself shows.
         need = 4 * prod(trained.crop) * (len(task.channels) + task.num_outputs)
         need += weights_bytes(lambda: backbone_class(own, len(task.channels)))
         if need > (free := psutil.virtual_memory().available):

@@ -1,4 +1,4 @@
-"""Which run is meant, and how far an unfinished one is."""
+"""Finds a run by its name, and the stage and step of an unfinished one."""
 
 import json
 import os
@@ -9,27 +9,31 @@ from harness.system.files import find_below
 
 
 def find_run(name: str, runs: Path) -> Path:
-    """The folder of a finished run: by path, by id, or by the beginning of one id."""
+    """The folder of a finished run, by path, by id, or by the beginning of its id.
+
+    Raises:
+        UserError: no run, or more than one, has this name.
+    """
     if (Path(name) / "record.json").exists():
         return Path(name)
-    known = sorted(path.parent for path in runs.glob("*/record.json"))
-    found = [folder for folder in known if folder.name.startswith(name)]
-    if not found:
-        raise unknown(f"run in {runs}", name, [folder.name for folder in known])
-    if len(found) > 1:
-        raise UserError(f"{name!r} begins {len(found)} run ids: {', '.join(folder.name for folder in found)}")
-    return found[0]
+    folders = sorted(path.parent for path in runs.glob("*/record.json"))
+    matches = [folder for folder in folders if folder.name.startswith(name)]
+    if not matches:
+        raise unknown(f"run in {runs}", name, [folder.name for folder in folders])
+    if len(matches) > 1:
+        raise UserError(f"{name!r} begins {len(matches)} run ids: {', '.join(folder.name for folder in matches)}")
+    return matches[0]
 
 
 def where(folder: Path) -> tuple[str, int]:
-    """The stage of a run or pre-training and its last step; once it is fine-tuned, `evaluate` and the cases scored."""
+    """The stage of a run or pre-training and its last step. After fine-tuning: `evaluate` and the number of scored cases."""
     if (folder / "finetune.json").exists():
         return "evaluate", len(find_below(folder / "evaluation", "*.npz"))
     try:
         with (folder / "history.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            whole = file.read().rpartition(b"\n")[0]
-        last = json.loads(whole.rpartition(b"\n")[2])
+            whole_lines = file.read().rpartition(b"\n")[0]
+        last = json.loads(whole_lines.rpartition(b"\n")[2])
         return str(last["stage"]), int(last["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return "", 0

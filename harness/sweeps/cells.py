@@ -16,7 +16,7 @@ from harness.system.errors import UserError, unknown
 from harness.system.files import digest, expand, read_json
 
 MOST_CELLS = 10_000
-LARGEST = 2**20  # bytes of a sweep file
+LARGEST = 2**20  # bytes of a sweep file, at most
 AXES = {name: option.axis for name, option in options(Request) if option.axis is not None}
 KEYS = (*AXES, "settings", "data", "corpus")
 PHANTOM = "phantom"
@@ -40,7 +40,7 @@ class SweepCell:
 
     @property
     def name(self) -> str:
-        """For files about it."""
+        """The cell's name in the names of files."""
         request = self.request
         task = Path(request.task).name
         return f"{task}-{request.method}-{request.backbone}-{request.preset}-s{request.seed}-{digest(str(self))[:6]}"
@@ -51,9 +51,9 @@ class Planned:
     """A cell that is to be run.
 
     Attributes:
-        folder: of its run.
-        pretrain: folder of the pre-training that it may share with others; None where nothing is pre-trained.
-        lengths: steps of pre-training and of fine-tuning, and test cases.
+        folder: the folder of its run.
+        pretrain: folder of the pre-training, which cells may share; None where nothing is pre-trained.
+        lengths: number of pre-training steps, of fine-tuning steps, and of test cases.
     """
 
     cell: SweepCell
@@ -64,7 +64,14 @@ class Planned:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell: a folder, or the reason why there is none. `before`: it failed in an earlier sweep."""
+    """The result of a cell.
+
+    Attributes:
+        folder: the folder of its finished run; None where there is none.
+        problem: why there is no finished run; empty where there is one.
+        seconds: time that the cell took in this sweep.
+        before: whether it failed in an earlier sweep.
+    """
 
     cell: SweepCell
     folder: Path | None
@@ -74,12 +81,17 @@ class Outcome:
 
 
 def read(path: Path, base: Request) -> list[SweepCell]:
-    """The cells of a sweep file, in its order, each once.
+    """The cells of a sweep file, in the order of the file, without duplicates.
 
-    The file holds `[[matrix]]` tables, whose keys may be single values or lists, and `[defaults]` for all of them:
-    method, backbone, task, preset, mode, protocol, split, seed, label_fraction, `settings` (a table of `--set` values, or a
-    list of them), `corpus` (a name or folder, a list of them, or a list of such lists, each of which is pre-trained on together)
-    and `data` (a folder, relative to the file; or "phantom"). `base` has what the command line gave.
+    The file holds `[[matrix]]` tables and a `[defaults]` table that applies to all of them. The value of a key is a single
+    value or a list. The keys are method, backbone, task, preset, mode, protocol, split, seed, label_fraction and
+
+    * `settings`: a table of `--set` values, or a list of such tables,
+    * `corpus`: a name or folder, a list of them, or a list of lists, where each inner list is pre-trained on together,
+    * `data`: a folder, relative to the file, or "phantom".
+
+    Args:
+        base: the request that the command line gave; a cell takes from it what the file leaves out.
 
     Raises:
         UserError: not TOML, unknown keys, values of the wrong type, or no method or task.
@@ -88,7 +100,7 @@ def read(path: Path, base: Request) -> list[SweepCell]:
         if path.stat().st_size > LARGEST:
             raise UserError(f"{path} is larger than 1 MiB: a sweep file describes cells, it does not list them")
         content = tomllib.loads(path.read_text())
-    # Numbers of thousands of digits are a ValueError of their own, as what is no TOML and no UTF-8 is.
+    # ValueError covers three cases: no TOML, no UTF-8, and a number of thousands of digits.
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as a sweep file: {error}") from None
     for key in content:
@@ -109,6 +121,7 @@ def read(path: Path, base: Request) -> list[SweepCell]:
 
 
 def _expand(path: Path, defaults: dict[str, Any], block: dict[str, Any], base: Request) -> Iterator[Request]:
+    """The requests of one `[[matrix]]` table: the product of its lists. Raises UserError for a value that is not allowed."""
     for key in (*defaults, *block):
         if key not in KEYS:
             raise unknown(f"key of a matrix in {path},", key, KEYS)
@@ -128,7 +141,7 @@ def _expand(path: Path, defaults: dict[str, Any], block: dict[str, Any], base: R
                 if key == "seed" and value == 0 and not isinstance(value, bool):
                     continue
                 raise UserError(
-                    f"{path}: {key} = {_shown(value)} is not a {kind.__name__}: give one, or a list of them"
+                    f"{path}: {key} = {_printable_value(value)} is not a {kind.__name__}: give one, or a list of them"
                 )
     if (number := prod(len(values) for values in axes.values())) > MOST_CELLS:
         raise UserError(f"{path}: a matrix of {number} runs, at most {MOST_CELLS} are allowed: take values out")
@@ -138,29 +151,30 @@ def _expand(path: Path, defaults: dict[str, Any], block: dict[str, Any], base: R
             yield replace(request, data=_data(path, merged.get("data"), base.data), corpora=corpora)
 
 
-def _settings(path: Path, common: Any, own: Any) -> list[tuple[str, ...]]:
-    found = []
-    for table in own if isinstance(own, list) else [own]:
-        if not isinstance(common, dict) or not isinstance(table, dict):
+def _settings(path: Path, defaults: Any, tables: Any) -> list[tuple[str, ...]]:
+    """One tuple of `key=value` pairs per table of `settings`, each on top of the settings of `[defaults]`."""
+    pairs = []
+    for table in tables if isinstance(tables, list) else [tables]:
+        if not isinstance(defaults, dict) or not isinstance(table, dict):
             raise UserError(f'{path}: settings are tables of --set values, for instance {{"method.mask_ratio" = 0.6}}')
-        found.append(tuple(f"{key}={_text(path, key, value)}" for key, value in (common | table).items()))
-    return found
+        pairs.append(tuple(f"{key}={_text(path, key, value)}" for key, value in (defaults | table).items()))
+    return pairs
 
 
-def _corpora(path: Path, named: Any, given: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """One tuple of corpora per cell; folders (with a slash) are relative to the file."""
-    if named is None:
-        return [given]
-    sets = [each if isinstance(each, list) else [each] for each in (named if isinstance(named, list) else [named])]
-    if not sets or not all(isinstance(one, str) and one for each in sets for one in each) or not all(sets):
+def _corpora(path: Path, value: Any, base: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """One tuple of corpora per cell. A corpus with a slash is a folder relative to the file."""
+    if value is None:
+        return [base]
+    groups = [item if isinstance(item, list) else [item] for item in (value if isinstance(value, list) else [value])]
+    if not groups or not all(isinstance(name, str) and name for group in groups for name in group) or not all(groups):
         raise UserError(
-            f"{path}: corpus = {_shown(named)}: give names or folders, a list of them, or a list of lists of them"
+            f"{path}: corpus = {_printable_value(value)}: give names or folders, a list of them, or a list of lists of them"
         )
-    return [tuple(str(path.parent / expand(one)) if "/" in one else one for one in each) for each in sets]
+    return [tuple(str(path.parent / expand(name)) if "/" in name else name for name in group) for group in groups]
 
 
-def _shown(value: Any) -> str:
-    """A value for a message; numbers of thousands of digits cannot be printed."""
+def _printable_value(value: Any) -> str:
+    """A value for a message. Python refuses to print numbers of thousands of digits."""
     try:
         return repr(value)[:80]
     except ValueError:
@@ -168,54 +182,62 @@ def _shown(value: Any) -> str:
 
 
 def _text(path: Path, key: str, value: Any) -> str:
+    """The text of a `--set` value; the items of a list are separated by commas."""
     values = value if isinstance(value, list) else [value]
-    for each in values:
-        if not isinstance(each, str | int | float) or (isinstance(each, int) and abs(each) >= 2**63):
+    for item in values:
+        if not isinstance(item, str | int | float) or (isinstance(item, int) and abs(item) >= 2**63):
             raise UserError(f"{path}: settings: {key[:80]} is no text, number, yes or no, nor a list of them: give one")
     return ",".join(map(str, values))
 
 
-def _data(path: Path, named: Any, given: Path | None) -> Path | None:
-    if named is None:
-        return given
-    if not isinstance(named, str):
-        raise UserError(f'{path}: data = {_shown(named)} is not a folder: give its name, or "{PHANTOM}"')
+def _data(path: Path, value: Any, base: Path | None) -> Path | None:
+    """The data folder of a cell; None for a phantom."""
+    if value is None:
+        return base
+    if not isinstance(value, str):
+        raise UserError(f'{path}: data = {_printable_value(value)} is not a folder: give its name, or "{PHANTOM}"')
     try:
-        return None if named == PHANTOM else path.parent / Path(named).expanduser()
+        return None if value == PHANTOM else path.parent / Path(value).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{path}: data = {named!r}: {error} Give a folder") from None
+        raise UserError(f"{path}: data = {value!r}: {error} Give a folder") from None
 
 
 def sort_out(cells: Sequence[SweepCell], notes: Path, retry: bool = False) -> tuple[list[Planned], list[Outcome]]:
-    """Cells to run, and outcomes of those that are finished, failed before or cannot run. Phantoms are written.
+    """Separate the cells that have to be run from those that are finished, failed before or cannot run.
+
+    The phantoms that cells need are written here.
 
     Args:
-        notes: folder with what earlier sweeps noted of cells that failed.
-        retry: run those again.
+        notes: folder with the notes of earlier sweeps about cells that failed.
+        retry: run the cells again that failed in an earlier sweep.
+
+    Returns:
+        the cells to run, and the outcomes of the others.
     """
     todo: list[Planned] = []
-    known = []
+    outcomes = []
     for cell in cells:
         began = time.perf_counter()
         try:
             run_plan = plan(cell.request, *locate(cell.request))
         except (UserError, OSError) as error:
-            known.append(Outcome(cell, None, str(error), time.perf_counter() - began))
+            outcomes.append(Outcome(cell, None, str(error), time.perf_counter() - began))
             continue
         runs = cell.request.runs
         folder, failed = runs / run_plan.run_id, read_json(notes / f"{cell.name}.failed.json")
         if (folder / "record.json").exists():
-            known.append(Outcome(cell, folder, "", 0.0))
+            outcomes.append(Outcome(cell, folder, "", 0.0))
         elif isinstance(failed, dict) and not retry:
-            known.append(Outcome(cell, None, str(failed.get("problem")), 0.0, before=True))
+            outcomes.append(Outcome(cell, None, str(failed.get("problem")), 0.0, before=True))
         else:
             todo.append(_planned(cell, run_plan, folder))
-    return todo, known
+    return todo, outcomes
 
 
 def _planned(cell: SweepCell, run_plan: RunPlan, folder: Path) -> Planned:
+    """The cell with its folders and lengths."""
     config, trains = run_plan.config, bool(run_plan.plugins.method.trains)
-    first = config.pretrain.schedule(run_plan.num_pretrain)[0] if trains else 0
-    second, _ = config.finetune.schedule(len(run_plan.label_cases))
+    pretrain_steps = config.pretrain.schedule(run_plan.num_pretrain)[0] if trains else 0
+    finetune_steps, _ = config.finetune.schedule(len(run_plan.label_cases))
     pretrain = run_plan.pretrain_folder(cell.request.runs) if trains else None
-    return Planned(cell, folder, pretrain, (first, second, len(run_plan.test)))
+    return Planned(cell, folder, pretrain, (pretrain_steps, finetune_steps, len(run_plan.test)))

@@ -1,4 +1,4 @@
-"""A cell of a sweep as a job, and what a launcher does with jobs."""
+"""Jobs of a sweep, and the interface of the launchers that run them."""
 
 import sys
 from abc import ABC, abstractmethod
@@ -10,17 +10,18 @@ from harness.config.request import command
 from harness.sweeps.cells import Planned
 from harness.system.status_file import VARIABLE, Ending, read_ending
 
-POLL = 0.2  # seconds between looks at what runs
+POLL = 0.2  # seconds between two checks of the running jobs
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command in a process of its own, or several that share it: a cell, or the pre-training that several cells share.
+    """A cell, or a pre-training that several cells share, as a command in one process or in several.
 
     Attributes:
-        until: the stage after which it ends; empty: a whole run.
-        needs: the job that has to end before this one begins.
-        attempt: how often it was started before.
+        planned: the cell; of several cells that share a pre-training, the first.
+        until: the stage after which the job ends; empty: it is a whole run.
+        needs: the job that has to end before this one starts.
+        attempt: how often the job was started before.
     """
 
     planned: Planned
@@ -30,11 +31,11 @@ class Job:
 
     @property
     def name(self) -> str:
-        """For files and queues."""
+        """The job's name in the names of files and in queues."""
         return f"{self.planned.cell.name}{'-' if self.until else ''}{self.until}"
 
     def words(self, processes: int) -> list[str]:
-        """The command line."""
+        """The command line, with torchrun where several processes share the job."""
         start = [sys.executable, "-m", "harness"]
         if processes > 1:
             torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -44,20 +45,29 @@ class Job:
 
 
 def make_jobs(todo: Sequence[Planned]) -> list[Job]:
-    """Jobs of the cells. A pre-training that several cells share, and that is not finished, is a job before them."""
+    """The jobs of the cells. An unfinished pre-training that several cells share becomes a job before theirs."""
     sharing: dict[Path, list[Planned]] = {}
-    for each in todo:
-        if each.pretrain is not None and not (each.pretrain / "stage.json").exists():
-            sharing.setdefault(each.pretrain, []).append(each)
-    first = {path: Job(cells[0], until="pretrain") for path, cells in sharing.items() if len(cells) > 1}
-    return [*first.values(), *(Job(each, needs=first.get(each.pretrain) if each.pretrain else None) for each in todo)]
+    for planned in todo:
+        if planned.pretrain is not None and not (planned.pretrain / "stage.json").exists():
+            sharing.setdefault(planned.pretrain, []).append(planned)
+    shared_jobs = {path: Job(cells[0], until="pretrain") for path, cells in sharing.items() if len(cells) > 1}
+    return [
+        *shared_jobs.values(),
+        *(Job(planned, needs=shared_jobs.get(planned.pretrain) if planned.pretrain else None) for planned in todo),
+    ]
 
 
 class Launcher(ABC):
-    """Where jobs run. What a job prints goes to `NAME.log` in `notes`, how it ended to `NAME.status.json`."""
+    """Runs jobs somewhere.
+
+    A job writes what it prints to `NAME.log`, and how it ended to `NAME.status.json`, in the folder `notes`.
+
+    Args:
+        processes: number of processes that share a job.
+    """
 
     waits_itself = False
-    """Whether it holds jobs back until what they need has ended."""
+    """Whether the launcher itself holds a job back until the job that it needs has ended."""
 
     def __init__(self, notes: Path, processes: int) -> None:
         self.notes, self.processes = notes, processes
@@ -69,18 +79,18 @@ class Launcher(ABC):
 
     @abstractmethod
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Start these jobs, all of which need the same one."""
+        """Start these jobs; all of them need the same other job, or none."""
 
     @abstractmethod
     def poll(self) -> list[tuple[Job, int | None]]:
-        """Jobs that ended, with the exit status of the process; None where nobody knows it."""
+        """The jobs that ended since the last call, with the exit status of their process; None where it is not known."""
 
     @abstractmethod
     def stop(self) -> str:
-        """The sweep ends before its jobs; says what becomes of them."""
+        """Called when the sweep ends before its jobs. Returns in words what becomes of them."""
 
     def log(self, job: Job) -> Path:
-        """The file with what a job prints."""
+        """The file that a job prints to."""
         return self.notes / f"{job.name}.log"
 
     def status_file(self, job: Job) -> Path:
@@ -88,12 +98,15 @@ class Launcher(ABC):
         return self.notes / f"{job.name}.status.json"
 
     def ending(self, job: Job) -> Ending | None:
-        """How a job ended, in its own words; None where it was killed before it could say so."""
+        """How a job ended, as the job itself wrote it; None where it was killed before it could write that."""
         return read_ending(self.status_file(job))
 
 
 def job_environment(environment: Mapping[str, str], status_file: Path) -> dict[str, str]:
-    """The environment of a job: without what the sweep was told by it, which the command line of the job says."""
+    """The environment variables of a job: those of the sweep, and the name of the job's status file.
+
+    The variables that set data, runs folder or processes of the sweep are dropped: the job's command line sets these.
+    """
     dropped = ("HARNESS_DATA", "HARNESS_RUNS", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     return {key: value for key, value in environment.items() if key not in dropped} | {
         VARIABLE: str(status_file.resolve())

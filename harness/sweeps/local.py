@@ -1,4 +1,4 @@
-"""Launcher: processes of this machine."""
+"""A launcher that runs jobs as processes of this machine."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from harness.sweeps.job import Job, Launcher, job_environment
 
 
 class Local(Launcher):
-    """At most `jobs` jobs at a time on this machine; GPUs are handed out in turn."""
+    """Runs at most `jobs` jobs at a time on this machine, and assigns the GPUs to them in turn."""
 
     def __init__(self, notes: Path, processes: int, jobs: int) -> None:
         super().__init__(notes, processes)
@@ -18,7 +18,7 @@ class Local(Launcher):
         self.running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
 
     def room(self) -> int:
-        """Slots that are free."""
+        """The number of free slots."""
         return self.jobs - len(self.running)
 
     def submit(self, jobs: Sequence[Job]) -> None:
@@ -33,22 +33,22 @@ class Local(Launcher):
                 numbers = range(slot * self.processes, (slot + 1) * self.processes)
                 environment["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus[n % len(self.gpus)] for n in numbers)
             with self.log(job).open("ab") as log:
-                # In a session of its own, so that Ctrl-C reaches it once, through `stop`.
+                # The process gets its own session, so that Ctrl-C reaches it only once, through `stop`.
                 process = subprocess.Popen(
                     job.words(self.processes), stdout=log, stderr=log, env=environment, start_new_session=True
                 )
             self.running[slot] = job, process
 
     def poll(self) -> list[tuple[Job, int | None]]:
-        """Jobs whose processes ended, with their exit status."""
+        """The jobs whose processes ended, with their exit statuses."""
         statuses = {slot: (job, process.poll()) for slot, (job, process) in self.running.items()}
-        ended = {slot: each for slot, each in statuses.items() if each[1] is not None}
+        ended = {slot: (job, status) for slot, (job, status) in statuses.items() if status is not None}
         for slot in ended:
             del self.running[slot]
         return list(ended.values())
 
     def stop(self) -> str:
-        """Ask all jobs to stop, and wait until they have."""
+        """Send SIGTERM to all jobs, and wait until they have ended."""
         for _, process in self.running.values():
             process.terminate()
         for _, process in self.running.values():
@@ -57,11 +57,11 @@ class Local(Launcher):
 
 
 def visible_gpus() -> list[str]:
-    """Names of the GPUs that may be handed out, without importing torch."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [each for each in named.split(",") if each.strip()]
+    """Names of the GPUs that jobs may use. Read without importing torch, which takes seconds."""
+    variable = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if variable is not None:
+        return [name for name in variable.split(",") if name.strip()]
     if shutil.which("nvidia-smi") is None:
         return []
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-    return [str(number) for number, line in enumerate(listed.splitlines()) if line.startswith("GPU")]
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    return [str(number) for number, line in enumerate(listing.splitlines()) if line.startswith("GPU")]

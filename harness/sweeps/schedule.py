@@ -1,4 +1,4 @@
-"""Jobs in their order; what was killed from outside is started again."""
+"""Start the jobs of a sweep in their order; start a job again that was killed from outside."""
 
 import json
 import time
@@ -14,16 +14,17 @@ from harness.system.files import write_atomic
 from harness.system.signals import STOPPED
 from harness.system.status_file import Ending
 
-ATTEMPTS = 4  # of a job that is killed from outside; one that fails by itself is not started again
+ATTEMPTS = 4  # starts of a job that is killed from outside; a job that fails by itself is started once
 
 
 def execute(todo: Sequence[Planned], launcher: Launcher) -> Iterator[Outcome | None]:
-    """Run the cells; outcomes as they come, and None now and then in between.
+    """Run the cells. Yields each outcome when it is there, and None after every check of the running jobs.
 
-    A job that is killed from outside goes on from its checkpoint; one that fails by itself is noted, with its reason.
+    A job that was killed from outside is started again and goes on from its checkpoint. For a cell that failed by itself,
+    the reason is written to a file.
     """
     waiting, ended, running = make_jobs(todo), set[str](), dict[str, tuple[Job, float]]()
-    refused: dict[str, str] = {}
+    failed_pretraining: dict[str, str] = {}
     while waiting or running:
         for group in _ready(waiting, running, ended, launcher):
             launcher.submit(group)
@@ -38,13 +39,13 @@ def execute(todo: Sequence[Planned], launcher: Launcher) -> Iterator[Outcome | N
                 continue
             ended.add(job.name)
             if problem and job.until:
-                refused[job.name] = problem
+                failed_pretraining[job.name] = problem
             if not job.until:
                 yield _conclude(job, problem, launcher.notes, time.monotonic() - began)
         for job in list(waiting):
-            if job.needs is not None and job.needs.name in refused:
+            if job.needs is not None and job.needs.name in failed_pretraining:
                 waiting.remove(job)
-                yield _conclude(job, f"its pre-training: {refused[job.needs.name]}", launcher.notes, 0.0)
+                yield _conclude(job, f"its pre-training: {failed_pretraining[job.needs.name]}", launcher.notes, 0.0)
         yield None
         time.sleep(POLL)
 
@@ -52,7 +53,7 @@ def execute(todo: Sequence[Planned], launcher: Launcher) -> Iterator[Outcome | N
 def _ready(
     waiting: Sequence[Job], running: Mapping[str, Any], ended: set[str], launcher: Launcher
 ) -> Iterator[list[Job]]:
-    """Groups of jobs that may be submitted now: those that need the same job together."""
+    """The jobs that may be submitted now, in groups that need the same job; at most as many as there is room for."""
     room = launcher.room()
     groups: dict[str, list[Job]] = {}
     for job in waiting:
@@ -68,19 +69,23 @@ def _ready(
 
 
 def _needing(job: Job, before: Job, again: Job) -> Job:
-    """The job, needing `again` where it needed `before`."""
+    """The same job; where it needed the job `before`, it needs `again` instead."""
     return replace(job, needs=again) if job.needs == before else job
 
 
 def outcome_of(job: Job, status: int | None, ending: Ending | None, log: Path) -> tuple[Job | None, str]:
-    """The job once more where it was killed from outside, and what went wrong; empty where nothing did.
+    """The job to start again, and the problem.
 
     Args:
-        status: of its process, negative for a signal; None where nobody knows it.
-        ending: as the command itself wrote it at its end.
+        status: exit status of the job's process, negative for a signal; None where it is not known.
+        ending: how the job ended, as it wrote it itself; None where it wrote nothing.
+        log: the file that the job prints to.
+
+    Returns:
+        the job for its next attempt where it was killed from outside, else None; and what went wrong, empty for nothing.
     """
     if ending is None and status in (0, 2):
-        # It left by itself without a word: a plugin that calls sys.exit, say. Once more it would do the same.
+        # It ended by itself and wrote no ending: for instance a plugin called sys.exit. It would do the same again.
         return None, f"it ended with status {status} before its end; see {log}"
     if ending is None:
         problem = "its process died" + (f" by signal {-status}" if status is not None and status < 0 else "")
@@ -97,7 +102,7 @@ def outcome_of(job: Job, status: int | None, ending: Ending | None, log: Path) -
 
 
 def _conclude(job: Job, problem: str, notes: Path, seconds: float) -> Outcome:
-    """The outcome of a cell; a failure is noted, so that the next sweep of this file does not repeat it."""
+    """The outcome of a cell. A failure is written to a file, so that the next sweep of this file does not repeat the cell."""
     note, cell = notes / f"{job.planned.cell.name}.failed.json", job.planned.cell
     if not problem and not (job.planned.folder / "record.json").exists():
         problem = f"it left no record in {job.planned.folder}"

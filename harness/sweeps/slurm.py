@@ -1,4 +1,4 @@
-"""Launcher: a Slurm cluster, through submitit."""
+"""A launcher that submits jobs to a Slurm cluster, through submitit."""
 
 import json
 import os
@@ -15,15 +15,19 @@ from harness.system.console import say
 from harness.system.errors import UserError
 from harness.system.files import read_json, write_atomic
 
-# Parameters that submitit names alike for all clusters; others get the prefix `slurm_`.
+# Parameters that have the same name for every executor of submitit; other parameters get the prefix `slurm_`.
 SHARED = ("timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node", "stderr_to_stdout")
 
 
 class Slurm(Launcher):
-    """Arrays of a Slurm cluster; cells depend on the pre-training that they share.
+    """Submits jobs as Slurm arrays. Slurm starts a cell after the pre-training that the cell needs.
 
-    Whether a job is queued or runs is asked of `squeue`, and how it ended is read from the file that it writes last:
-    accounting is not needed. A job that is gone without such a file was killed.
+    `squeue` tells whether a job is in the queue; the job's status file, which it writes last, tells how it ended. So Slurm's
+    accounting is not needed. A job that left the queue without a status file was killed.
+
+    Args:
+        jobs: how many jobs of an array run at a time.
+        parameters: of submitit, as texts.
     """
 
     waits_itself = True
@@ -37,28 +41,30 @@ class Slurm(Launcher):
         if shutil.which("sbatch") is None:
             raise UserError("--launcher slurm: there is no sbatch here: start the sweep on a node that submits jobs")
         self.executor = submitit.AutoExecutor(folder=notes / "slurm", cluster="slurm")
-        given = {key if key in SHARED else f"slurm_{key}": _number_or_text(text) for key, text in parameters.items()}
+        converted = {
+            key if key in SHARED else f"slurm_{key}": _number_or_text(text) for key, text in parameters.items()
+        }
         try:
-            self.executor.update_parameters(**{"timeout_min": 24 * 60, "slurm_array_parallelism": jobs, **given})
-        # Its own words name what is allowed.
+            self.executor.update_parameters(**{"timeout_min": 24 * 60, "slurm_array_parallelism": jobs, **converted})
+        # The message of submitit names the allowed parameters.
         except (NameError, ValueError, TypeError, AssertionError) as error:
             raise UserError(f"--slurm: {' '.join(str(error).split())}") from None
         self.jobs: dict[str, Job] = {}
         self.missing: dict[str, int] = {}
 
     def room(self) -> int:
-        """Slurm queues what it cannot run yet."""
+        """No limit: Slurm queues the jobs that it cannot run yet."""
         return sys.maxsize
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Submit the jobs as one array; those that are in the queue already are watched only."""
+        """Submit the jobs as one array. Jobs that are in the queue already are only watched."""
         jobs = [job for job in jobs if not self._attach(job)]
         if not jobs:
             return
         ids = {job.name: number for number, job in self.jobs.items()}
-        needed = ids.get(jobs[0].needs.name) if jobs[0].needs else None
-        # After any end of it: if it was killed, the first of these goes on with it, under its lock.
-        extra = {"dependency": f"afterany:{needed}"} if needed else {}
+        needed_id = ids.get(jobs[0].needs.name) if jobs[0].needs else None
+        # Start after the needed job, however it ended: if it was killed, the first of these jobs goes on with it, under its lock.
+        extra = {"dependency": f"afterany:{needed_id}"} if needed_id else {}
         self.executor.update_parameters(
             name=f"harness-{self.notes.name}"[:60], slurm_additional_parameters={**extra, "requeue": True}
         )
@@ -69,13 +75,15 @@ class Slurm(Launcher):
                 self.executor.submit(Work(job.words(self.processes), self.log(job), self.status_file(job)))
                 for job in jobs
             ]
-        for job, each in zip(jobs, submitted, strict=True):
-            self.jobs[each.job_id] = job
-            write_atomic(self.notes / f"{job.name}.job.json", json.dumps({"job": each.job_id, "attempt": job.attempt}))
-            say(f"job {each.job_id}: {job.name}{f' after {needed}' if needed else ''}")
+        for job, handle in zip(jobs, submitted, strict=True):
+            self.jobs[handle.job_id] = job
+            write_atomic(
+                self.notes / f"{job.name}.job.json", json.dumps({"job": handle.job_id, "attempt": job.attempt})
+            )
+            say(f"job {handle.job_id}: {job.name}{f' after {needed_id}' if needed_id else ''}")
 
     def poll(self) -> list[tuple[Job, int | None]]:
-        """Jobs that left the queue; their exit status is in their status file, or unknown."""
+        """The jobs that left the queue, with None: their exit status is in their status file, or not known."""
         queued = queue()
         if queued is None:
             return []
@@ -84,7 +92,7 @@ class Slurm(Launcher):
             if number in queued:
                 self.missing.pop(number, None)
                 continue
-            # The file of a job that has just ended may take a moment on a network file system.
+            # On a network file system the status file of a job that has just ended may appear a moment later.
             self.missing[number] = self.missing.get(number, 0) + 1
             if self.ending(job) is None and self.missing[number] < 3:
                 continue
@@ -94,13 +102,13 @@ class Slurm(Launcher):
         return ended
 
     def stop(self) -> str:
-        """Leave the jobs in the queue."""
+        """Leave the jobs in the queue, and say so."""
         return f"its {len(self.jobs)} jobs stay in the queue; the same command watches them again"
 
     def _attach(self, job: Job) -> bool:
-        """Whether an earlier sweep has submitted the job, and it still is in the queue."""
-        noted = read_json(self.notes / f"{job.name}.job.json")
-        number = str(noted.get("job")) if isinstance(noted, dict) else ""
+        """Watch the job if an earlier sweep submitted it and it is still in the queue. Returns whether that is so."""
+        note = read_json(self.notes / f"{job.name}.job.json")
+        number = str(note.get("job")) if isinstance(note, dict) else ""
         if job.attempt or not number or number not in (queue() or {}):
             return False
         self.jobs[number] = job
@@ -109,14 +117,14 @@ class Slurm(Launcher):
 
 
 class Work:
-    """What submitit pickles and calls on the node: the command of a job in a process of its own."""
+    """Runs the command of a job in its own process. submitit pickles this object and calls it on the node."""
 
     def __init__(self, words: list[str], log: Path, status_file: Path) -> None:
         self.words, self.log, self.status_file = words, str(log.resolve()), str(status_file.resolve())
         self.process: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> int:
-        """Run it; the exit status."""
+        """Run the command. Returns its exit status."""
         environment = job_environment(os.environ, Path(self.status_file))
         environment.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
         with Path(self.log).open("ab") as log:
@@ -124,18 +132,18 @@ class Work:
             return self._wait()
 
     def checkpoint(self) -> Any:
-        """Slurm takes the node away: the run saves its state, and the job goes back into the queue."""
+        """Called when Slurm takes the node away: the run saves its state, and the job goes back into the queue."""
         import submitit
 
         if self.process is not None:
             self.process.terminate()
             self._wait()
-        # What the stopped process wrote is not how the job ends.
+        # The stopped process wrote an ending, but the job has not ended.
         Path(self.status_file).unlink(missing_ok=True)
         return submitit.helpers.DelayedSubmission(Work(self.words, Path(self.log), Path(self.status_file)))
 
     def _wait(self) -> int:
-        """As `Popen.wait`, which the handler of a signal that interrupts it cannot call once more."""
+        """Wait for the process. `Popen.wait` would not do: a signal handler that interrupts it cannot call it again."""
         assert self.process is not None
         while (status := self.process.poll()) is None:
             time.sleep(POLL)
@@ -146,7 +154,7 @@ class Work:
 
 
 def queue() -> dict[str, str] | None:
-    """Jobs of this user and their states; None where Slurm does not answer."""
+    """The jobs of this user that have not ended, id -> state; None where Slurm does not answer."""
     words = ["squeue", "--noheader", "--array", "--me", "--format=%i|%T"]
     answer = subprocess.run(words, capture_output=True, text=True, check=False)
     if answer.returncode:
@@ -157,4 +165,5 @@ def queue() -> dict[str, str] | None:
 
 
 def _number_or_text(text: str) -> int | str:
+    """A decimal text as a number, any other text unchanged."""
     return int(text) if text.isdecimal() else text

@@ -1,4 +1,4 @@
-"""Progress bars and messages on stderr; results go to stdout."""
+"""Progress bars and messages, which go to stderr. Results go to stdout."""
 
 import os
 import sys
@@ -12,13 +12,24 @@ from tqdm import tqdm
 def progress(
     items: Iterable[Any] | None, what: str, total: int | None = None, shown: bool = True, initial: int = 0
 ) -> Any:
-    """A bar for what takes longer than a second; where stderr is a file or a pipe, a line at most every 15 seconds."""
+    """A `tqdm` progress bar on stderr. It appears after one second, so that short work shows none.
+
+    If stderr is a file or a pipe, it prints a line at most every 15 seconds. Of several processes of a run, only the first
+    one shows the bar.
+
+    Args:
+        items: the items to iterate over; None if the caller updates the bar.
+        what: the text before the bar.
+        total: number of items, if it cannot be taken from `items`.
+        shown: whether the bar is shown.
+        initial: number of items that were done before.
+    """
     return tqdm(
         items,
         desc=what,
         total=total,
         initial=initial,
-        disable=not (shown and _first()),
+        disable=not (shown and _is_first_process()),
         file=sys.stderr,
         mininterval=0.5 if sys.stderr.isatty() else 15,
         leave=True,
@@ -29,16 +40,17 @@ def progress(
 
 
 def say(text: str) -> None:
-    """One line of what is going on; of several processes of a run the first one says it."""
-    if _first():
+    """Print one line of progress on stderr. Of several processes of a run, only the first one prints it."""
+    if _is_first_process():
         print(text, file=sys.stderr, flush=True)
 
 
-def _first() -> bool:
+def _is_first_process() -> bool:
+    """Whether this is the first process of a run, or its only one; launchers set RANK."""
     return int(os.environ.get("RANK") or 0) == 0
 
 
 @cache
 def say_once(text: str) -> None:
-    """As `say`, the same text once in a process."""
+    """As `say`, but print the same text only once per process."""
     say(text)

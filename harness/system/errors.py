@@ -1,19 +1,25 @@
-"""What the user can mend, and how it is said."""
+"""Errors that the user can correct, and their messages."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something that the user can mend; the command line prints it as one line and leaves with status 2.
+    """An error that the user can correct. The command line prints it as one line and exits with status 2.
 
-    The message says what came, what is allowed and what to do.
+    The message says what was given, what is allowed and what to do.
     """
 
 
 def unknown(what: str, name: str, allowed: Iterable[str]) -> UserError:
-    """The error for a name that does not exist, with the nearest existing names first."""
-    known = sorted(allowed)
-    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    """The error for a name that does not exist. Its message first offers up to three similar names, then lists all of them.
+
+    Args:
+        what: the kind of thing that `name` should name, for instance "preset".
+        name: the name that was given.
+        allowed: all names that exist.
+    """
+    names = sorted(allowed)
+    near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    return UserError(f"unknown {what} {name!r}: {hint}known: {', '.join(known) or 'none'}")
+    return UserError(f"unknown {what} {name!r}: {hint}known: {', '.join(names) or 'none'}")

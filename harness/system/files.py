@@ -1,4 +1,4 @@
-"""Small file operations that everything on disk goes through: digests, atomic writes, safe names."""
+"""Small file operations that the whole harness uses: digests, atomic writes and safe names."""
 
 import hashlib
 import json
@@ -15,17 +15,20 @@ from typing import Any
 from harness.system.errors import UserError
 
 ENGINE = Path(__file__).resolve().parents[1]
-"""The folder `harness/`: results depend on everything in it."""
+"""The folder `harness/`. The results of a run depend on every file in it."""
 
 
 def digest(value: Any) -> str:
-    """Digest of anything that JSON can hold; the order of keys does not matter."""
+    """Digest of a value, independent of the order of keys in it: 32 hexadecimal digits of BLAKE2b.
+
+    The value is written as JSON; objects that JSON cannot represent enter as text.
+    """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
 def digest_chunks(chunks: Iterable[bytes | memoryview]) -> str:
-    """Digest of bytes that come in parts."""
+    """Digest of bytes that are given in chunks: 32 hexadecimal digits of BLAKE2b."""
     state = hashlib.blake2b(digest_size=16)
     for chunk in chunks:
         state.update(chunk)
@@ -33,62 +36,76 @@ def digest_chunks(chunks: Iterable[bytes | memoryview]) -> str:
 
 
 def seed_from(text: str, size: int) -> int:
-    """A whole number of `size` bytes that the text determines: a seed for a generator."""
+    """A seed for a random generator: a whole number of `size` bytes that depends on the text only."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest(), "big")
 
 
 def digest_file(path: Path) -> str:
-    """Digest of a file's bytes."""
+    """Digest of the content of a file: 32 hexadecimal digits of BLAKE2b."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def digest_tree(root: Path) -> str:
-    """Digest of names, sizes and times of all files below `root`: cheap, tells whether anything changed."""
-    found = []
+    """Digest of the names, sizes and modification times of all files below `root`, to detect changes at low cost."""
+    entries = []
     for path in walk(root):
         try:
             status = os.stat(path)  # noqa: PTH116
         except OSError:
-            status = os.lstat(path)  # a dangling link has no other
-        found.append((path, status.st_size, status.st_mtime_ns))
-    return digest(sorted(found))
+            status = os.lstat(path)  # a dangling link has a status of its own only
+        entries.append((path, status.st_size, status.st_mtime_ns))
+    return digest(sorted(entries))
 
 
 def walk(root: Path) -> Iterator[str]:
-    """Paths of all files below a folder, through links (data on clusters often lies behind them), each folder once."""
+    """Paths of all files below a folder, except those in `__pycache__`.
+
+    Links are followed, because data on clusters often lies behind them. Each folder is visited once.
+    """
     seen = set()
-    for folder, below, names in os.walk(root, followlinks=True):
-        here = os.path.realpath(folder)
-        if here in seen:
-            below.clear()  # a link to a folder above it
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real_folder = os.path.realpath(folder)
+        if real_folder in seen:
+            subfolders.clear()  # reached again through a link, perhaps from inside itself
             continue
-        seen.add(here)
-        below[:] = [name for name in below if name != "__pycache__"]
+        seen.add(real_folder)
+        subfolders[:] = [name for name in subfolders if name != "__pycache__"]
         for name in names:
-            yield os.path.join(folder, name)  # noqa: PTH118 - a tree may hold 100,000 files
+            # A tree may hold 100,000 files, for which pathlib is slow.
+            yield os.path.join(folder, name)  # noqa: PTH118
 
 
 def find_below(folder: Path, *patterns: str) -> list[Path]:
-    """Files and folders below a folder whose names match a pattern; what vanishes meanwhile is not there."""
-    found = []
-    for place, folders, names in os.walk(folder):
-        found += [Path(place) / name for name in (*folders, *names) if any(fnmatch(name, each) for each in patterns)]
-    return sorted(found)
+    """Files and folders below a folder whose names match one of the patterns, sorted.
+
+    Entries that vanish during the search are left out, without an error.
+    """
+    paths = []
+    for parent, folders, names in os.walk(folder):
+        paths += [Path(parent) / name for name in (*folders, *names) if any(fnmatch(name, each) for each in patterns)]
+    return sorted(paths)
 
 
 def write_atomic(path: Path, *content: str | bytes | memoryview) -> None:
-    """Write by rename, and onto the disk before it, so that a reader sees all of it or nothing, after a power cut too.
+    """Write a file so that a reader sees all of its content or none of it, even after a power cut.
+
+    The content goes to a temporary file, which is flushed to the disk and then renamed. The folder is made if it does not
+    exist.
+
+    Args:
+        path: the file to write.
+        content: the chunks of the file, in their order; text is encoded as UTF-8.
 
     Raises:
-        OSError: nothing was written, and nothing is left of the attempt.
+        OSError: the file was not written; it is as it was before, and the temporary file is removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}.partial")
     try:
         with partial.open("wb") as file:
-            for part in content:
-                file.write(part.encode() if isinstance(part, str) else part)
+            for chunk in content:
+                file.write(chunk.encode() if isinstance(chunk, str) else chunk)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -98,7 +115,7 @@ def write_atomic(path: Path, *content: str | bytes | memoryview) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file; None where it cannot be read as one."""
+    """The content of a JSON file; None if it does not exist, cannot be read, or is not JSON."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
@@ -106,16 +123,17 @@ def read_json(path: Path) -> Any:
 
 
 def check_name(name: str) -> str:
-    """A case's name, which becomes a file's name and a cell of tables.
+    """Check the name of a case, which becomes a file name and a table cell, and return it.
 
     Raises:
-        UserError: it is empty, hidden, too long, no UTF-8, or has a slash or another character that leads elsewhere.
+        UserError: the name is empty, begins with a dot, is longer than 200 bytes of UTF-8 or cannot be written as UTF-8, or
+            has a slash, a backslash or a zero byte, which could lead to another folder.
     """
     try:
-        short = 0 < len(name.encode()) <= 200
+        valid = 0 < len(name.encode()) <= 200
     except UnicodeEncodeError:
-        short = False
-    if not short or name.startswith(".") or any(character in name for character in "/\\\0"):
+        valid = False
+    if not valid or name.startswith(".") or any(character in name for character in "/\\\0"):
         raise UserError(
             f"a case is named {printable(name)[:80]!r}: names have 1 to 200 bytes of UTF-8, do not begin with a dot and have no "
             "slash or backslash: rename it"
@@ -124,12 +142,12 @@ def check_name(name: str) -> str:
 
 
 def printable(text: str) -> str:
-    """One line of text that any stream can print: bytes of a file's name that are no UTF-8 are written as escapes."""
+    """The text as one line that any stream can print. Bytes of a file name that are not UTF-8 become backslash escapes."""
     return " ".join(text.encode(errors="backslashreplace").decode().split())
 
 
 def expand(name: str) -> Path:
-    """A path with `~` put in. Raises UserError where there is no such user."""
+    """A path in which `~` is replaced by the home folder. Raises UserError if `~USER` names an unknown user."""
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
@@ -137,20 +155,20 @@ def expand(name: str) -> Path:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder is there; not where no file can have such a name, for which pathlib raises."""
+    """Whether the folder exists. It is False for a name that no file can have, for which pathlib would raise."""
     return os.path.isdir(path)  # noqa: PTH112
 
 
 def slug(text: str) -> str:
-    """Text as a name of small letters, digits and underscores."""
+    """Turn text into a name of lower-case letters, digits and underscores; `unnamed` if none of its characters fit."""
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") or "unnamed"
 
 
 def file_size(path: Path) -> int:
-    """Size in bytes of a regular file that can be opened.
+    """Size in bytes of a regular file that can be opened and is not empty.
 
     Raises:
-        UserError: it is missing, a dangling link, a folder or a device, empty, or may not be read.
+        UserError: the file is missing, a dangling link, a folder, a device or empty, or its permissions forbid reading.
     """
     try:
         status = path.stat()

@@ -1,8 +1,8 @@
-"""Locks between processes and hosts: one process computes a thing, the others wait and use its result.
+"""Locks between processes and hosts: one process computes a result, the others wait and use it.
 
-A lock is a lease of `filelock`: a file `NAME.lock` that says who holds it and that the holder touches every `HEARTBEAT`
-seconds. It works on network file systems, where `flock` may not. On the holder's own host a holder that is gone is followed
-at once; elsewhere once its file was seen untouched for `LEASE` seconds.
+A lock is a lease of `filelock`: a file `NAME.lock` that names its holder and that the holder touches every `HEARTBEAT`
+seconds. It works on network file systems, where `flock` may not. If the holder is gone, a process on the same host takes the
+lock over at once; a process on another host takes it over after it has seen the file untouched for `LEASE` seconds.
 """
 
 import shutil
@@ -19,14 +19,20 @@ from harness.system.console import say
 from harness.system.errors import UserError
 from harness.system.files import find_below
 
-HEARTBEAT = 10.0  # seconds between a holder's signs of life
-LEASE = 120.0  # seconds without one, after which a holder on another host counts as gone; the same for all processes
-POLL = 0.5  # seconds between looks at a lock that another process holds
+HEARTBEAT = 10.0  # seconds between the heartbeats of a holder
+LEASE = 120.0  # seconds without a heartbeat after which a holder on another host counts as gone; all processes must agree on it
+POLL = 0.5  # seconds between attempts to take a lock that another process holds
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that holds a lock; `token` differs each time that a lock is taken."""
+    """The process that holds a lock.
+
+    Attributes:
+        host: name of its host.
+        pid: its process id on that host.
+        token: differs each time that a lock is taken; empty if the lock file has none.
+    """
 
     host: str
     pid: int
@@ -37,14 +43,15 @@ class Owner:
 
 
 class LostLockError(UserError):
-    """Another process has taken over what this one was computing."""
+    """Another process has taken over the lock, and so the computation, of this one."""
 
 
 class Lock:
     """A lock that this process holds.
 
     Args:
-        lease: acquired.
+        path: the path that is locked; the lock file lies beside it.
+        lease: the lease of the lock file, which this process has acquired.
     """
 
     def __init__(self, path: Path, lease: SoftFileLease) -> None:
@@ -52,15 +59,15 @@ class Lock:
 
     @property
     def lost(self) -> bool:
-        """Whether another process has taken it, because this one gave no sign of life for too long."""
-        # A process that was suspended may have been given up; its heartbeat needs a while to notice.
+        """Whether another process has taken the lock over, because this one sent no heartbeat for too long."""
+        # After a process was suspended, its own heartbeat needs a while to notice that the lock was taken over.
         if not self._lost and time.monotonic() - self._checked > HEARTBEAT:
             self._lost = not self._lease.is_lock_held_by_us
             self._checked = time.monotonic()
         return self._lost or self._lease.compromise is not None
 
     def check(self) -> None:
-        """Raises LostLockError where another process has taken over."""
+        """Raise LostLockError if another process has taken the lock over."""
         if self.lost:
             raise LostLockError(
                 f"another process has taken over {self.path.name}, since this one gave no sign of life for {LEASE:.0f} s: "
@@ -68,20 +75,25 @@ class Lock:
             )
 
     def release(self) -> None:
-        """Let the next process have it."""
+        """Release the lock for the next process. A lock file that cannot be removed is reported, but raises nothing."""
         try:
             self._lease.release()
         except OSError as error:
-            # A disk that has become read-only, say. What ended the run matters more, and the next process takes the lock
-            # over once this one is gone.
+            # For instance, the disk has become read-only. An exception would hide the error that ended the run, and the next
+            # process takes the lock over anyway when this one is gone.
             say(f"{self.path}.lock cannot be removed ({error.strerror}): the next process finds its owner gone")
 
 
 def acquire(path: Path, lease: SoftFileLease | None = None) -> tuple[Lock | None, Owner | None]:
-    """The lock at `path`, or its owner where another process holds it.
+    """Try to take the lock at `path`, without waiting.
 
     Args:
-        lease: of an earlier call for the same path; a holder on another host is watched from the first call on.
+        path: the path to lock; its folder is made if it does not exist.
+        lease: the lease of earlier attempts at the same path. It must be passed on, because it measures since when the
+            lock file of a holder on another host is untouched.
+
+    Returns:
+        The lock and None; or None and the owner if another process holds the lock (None if the owner cannot be read).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lease = lease or _lease(_file(path))
@@ -94,15 +106,18 @@ def acquire(path: Path, lease: SoftFileLease | None = None) -> tuple[Lock | None
 
 @contextmanager
 def held(path: Path, what: str) -> Iterator[Lock]:
-    """Hold the lock at `path`. While another process holds it, say once that it computes `what`, and wait."""
-    told, lease = None, _lease(_file(path))
+    """Context manager: hold the lock at `path`, after waiting for any other process that holds it.
+
+    The user is told once per owner that this owner is computing `what`.
+    """
+    reported_token, lease = None, _lease(_file(path))
     while True:
         lock, owner = acquire(path, lease)
         if lock is not None:
             break
-        if owner is not None and owner.token != told:
+        if owner is not None and owner.token != reported_token:
             say(f"{what} is being computed by {owner}: waiting for it")
-            told = owner.token
+            reported_token = owner.token
         time.sleep(POLL)
     try:
         yield lock
@@ -111,25 +126,25 @@ def held(path: Path, what: str) -> Iterator[Lock]:
 
 
 def owner_of(file: Path) -> Owner | None:
-    """The owner that a lock file names; None where it is being written, was cut short, or is gone."""
+    """The owner that a lock file names; None if the file is being written, is incomplete, or does not exist."""
     record = _lease(file).owner
-    # Of a container, filelock adds its table of processes to the name of the host.
+    # In a container, filelock appends the PID namespace to the host name, after a question mark.
     return Owner(record.hostname.partition("?")[0], record.pid, record.token or "") if record else None
 
 
 def dead_locks(folder: Path) -> list[Path]:
-    """Lock files below a folder whose owners were processes of this host that are gone."""
+    """Lock files below a folder whose owners were processes on this host that no longer exist."""
     return [file for file in find_below(folder, "*.lock") if _is_dead(file)]
 
 
 def holders(folder: Path) -> list[tuple[Path, Owner]]:
-    """Lock files below a folder, and who holds them."""
+    """Lock files below a folder that are held, each with its owner."""
     pairs = [(file, owner_of(file)) for file in find_below(folder, "*.lock")]
     return [(file, owner) for file, owner in pairs if owner is not None and not _is_dead(file)]
 
 
 def remove_dead(file: Path) -> None:
-    """Remove a lock file whose owner is gone; one that is held by now stays."""
+    """Remove a lock file whose owner is gone. A file that another process holds by now stays."""
     lease = _lease(file)
     try:
         lease.acquire(blocking=False)
@@ -139,16 +154,21 @@ def remove_dead(file: Path) -> None:
 
 
 def _lease(file: Path) -> SoftFileLease:
-    # Shared by the threads of this process: evaluation and training look at one lock.
+    """A lease of a lock file, which is not acquired yet."""
+    # The lease is shared by the threads of this process, because evaluation and training check the same lock.
     return SoftFileLease(file, lease_duration=LEASE, heartbeat_interval=HEARTBEAT, thread_local=False)
 
 
 def _file(path: Path) -> Path:
+    """The lock file of `path`."""
     return path.with_name(f"{path.name}.lock")
 
 
 def _is_dead(file: Path) -> bool:
-    """Whether filelock would take over at once, tried on a copy: the file itself may be taken by another process meanwhile."""
+    """Whether filelock would take the lock over at once.
+
+    It is tried on a copy, so that the file itself stays, and another process may take it meanwhile.
+    """
     with tempfile.TemporaryDirectory(prefix="harness-lock-") as folder:
         copy = Path(folder) / file.name
         try:

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: after the step it is in, with a checkpoint."""
+"""Signals that ask a run to stop. It stops after the current training step, with a checkpoint."""
 
 import signal
 import threading
@@ -9,45 +9,53 @@ from typing import Any
 
 from harness.system.console import say
 
-STOPPED = 75  # sysexits.h's EX_TEMPFAIL: the same command goes on
-# Slurm warns by SIGUSR1 where it is told so, by SIGUSR2 where submitit told it.
+STOPPED = 75  # exit status EX_TEMPFAIL of sysexits.h: the run was interrupted, and the same command resumes it
+# Slurm can be told to warn with SIGUSR1; submitit tells it to warn with SIGUSR2.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Interrupted(BaseException):
-    """A signal asked to stop. Not an `Exception`: whoever handles errors has no business with it."""
+    """A signal asked the run to stop. It is not an `Exception`, so that no error handler catches it."""
 
 
 class _Received:
-    """The signal that came, and whether a training step is to end first."""
+    """The state of signal handling in this process.
+
+    Attributes:
+        name: name of the signal that was received; empty if none was.
+        deferred: number of `deferred` contexts that are open, in which a signal waits for the end of a training step.
+    """
 
     name = ""
     deferred = 0
 
 
 def requested() -> str:
-    """The signal that asked to stop; empty if none did."""
+    """Name of the signal that asked the run to stop; empty if there was none."""
     return _Received.name
 
 
 @contextmanager
 def catching() -> Iterator[None]:
-    """Within it SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 raise `Interrupted`, or wait where `deferred` says so."""
+    """Context manager: inside it, SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 raise `Interrupted`, or wait in `deferred`.
+
+    It does nothing in a thread other than the main thread, where Python allows no signal handlers.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {each: signal.signal(each, _receive) for each in SIGNALS}
+    previous_handlers = {number: signal.signal(number, _receive) for number in SIGNALS}
     try:
         yield
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)
         _Received.name = ""
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Within it a signal is only noted, and `requested` says so; a second Ctrl-C does not wait."""
+    """Context manager: inside it, a signal is only noted, for `requested` to return. A second Ctrl-C raises `Interrupted`."""
     _Received.deferred += 1
     try:
         yield
@@ -56,6 +64,7 @@ def deferred() -> Iterator[None]:
 
 
 def _receive(number: int, frame: FrameType | None) -> None:
+    """Signal handler: raise `Interrupted` now, or note the signal for the end of the step."""
     again, _Received.name = bool(_Received.name), signal.Signals(number).name
     if not _Received.deferred or (again and number == signal.SIGINT):
         raise Interrupted(_Received.name)
@@ -64,11 +73,18 @@ def _receive(number: int, frame: FrameType | None) -> None:
 
 
 def leave_to_parent(worker: Any = None) -> None:
-    """In a loader's worker: a signal to the whole job is the main process's business. A second SIGTERM is meant."""
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
+    """Make a loader worker ignore the signals, because the main process handles a signal that is sent to the whole job.
 
-    def once(number: int, frame: FrameType | None) -> None:
+    The first SIGTERM is ignored as well; the second one ends the worker.
+
+    Args:
+        worker: index of the worker, which torch passes; it is not used.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+    def ignore_once(number: int, frame: FrameType | None) -> None:
+        """Ignore this SIGTERM, and let the next one end the worker."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    signal.signal(signal.SIGTERM, once)
+    signal.signal(signal.SIGTERM, ignore_once)

@@ -1,4 +1,7 @@
-"""How a command ended, in a file that whoever started it asked for: a sweep reads it instead of words in a log."""
+"""The status file: how a command ended, as JSON, for the process that started the command and asked for the file.
+
+A sweep reads it instead of searching the log.
+"""
 
 import json
 import os
@@ -8,26 +11,26 @@ from pathlib import Path
 from harness.system.files import read_json, write_atomic
 
 VARIABLE = "HARNESS_STATUS_FILE"
-"""Environment variable that names the file."""
+"""Name of the environment variable that holds the path of the status file."""
 
 
 @dataclass(frozen=True)
 class Ending:
-    """Exit status of a command, and what it said at its end."""
+    """How a command ended: its exit status and its last message."""
 
     status: int
     message: str
 
 
 def write_ending(status: int, message: str) -> None:
-    """Write the file, where one is asked for; of several processes of a run the first one writes it."""
+    """Write the status file if one is asked for. Of several processes of a run, only the first one writes it."""
     path = os.environ.get(VARIABLE)
     if path and int(os.environ.get("RANK") or 0) == 0:
         write_atomic(Path(path), json.dumps(asdict(Ending(status, message))))
 
 
 def read_ending(path: Path) -> Ending | None:
-    """How the command ended; None where it wrote nothing, because it runs or was killed."""
+    """How the command ended; None if it wrote no valid status file, because it still runs or was killed."""
     ending = read_json(path)
     try:
         return Ending(int(ending["status"]), str(ending["message"]))

@@ -1,4 +1,4 @@
-"""States of a training stage, from which it goes on: atomic, with a digest, the last two kept."""
+"""Checkpoints of a training stage: written atomically, with a digest; the last two are kept."""
 
 import io
 import time
@@ -10,26 +10,29 @@ import torch
 from harness.system.console import say
 from harness.system.files import digest_chunks, write_atomic
 
-HEAD = b"harness checkpoint 1 "
-KEPT = 2
+HEAD = b"harness checkpoint 1 "  # first bytes of a checkpoint; the digest follows
+KEPT = 2  # checkpoints of a stage that stay on disk
 
 
 class Checkpoints:
-    """The states of one stage in one folder.
+    """The checkpoints of one stage in one folder.
 
-    A checkpoint is a line with the digest of what follows, and torch's own format, read without unpickling. What the
-    stage draws at random is a function of the seed and the step, so a state holds no generators.
+    A file holds a line with the digest of the rest, and then the state in torch's own format, which is read without
+    unpickling. All random draws of a stage are functions of the seed and the step, so a state holds no generators.
+
+    Args:
+        minutes: between two checkpoints.
     """
 
     def __init__(self, folder: Path, minutes: float) -> None:
         self.folder, self.seconds, self.last = folder, 60 * minutes, time.monotonic()
 
     def due(self) -> bool:
-        """Whether the interval since the last one is over."""
+        """Whether `minutes` have passed since the last checkpoint."""
         return time.monotonic() - self.last >= self.seconds
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write the state after `step`, and drop all but the last two. Raises OSError where the disk cannot hold it."""
+        """Write the state after `step`, and remove all but the last two. Raises OSError if the disk cannot hold it."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getbuffer()
@@ -40,28 +43,28 @@ class Checkpoints:
         self.last = time.monotonic()
 
     def all(self) -> list[Path]:
-        """The newest first."""
+        """Paths of the checkpoints, newest first."""
         return sorted(self.folder.glob("step-*.ckpt"), reverse=True)
 
     def candidates(self) -> list[dict[str, Any]]:
-        """States that are whole, the newest first; what is damaged is said."""
-        found = []
+        """The states of all undamaged checkpoints, newest first. Damaged files are reported to the user."""
+        states = []
         for path in self.all():
             state = read(path)
             if state is None:
                 say(f"{path} is damaged: it is left out")
             else:
-                found.append(state)
-        return found
+                states.append(state)
+        return states
 
     def clear(self) -> None:
-        """Remove all of them."""
+        """Remove all checkpoints of the stage."""
         for path in self.all():
             path.unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """The state in a file; None where its digest or its form is not right. Nothing in it is executed."""
+    """The state in a file; None if it cannot be read, or its digest or type is wrong. No code in the file is executed."""
     try:
         content = path.read_bytes()
     except OSError:

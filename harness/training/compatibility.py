@@ -1,4 +1,4 @@
-"""Do method, backbone, crop, batch and memory fit each other? Asked before any data is read."""
+"""Checks that method, backbone, crops, batch and memory fit each other, before any data is read."""
 
 import psutil
 
@@ -19,14 +19,18 @@ def check_fit(
     pretrain_channels: int,
     micro_batches: int = 1,
 ) -> None:
-    """Build method and backbone, and check that they, the crops, the batch and the memory fit each other.
+    """Build method and backbone, and check that they fit the crops, the batch, the memory and each other.
+
+    Args:
+        channels: of the task's images.
+        pretrain_channels: of the images for pre-training.
 
     Raises:
-        UserError: a need that the backbone does not meet, a crop that is not a multiple of its stride, weights that do not
-            fit the memory, batch norm over several micro-batches, or whatever the method itself refuses.
+        UserError: the backbone lacks an ability that the method needs, a crop is not a multiple of its stride, the weights
+            do not fit the memory, batch norm would see several micro-batches, or the method's own `check` refuses.
     """
     try:
-        # Weights, a copy for gradients and two for AdamW's moments; computed before anything is allocated.
+        # Bytes of the weights, the gradients and the two moments of AdamW, computed before anything is allocated.
         need = 4 * weights_bytes(lambda: plugins.new_method(config, pretrain_channels))
         if need > psutil.virtual_memory().available:
             raise MemoryError(f"weights, gradients and moments take {need / 2**30:.1f} GiB")
@@ -50,20 +54,20 @@ def check_fit(
 
 
 def _check_needs(registry: Registry, config: RunConfig, plugins: Plugins, backbone: Backbone) -> None:
-    """Raises UserError where the method needs an ability that the backbone does not have."""
+    """Raises UserError if the method needs an ability that the backbone does not have."""
     needs = plugins.method.needs
     if needs <= backbone.abilities:
         return
-    able = [name for name in registry.names("backbone") if registry.load("backbone", name).abilities >= needs]
+    suitable = [name for name in registry.names("backbone") if registry.load("backbone", name).abilities >= needs]
     raise UserError(
         f"method {config.method!r} needs a backbone with {', '.join(sorted(needs - backbone.abilities))}, "
         f"{config.backbone!r} has {', '.join(sorted(backbone.abilities)) or 'no optional ability'}: choose --backbone from "
-        f"{', '.join(able) or 'none of those installed'}"
+        f"{', '.join(suitable) or 'none of those installed'}"
     )
 
 
 def _check_crops(config: RunConfig, backbone: Backbone) -> None:
-    """Raises UserError where a crop is no multiple of the deepest stride, or leaves one voxel of the deepest features."""
+    """Raises UserError if a crop is no multiple of the deepest stride, or its deepest features are a single voxel."""
     for section, crop in (("pretrain", config.pretrain.crop), ("finetune", config.finetune.crop)):
         setting = f"{section}.crop={','.join(map(str, crop))}"
         if any(edge % stride for edge, stride in zip(crop, backbone.stride, strict=True)):

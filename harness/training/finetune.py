@@ -1,4 +1,4 @@
-"""Fine-tuning: transfer into a fresh network, a new head, supervised training."""
+"""Fine-tuning: pre-trained weights in a new network with a new head, trained with labels."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -27,18 +27,18 @@ from harness.training.transfer import transfer
 
 
 class Augment:
-    """Augmentation of the paper (section IV-C): flip, rotation by 90 degrees, intensity scaling and shift."""
+    """The augmentation of the paper (section IV-C): flips, rotations by 90 degrees, intensity scaling and shift."""
 
     def __init__(self, settings: Finetune) -> None:
         self.settings = settings
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """`image` and `target` (C, x, y, z), turned alike; intensities change in the image only."""
+        """Flip and rotate `image` and `target` (C, x, y, z) alike; change intensities in the image only."""
         image, target, settings = sample["image"], sample["target"], self.settings
         for axis in (1, 2, 3):
             if rng.random() < settings.flip:
                 image, target = np.flip(image, axis), np.flip(target, axis)
-        # Only planes whose sides are equal keep the crop's shape.
+        # A rotation by 90 degrees keeps the crop's shape only in planes whose two sides are equal.
         planes = [(a, b) for a, b in combinations((1, 2, 3), 2) if image.shape[a] == image.shape[b]]
         if planes and rng.random() < settings.rotate:
             plane, turns = planes[rng.integers(len(planes))], int(rng.integers(1, 4))
@@ -51,7 +51,7 @@ class Augment:
 
 
 def finetune_data(config: RunConfig, task: Task, volumes: Sequence[Volume], length: int, seed: int) -> CropDataset:
-    """`length` labelled crops, augmented."""
+    """`length` augmented crops with labels."""
     settings = config.finetune
     return CropDataset(volumes, settings.crop, length, seed, Augment(settings), task, settings.foreground)
 
@@ -67,18 +67,18 @@ def finetune(
     repeat_stem: bool = False,
     pretraining_history: str = "",
 ) -> None:
-    """Train with labels; leave `weights.safetensors`, `history.jsonl` and, last, `finetune.json` in `folder`.
+    """Train with labels; write `weights.safetensors`, `history.jsonl` and, last, `finetune.json` in `folder`.
 
-    A fresh backbone gets the pre-trained `weights` and a new head. Its initial values and the crops depend on the seed
-    only, so that `scratch` is a matched control. An interrupted fine-tuning in `folder` goes on from its last checkpoint.
+    A new backbone gets the pre-trained `weights` and a new head. Its initial values and the crops depend on the seed only,
+    so that `scratch` is a matched control. An interrupted fine-tuning in `folder` goes on from its last checkpoint.
 
     Args:
-        repeat_stem: whether weights for one channel are repeated over the channels of the task.
-        pretraining_history: lines that the history begins with.
+        repeat_stem: whether to repeat weights for one channel over the channels of the task.
+        pretraining_history: lines of the pre-training, which the history begins with.
 
     Raises:
         UserError, Interrupted: as `harness.training.loop.train`.
-        RuntimeError: training changed what the protocol fixes.
+        RuntimeError: training changed weights that the protocol fixes.
     """
     accelerator = new_accelerator(context.execution.micro_batches)
     torch.manual_seed(seed_for(config.seed, "finetune init"))
@@ -98,6 +98,7 @@ def finetune(
     frozen = {"digest": before, "tensors": sum(len(module.state_dict()) for module in fixed)} if fixed else None
 
     def finish() -> None:
+        """Write the weights and, last, the report of the stage."""
         context.check()
         assert_unchanged(volumes, folder)
         path = folder / "weights.safetensors"

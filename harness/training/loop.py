@@ -1,4 +1,4 @@
-"""The training loop: steps from the first, or from a checkpoint, to the last; read from top to bottom.
+"""The training loop: all steps of a stage, from the first one or from a checkpoint.
 
 Pre-training, fine-tuning, what `Method.prepare` trains, the conformance checks and the profiles all run this loop.
 """
@@ -30,20 +30,20 @@ from harness.training.checkpoints import Checkpoints
 from harness.training.out_of_memory import explain_out_of_memory
 from harness.training.trainer import FINITE, StageReport, Trainer, compiled
 
-READ_EVERY = 10  # steps between reads of the loss on a GPU: each one waits for the device
+READ_EVERY = 10  # steps between reads of the loss on a GPU, because each read waits for the device
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a training stage is to do.
+    """The task of a training stage.
 
     Attributes:
-        name: of the stage, in messages and in the history.
+        name: of the stage, for messages and the history.
         settings: budget and optimizer.
         steps: number of optimizer steps.
-        warmup: steps of them in which the learning rate rises.
-        seed: of dropout and of what a method draws.
-        history: lines that the history begins with.
+        warmup: number of first steps in which the learning rate rises.
+        seed: of dropout and of the method's random draws.
+        history: text of the lines that the history begins with.
     """
 
     name: str
@@ -56,13 +56,14 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class StageContext:
-    """How a stage is carried out; no result depends on it.
+    """How a stage is carried out. Its result does not depend on this.
 
     Attributes:
-        processes: that share it.
-        log: takes the named values of each step (`harness.training.trackers`).
-        locks: that this process holds meanwhile.
-        quiet: no progress bar.
+        processes: that share the stage.
+        execution: options such as the interval of checkpoints.
+        log: is called with the named values of a step and its number (`harness.training.trackers`).
+        locks: that this process holds during the stage.
+        quiet: whether to hide the progress bar.
     """
 
     processes: Processes = field(default_factory=Processes)
@@ -72,7 +73,7 @@ class StageContext:
     quiet: bool = False
 
     def check(self) -> None:
-        """Raises LostLockError where another process has taken over what is computed here."""
+        """Raises LostLockError if another process has taken over one of the locks."""
         for lock in self.locks:
             lock.check()
 
@@ -90,12 +91,12 @@ def train(
     context: StageContext | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> StageReport:
-    """Minimise the sum of the loss terms that `module(batch)` returns; one line per step goes to `history`.
+    """Minimise the sum of the loss terms that `module(batch)` returns, and write one line per step to `history`.
 
-    A stage that was interrupted goes on from the last checkpoint in the folder of `history`, to the same end.
+    A stage that was interrupted goes on from the last checkpoint in the folder of `history`, with the same result.
 
     Args:
-        data: samples of all steps in their order; a step takes the next `batch_size`.
+        data: samples of all steps in their order; each step takes the next `batch_size` samples.
         after_step: is called with the number of each step, from 1.
 
     Raises:
@@ -127,19 +128,22 @@ class TrainingLoop:
         self.unread: list[tuple[int, float, dict[str, Tensor]]] = []
 
     def run(self, after_step: Callable[[int], None] | None = None) -> StageReport:
-        """All steps that are left.
+        """Compute all remaining steps.
+
+        Args:
+            after_step: is called with the number of each step, from 1.
 
         Raises:
-            UserError: a loss that is not finite, too little memory, or a disk that is full.
-            Interrupted: a signal came; a checkpoint was written.
+            UserError: a loss is not finite, the memory does not suffice, or the disk is full.
+            Interrupted: a signal arrived, and a checkpoint was written.
         """
         self._resume()
         trainer, clock, began = self.trainer, self.trainer.clock, time.perf_counter() - self.seconds
         loader = trainer.loader(self.data, self.step * trainer.settings.batch_size)
-        shown = self.main and not self.context.quiet
-        bar = progress(None, self.name, total=self.steps, shown=shown, initial=self.step)
-        faster = compiled(trainer.inner, trainer.settings.compile)
-        with deferred(), faster, bar, self._open_history() as lines, _closing(iter(loader)) as batches:
+        show_bar = self.main and not self.context.quiet
+        bar = progress(None, self.name, total=self.steps, shown=show_bar, initial=self.step)
+        compilation = compiled(trainer.inner, trainer.settings.compile)
+        with deferred(), compilation, bar, self._open_history() as lines, _closing(iter(loader)) as batches:
             while self.step < self.steps:
                 clock.start()
                 micro_batches = self._next(batches)
@@ -157,14 +161,15 @@ class TrainingLoop:
         return StageReport(self.seconds, self.steps, clock.summary(), used, self.skipped, self.resumed)
 
     def _next(self, batches: Iterator[Any]) -> list[Any]:
-        """The micro-batches of one step."""
+        """The micro-batches of the next step."""
         try:
             return list(islice(batches, self.trainer.parts.micro_batches))
         except UserError as error:
-            # An error of a loader's worker arrives with the worker's traceback before it.
+            # The message of an error in a loader's worker begins with the worker's traceback.
             raise UserError(str(error).rpartition("UserError: ")[2]) from None
 
     def _step(self, micro_batches: Any, after_step: Callable[[int], None] | None) -> dict[str, Tensor]:
+        """Compute the next step. Raises UserError with advice if the memory does not suffice."""
         try:
             return self.trainer.step(self.step + 1, micro_batches, after_step)
         except RuntimeError as error:
@@ -173,7 +178,7 @@ class TrainingLoop:
         raise UserError(explain_out_of_memory(self.name, self.trainer, self.data))
 
     def _read(self, lines: Any) -> float:
-        """Write the waiting steps to the history; here the host waits for the device. Returns the last loss."""
+        """Write the steps in `unread` to the history, which makes the host wait for the device. Returns the last loss."""
         loss = 0.0
         for step, lr, terms in self.unread:
             finite = bool(terms.pop(FINITE))
@@ -193,7 +198,11 @@ class TrainingLoop:
         return loss
 
     def _handle_nonfinite(self, step: int, values: Mapping[str, float]) -> None:
-        """Count a step that was left out, or end the stage. Raises UserError."""
+        """Count a step that is skipped, or end the stage.
+
+        Raises:
+            UserError: the stage must not skip steps. A checkpoint of the state before the step is written if possible.
+        """
         terms = ", ".join(f"{name} {value:g}" for name, value in values.items())
         problem = (
             f"{self.name}: the loss or its gradient is not finite at step {step} ({terms}; {self._crops_of(step)})"
@@ -223,11 +232,11 @@ class TrainingLoop:
         return f"cases {', '.join(name(index) for index in samples)}"
 
     def _buffers_are_finite(self) -> bool:
-        """Whether the forward pass of a step that is not finite has left running statistics and queues usable."""
+        """Whether running statistics and queues are still usable after the forward pass of a step that is not finite."""
         return all(bool(torch.isfinite(b).all()) for b in self.trainer.inner.buffers() if b.is_floating_point())
 
     def _checkpoint_or_stop(self, lines: Any) -> None:
-        """A checkpoint where one is due or a signal came; all processes decide alike."""
+        """Write a checkpoint if one is due or a signal arrived. All processes decide the same. Raises Interrupted."""
         self.context.check()
         stop, due = requested(), self.checkpoints.due()
         if self.trainer.parts.processes > 1:
@@ -240,6 +249,7 @@ class TrainingLoop:
             raise Interrupted(f"{stop}, {self.name} step {self.step} of {self.steps}")
 
     def _save(self, lines: Any) -> None:
+        """Write a checkpoint on the main process; the others wait for it."""
         if self.main:
             if lines is not None:
                 os.fsync(lines.fileno())
@@ -257,7 +267,7 @@ class TrainingLoop:
         self.trainer.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
-        """Load the newest checkpoint that is whole and whose history is there, if there is one."""
+        """Load the newest undamaged checkpoint whose lines the history still has, if there is one."""
         written = self.history.stat().st_size if self.history.exists() else 0
         for state in self.checkpoints.candidates():
             if state["steps"] != self.steps or not len(self.plan.history) <= state["history"] <= written:
@@ -278,7 +288,7 @@ class TrainingLoop:
             return
 
     def _open_history(self) -> Any:
-        """The history, cut after the step that the stage goes on from."""
+        """The history file, cut after the step that the stage goes on from."""
         if not self.main:
             return Path(os.devnull).open("ab")
         self.history.parent.mkdir(parents=True, exist_ok=True)
@@ -291,7 +301,7 @@ class TrainingLoop:
 
 @contextmanager
 def _closing(batches: Any) -> Iterator[Any]:
-    """The iterator of a loader, whose workers end here: an error that it raised may keep the iterator alive."""
+    """Yield the iterator of a loader, and end its workers: an error that it raised may keep the iterator alive."""
     try:
         yield batches
     finally:

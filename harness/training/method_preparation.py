@@ -1,4 +1,4 @@
-"""What `Method.prepare` may use: the engine's training loop, a cache for what it computes, and lines in the record."""
+"""What `Method.prepare` may use: the engine's training loop, a cache for computed values, and lines in the record."""
 
 import json
 import shutil
@@ -25,18 +25,18 @@ from harness.training.loop import StageContext, StagePlan, train
 
 @dataclass
 class PreparationContext:
-    """The engine's `harness.Preparation`.
+    """The engine's implementation of `harness.Preparation`.
 
     Attributes:
         seed: of this preparation.
         device: where `train` trains.
         crop: extent of the pre-training crop in voxels.
-        template: settings of pre-training, from which `train` takes precision, layout and loader workers.
-        identity: all that every cached value depends on: the method's source and version, the data, the seed.
-        folder: the cache.
-        execution: for the checkpoints of what is trained here.
-        seconds: that preparing took, or took when the cached values were computed.
-        values: for the record.
+        template: settings of pre-training; `train` takes precision, memory layout and loader workers from them.
+        identity: what every cached value depends on: the method's source and version, the data, the seed.
+        folder: of the cache.
+        execution: options for the checkpoints of `train`.
+        seconds: that the preparation took; a cached value counts with the seconds that its computation took.
+        values: that `report` adds to the record.
     """
 
     seed: int
@@ -51,7 +51,7 @@ class PreparationContext:
     _training_folder: Path | None = None
 
     def prepare(self, method: Method, volumes: Sequence[VolumeSource]) -> Sequence[Source]:
-        """Call `method.prepare` and time it. Returns what pre-training draws its samples from."""
+        """Call `method.prepare` and time it. Returns the sources that pre-training draws its samples from."""
         began = time.perf_counter()
         sources = method.prepare(volumes, self)
         self.seconds += time.perf_counter() - began
@@ -60,7 +60,7 @@ class PreparationContext:
     def train(
         self, module: nn.Module, sources: Sequence[Source], *, size: Triple, steps: int, batch_size: int, lr: float
     ) -> None:
-        """Minimise the named terms of `module(batch)`, by the loop that pre-training uses, in this process alone."""
+        """Minimise the sum of the named terms of `module(batch)`, with the loop that pre-training uses, in this process alone."""
         settings = self.template.model_copy(
             update={
                 "steps": steps,
@@ -87,11 +87,11 @@ class PreparationContext:
             cached = read_json(path)
             if isinstance(cached, dict) and {"seconds", "value"} <= set(cached):
                 say(f"{name} found in {path}; it took {cached['seconds']:.1f} s")
-                # Its cost is that of the computation, not of reading the result.
+                # The cost of a cached value is that of its computation, not that of reading the file.
                 self.seconds += cached["seconds"] - (time.perf_counter() - began)
                 return cached["value"]
             self._training_folder = path.with_suffix("")
-            # Later draws must not depend on whether this was computed or cached.
+            # Later random draws must not depend on whether the value was computed or cached.
             with torch.random.fork_rng():
                 torch.manual_seed(self.seed)
                 value = compute()
@@ -102,10 +102,10 @@ class PreparationContext:
 
     @property
     def _computed_with(self) -> list[Any]:
-        """What `train` takes from the settings of the run, without the number of loader workers."""
+        """The settings of the run that the result of `train` depends on; the number of loader workers does not change it."""
         return [self.template.precision, self.template.channels_last, self.device.type]
 
     def report(self, message: str, **values: Any) -> None:
-        """One line to the user, and `values` into the record."""
+        """Show one line to the user, and add `values` to the record."""
         say(message)
         self.values |= values

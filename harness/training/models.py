@@ -1,4 +1,4 @@
-"""The one place where methods and networks are built: for runs, finished runs, profiles and conformance checks."""
+"""The only place that builds methods and networks: for runs, finished runs, profiles and conformance checks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from harness.training.protocols import with_head
 
 @dataclass(frozen=True)
 class Plugins:
-    """The classes of method and backbone of a run."""
+    """The method class and the backbone class of a run."""
 
     method: type[Method]
     backbone: type[Backbone]
@@ -29,12 +29,12 @@ class Plugins:
         return self.backbone(config.backbone_settings, channels)
 
     def new_method(self, config: RunConfig, channels: int) -> Method:
-        """A randomly initialised method for images of `channels` channels, frozen but for what it trains."""
+        """A randomly initialised method for images of `channels` channels; see the function `new_method`."""
         return new_method(self.method, config.method_settings, self.new_backbone(config, channels))
 
 
 def new_method(method_class: type[Method], settings: Settings, backbone: Backbone) -> Method:
-    """A method on a backbone. Parts of the backbone that it does not train get no gradient, and no optimizer state."""
+    """A method on a backbone. Parts of the backbone that it does not train get neither gradients nor optimizer state."""
     method = method_class(settings, backbone)
     for key, parameter in method.backbone.named_parameters():
         parameter.requires_grad_(method.backbone.part_of(key) in method.trains)
@@ -42,13 +42,13 @@ def new_method(method_class: type[Method], settings: Settings, backbone: Backbon
 
 
 def new_network(backbone: Backbone, task: Task, protocol: FinetuneProtocol, weights: Path | None = None) -> nn.Module:
-    """A backbone with the head of a task, on the device where it computes.
+    """A backbone with a head for a task, on the device of this process.
 
     Args:
-        weights: safetensors of the whole network; None leaves it as it was initialised.
+        weights: safetensors file of the whole network; with None, the network keeps its initial values.
 
     Raises:
-        OSError, SafetensorError, RuntimeError: weights that cannot be read, or are of another network.
+        OSError, SafetensorError, RuntimeError: the weights cannot be read, or belong to another network.
     """
     network = with_head(backbone, task.num_outputs, protocol)
     if weights is not None:
@@ -57,5 +57,5 @@ def new_network(backbone: Backbone, task: Task, protocol: FinetuneProtocol, weig
 
 
 def seed_for(seed: int, purpose: str) -> int:
-    """An independent seed for each use of randomness in a run."""
+    """The seed for one use of randomness in a run, independent of those for other purposes."""
     return seed_from(f"{seed}:{purpose}", size=4) >> 1

@@ -1,4 +1,4 @@
-"""After an out-of-memory error: which smaller settings fit, found by trying them."""
+"""Advice after an out-of-memory error: the smaller settings that fit, found by trying them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,52 +12,58 @@ from harness.training.trainer import Trainer
 
 
 def explain_out_of_memory(stage: str, trainer: Trainer, data: Dataset[Any]) -> str:
-    """What did not fit, and the first settings that do: in smaller parts, in bf16, or with smaller crops."""
+    """A message with the settings that did not fit, and the first that do: micro-batches, bf16, fewer or smaller crops."""
     settings, parts = trainer.settings, trainer.parts
-    has = f"crops of {'x'.join(map(str, settings.crop))}, {settings.batch_size} a step, in {trainer.precision}"
-    told = f"{stage} does not fit the memory of {trainer.device} with {has}"
+    tried = f"crops of {'x'.join(map(str, settings.crop))}, {settings.batch_size} a step, in {trainer.precision}"
+    problem = f"{stage} does not fit the memory of {trainer.device} with {tried}"
     if parts.processes > 1:
-        return f"{told} on {parts.processes} processes: give --micro-batches 2, or more processes"
+        return f"{problem} on {parts.processes} processes: give --micro-batches 2, or more processes"
     for advice, options in _candidates(trainer):
         if _fits(trainer, data, *options):
-            return f"{told}; tried and found to fit: {advice.format(stage=stage)}"
-    return f"{told}, nor with a single crop of half the edges: choose a smaller network"
+            return f"{problem}; tried and found to fit: {advice.format(stage=stage)}"
+    return f"{problem}, nor with a single crop of half the edges: choose a smaller network"
 
 
 def _candidates(trainer: Trainer) -> Iterator[tuple[str, tuple[int, int, str, tuple[int, ...]]]]:
-    """Advice, and what it means: crops a step, micro-batches, precision, crop. What leaves the result as it is comes first."""
+    """Advice, and the settings that it means: crops per step, micro-batches, precision, extent of the crop in voxels.
+
+    Advice that does not change the result comes first.
+    """
     settings, precision = trainer.settings, trainer.precision
-    number, whole = settings.batch_size, settings.crop
-    # Not for batch norm, see `harness.training.refuse_batch_norm`.
-    whole_only = any(isinstance(layer, BatchNorm) for layer in trainer.inner.modules())
-    for in_turn in (n for n in (2, 4, 8, 16) if number % n == 0 and not whole_only):
-        yield f"--micro-batches {in_turn} (the same result)", (number, in_turn, precision, whole)
+    batch_size, crop = settings.batch_size, settings.crop
+    # Micro-batches would change the result of batch norm, see `harness.training.trainer.refuse_batch_norm`.
+    has_batch_norm = any(isinstance(layer, BatchNorm) for layer in trainer.inner.modules())
+    for micro_batches in (n for n in (2, 4, 8, 16) if batch_size % n == 0 and not has_batch_norm):
+        yield f"--micro-batches {micro_batches} (the same result)", (batch_size, micro_batches, precision, crop)
     if precision == "fp32":
-        yield "--set {stage}.precision=bf16", (number, 1, "bf16", whole)
-    for fewer in sorted({number // 2, 1} - {0, number}, reverse=True):
-        yield f"--set {{stage}}.batch_size={fewer}", (fewer, 1, precision, whole)
-    half = tuple(edge // 2 for edge in whole)
-    for fewer in (number, 1):
-        crop = ",".join(map(str, half))
-        yield f"--set {{stage}}.crop={crop} --set {{stage}}.batch_size={fewer}", (fewer, 1, precision, half)
+        yield "--set {stage}.precision=bf16", (batch_size, 1, "bf16", crop)
+    for fewer in sorted({batch_size // 2, 1} - {0, batch_size}, reverse=True):
+        yield f"--set {{stage}}.batch_size={fewer}", (fewer, 1, precision, crop)
+    half_crop = tuple(edge // 2 for edge in crop)
+    for fewer in (batch_size, 1):
+        half_text = ",".join(map(str, half_crop))
+        yield f"--set {{stage}}.crop={half_text} --set {{stage}}.batch_size={fewer}", (fewer, 1, precision, half_crop)
 
 
-def _fits(trainer: Trainer, data: Any, number: int, in_turn: int, precision: str, crop: tuple[int, ...]) -> bool:
-    """One forward and backward pass of the first micro-batch, of which nothing is kept."""
+def _fits(
+    trainer: Trainer, data: Any, batch_size: int, micro_batches: int, precision: str, crop: tuple[int, ...]
+) -> bool:
+    """Whether a forward and backward pass of the first micro-batch fits the memory; its gradients are dropped."""
     trainer.optimizer.zero_grad(set_to_none=True)
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()
     streams = {name: torch.Generator(trainer.device) for name in ("dropout", "method")}
     try:
-        batch = default_collate([data[place] for place in range(number // in_turn)])
+        batch = default_collate([data[index] for index in range(batch_size // micro_batches)])
         moved = {name: _cut(value, crop).to(trainer.device) for name, value in batch.items()}
         with (
-            batch_parts(BatchParts(micro_batches=in_turn, streams=streams)),
+            batch_parts(BatchParts(micro_batches=micro_batches, streams=streams)),
             torch.autocast(trainer.device.type, torch.bfloat16, enabled=precision == "bf16"),
         ):
             terms = trainer.inner(moved)
             sum(term.float() for term in terms.values()).backward()
-    # Too little memory; or half a crop is no multiple of what the network needs, one crop too few to compare.
+    # Besides too little memory: half a crop may be no multiple of the network's stride, and a loss that compares crops
+    # needs more than one.
     except (RuntimeError, ValueError):
         return False
     finally:
@@ -66,6 +72,7 @@ def _fits(trainer: Trainer, data: Any, number: int, in_turn: int, precision: str
 
 
 def _cut(value: torch.Tensor, crop: tuple[int, ...]) -> torch.Tensor:
+    """A batch of volumes (N, C, x, y, z), cut to the extent `crop` in voxels; other tensors stay as they are."""
     if value.ndim != 5:
         return value
     x, y, z = crop

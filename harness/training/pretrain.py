@@ -1,4 +1,4 @@
-"""Pre-training: the pretext task of a method, from prepared volumes to weights."""
+"""Pre-training: trains the pretext task of a method on preprocessed volumes, and writes the weights."""
 
 import json
 from collections.abc import Sequence
@@ -26,9 +26,10 @@ from harness.training.stage_files import assert_unchanged, write_weights
 from harness.training.trainer import StageReport
 
 PreparationCache = tuple[Any, Path]
-"""What every cached value of `Method.prepare` depends on, and the folder of the cache."""
+"""The identity that keys every cached value of `Method.prepare`, and the folder of the cache."""
 
 PICTURE = "restoration.png"
+"""File beside the weights that shows what the method sees and restores."""
 
 
 def pretrain(
@@ -41,9 +42,13 @@ def pretrain(
     context: StageContext,
     title: str = "",
 ) -> None:
-    """Train the pretext task; leave `weights.safetensors`, `history.jsonl` and, last, `stage.json` in `folder`.
+    """Train the pretext task; write `weights.safetensors`, `history.jsonl` and, last, `stage.json` in `folder`.
 
     An interrupted pre-training in `folder` goes on from its last checkpoint.
+
+    Args:
+        channels: of the images.
+        title: of the picture.
 
     Raises:
         UserError, Interrupted: as `harness.training.loop.train`.
@@ -66,7 +71,7 @@ def pretrain(
 def pretrain_data(
     config: RunConfig, plugins: Plugins, sources: Sequence[Source], length: int, seed: int
 ) -> CropDataset:
-    """`length` random crops, transformed as the method asks."""
+    """`length` random crops, changed by the method's `transform`."""
     transform = plugins.method.transform(config.method_settings)
     return CropDataset(sources, config.pretrain.crop, length, seed, transform)
 
@@ -80,7 +85,7 @@ def _prepare(
     device: torch.device,
     execution: Execution,
 ) -> tuple[Method, Sequence[Source], PreparationContext]:
-    """The method after its `prepare`, what to draw samples from, and what the preparation cost and reported."""
+    """Build the method and call its `prepare`. Returns the method, the sources of its samples, and cost and report."""
     torch.manual_seed(seed_for(config.seed, "pretrain init"))
     method = plugins.new_method(config, channels)
     identity, folder = cache
@@ -103,6 +108,7 @@ def _finish(
     title: str,
     context: StageContext,
 ) -> None:
+    """Write the weights, the picture and, last, the report of the stage."""
     context.check()
     device = next(method.parameters()).device
     assert_unchanged(volumes, folder)
@@ -123,15 +129,15 @@ def _finish(
 def _draw_restoration(
     method: Method, data: CropDataset, config: RunConfig, device: torch.device, path: Path, title: str
 ) -> None:
-    """A picture of what the method sees and restores, where it has something to show."""
+    """Draw what the method sees and restores, if `Method.show` returns images."""
     assert method.generator is not None
     method.generator.manual_seed(seed_for(config.seed, "pretrain picture"))
     samples = [data[index] for index in range(max(2, min(3, config.pretrain.batch_size)))]
-    batch = {name: torch.stack([torch.as_tensor(each[name]) for each in samples]).to(device) for name in samples[0]}
+    batch = {name: torch.stack([torch.as_tensor(sample[name]) for sample in samples]).to(device) for name in samples[0]}
     try:
         images = method.eval().show(batch)
     except RuntimeError as error:
-        # Whole crops in fp32 may need more than the steps did, which were computed in parts or in bf16.
+        # Whole crops in fp32 may need more memory than the training steps, which may have used micro-batches or bf16.
         if not is_out_of_memory(error):
             raise
         say(f"no {path.name}: its crops do not fit the memory of {device}; the training does not depend on it")

@@ -1,4 +1,7 @@
-"""What is trained with labels: the whole network, all but its encoder, or one layer on top of the frozen encoder."""
+"""Protocols of fine-tuning: the weights that training with labels may change.
+
+They are the whole network, all but its encoder, or one layer on top of the frozen encoder.
+"""
 
 from collections.abc import Iterable, Iterator
 
@@ -12,10 +15,11 @@ from harness.system.files import digest_chunks
 
 
 class LinearProbe(nn.Module):
-    """One 1x1x1 layer on the pyramid of a frozen encoder, upsampled to the image; decoder and head are not used.
+    """One 1x1x1 convolution on the feature pyramid of a frozen encoder; decoder and head are not used.
 
-    The layer acts on each level before that is upsampled (trilinear), which gives the same sum at a fraction of the cost:
-    both are linear, and the weights of the interpolation add up to one.
+    The convolution acts on each level of the pyramid before the level is upsampled (trilinear) to the image. This gives the
+    same sum as the opposite order at a fraction of the cost, because both steps are linear and the weights of the
+    interpolation add up to one.
     """
 
     def __init__(self, backbone: Backbone, num_outputs: int) -> None:
@@ -37,7 +41,7 @@ class LinearProbe(nn.Module):
 
 
 def with_head(backbone: Backbone, num_outputs: int, protocol: FinetuneProtocol) -> nn.Module:
-    """The network that is trained and evaluated, image -> logits, with a new head; what is fixed takes no gradient."""
+    """The network that is trained and evaluated, image -> logits, with a new head. Fixed modules get no gradients."""
     if protocol == "linear":
         backbone.requires_grad_(False)
         return LinearProbe(backbone, num_outputs)
@@ -49,7 +53,7 @@ def with_head(backbone: Backbone, num_outputs: int, protocol: FinetuneProtocol) 
 
 
 def fixed(network: nn.Module, protocol: FinetuneProtocol) -> tuple[nn.Module, ...]:
-    """Modules that training leaves as they are; they stay in evaluation mode, so that running statistics do as well."""
+    """Modules that training must not change; they stay in evaluation mode, so that running statistics do not change either."""
     if isinstance(network, LinearProbe):
         return (network.backbone,)
     if protocol == "frozen":
@@ -59,11 +63,12 @@ def fixed(network: nn.Module, protocol: FinetuneProtocol) -> tuple[nn.Module, ..
 
 
 def digest_modules(modules: Iterable[nn.Module]) -> str:
-    """Digest of every parameter and buffer, names included."""
+    """Digest of all parameters and buffers, with their names."""
     return digest_chunks(chunk for module in modules for chunk in _chunks(module))
 
 
 def _chunks(module: nn.Module) -> Iterator[bytes]:
+    """Name, shape, type and bytes of every parameter and buffer, sorted by name."""
     for name, value in sorted(module.state_dict().items()):
         yield f"{name} {tuple(value.shape)} {value.dtype};".encode()
         yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -1,4 +1,4 @@
-"""A segmentation network under its fine-tuning loss."""
+"""A segmentation network with its fine-tuning loss."""
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +9,15 @@ from harness.api.method import Batch
 
 
 class Segmenter(nn.Module):
-    """A network under the Dice and cross-entropy losses.
+    """A network with the Dice and cross-entropy losses.
 
-    MONAI's DiceCELoss is not used because it takes a softmax cross-entropy over any number of channels, which is
-    wrong for targets that overlap; those get the binary one. Its DiceLoss has the same values and reads the target on the
-    host, which stops a GPU in every step.
+    MONAI's DiceCELoss is not used because it takes a softmax cross-entropy over any number of channels. That is wrong for
+    targets that overlap, which need the binary cross-entropy. MONAI's DiceLoss has the same values as `dice_loss`, but it
+    reads the target on the host, which makes a GPU wait in every step.
+
+    Args:
+        overlapping: whether a voxel may belong to several targets.
+        fixed: modules of the network that stay in evaluation mode.
     """
 
     def __init__(self, network: nn.Module, overlapping: bool, fixed: tuple[nn.Module, ...] = ()) -> None:
@@ -21,14 +25,14 @@ class Segmenter(nn.Module):
         self.network, self.overlapping, self.fixed = network, overlapping, fixed
 
     def train(self, mode: bool = True) -> "Segmenter":
-        """Training mode for all but what is fixed."""
+        """Set the training mode of all modules but the fixed ones, which stay in evaluation mode."""
         super().train(mode)
         for module in self.fixed:
             module.eval()
         return self
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`image` (N, C, ...), `target` (N, targets, ...) or class indices (N, 1, ...) -> two loss terms."""
+        """`image` (N, C, ...) and `target`, masks (N, targets, ...) or class indices (N, 1, ...) -> two loss terms."""
         logits, target = self.network(batch["image"]).float(), batch["target"]
         if self.overlapping:
             entropy = F.binary_cross_entropy_with_logits(logits, target)

@@ -1,4 +1,4 @@
-"""What a finished training stage leaves on disk."""
+"""Files of a finished training stage."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,25 +14,25 @@ from harness.training.checkpoints import Checkpoints
 
 
 def read_stage(path: Path) -> dict[str, Any] | None:
-    """What a finished training stage says of itself; None where that, or the weights beside it, is not as it was written."""
+    """The report of a finished training stage; None if it, or the weights file beside it, is missing or damaged."""
     stage, weights = read_json(path), path.with_name("weights.safetensors")
-    whole = isinstance(stage, dict) and weights.is_file() and stage.get("weights") == digest_file(weights)
-    return stage if whole else None
+    intact = isinstance(stage, dict) and weights.is_file() and stage.get("weights") == digest_file(weights)
+    return stage if intact else None
 
 
 def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """By rename, as all that others read. Raises OSError where the disk cannot hold them."""
-    whole = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-    write_atomic(path, serialise(whole))
+    """Write weights by renaming a finished file, so that nobody reads half of it. Raises OSError if the disk is full."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    write_atomic(path, serialise(tensors))
 
 
 def assert_unchanged(volumes: Sequence[Volume], folder: Path) -> None:
-    """Whether the prepared volumes still are what they were; what was trained on others is dropped.
+    """Check that no preprocessed volume has changed during training; if one has, remove the stage's checkpoints.
 
     Raises:
-        UserError: some are not.
+        UserError: a volume was changed or removed.
     """
-    changed = [volume for volume, whole in zip(volumes, verified(volumes), strict=True) if not whole]
+    changed = [volume for volume, intact in zip(volumes, verified(volumes), strict=True) if not intact]
     if changed:
         Checkpoints(folder / "checkpoints", 0).clear()
         raise UserError(

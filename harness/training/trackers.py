@@ -1,4 +1,7 @@
-"""TensorBoard, Weights & Biases and MLflow through Accelerate, beside the history; none of them can stop a run."""
+"""TensorBoard, Weights & Biases and MLflow, through Accelerate.
+
+They get the same values as the history of a stage. An error in a tracker never stops a run.
+"""
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +20,7 @@ from harness.system.errors import UserError
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises UserError where a tracker's package is not installed."""
+    """Raises UserError if a tracker's package is not installed."""
     for name in names:
         if find_spec(TRACKERS[name]) is None:
             raise UserError(
@@ -29,68 +32,73 @@ def check_trackers(names: Sequence[str]) -> None:
 def tracked(
     names: Sequence[str], run_id: str, config: Mapping[str, Any], runs: Path, processes: Processes
 ) -> Iterator[Callable[[Mapping[str, float], int], None] | None]:
-    """What takes the values of every step, while the run goes on; None where no tracker is asked for."""
+    """A function that logs the named values of a step, for the duration of a run; None if no tracker is named."""
     if not names or not processes.main:
         yield None
         return
-    each = [_Guarded(name, run_id, runs / "trackers", config) for name in names]
+    trackers = [_Guarded(name, run_id, runs / "trackers", config) for name in names]
 
     def log(values: Mapping[str, float], step: int) -> None:
-        for tracker in each:
+        """Pass the values of a step to every tracker."""
+        for tracker in trackers:
             tracker.log(values, step)
 
     try:
         yield log
     finally:
-        for tracker in each:
+        for tracker in trackers:
             tracker.finish()
 
 
 class _Guarded:
-    """One tracker; the first thing that goes wrong with it is said, and it is left alone from then on."""
+    """One tracker. Its first error is reported to the user; after that it is not called again."""
 
     def __init__(self, name: str, run_id: str, folder: Path, config: Mapping[str, Any]) -> None:
         self.name = name
-        self.found: Any = None
+        self._tracker: Any = None
         self._attempt(lambda: self._start(run_id, folder, config))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        if self.found is not None:
-            self._attempt(lambda: self.found.log(dict(values), step=step))
+        """Log the named values of a step."""
+        if self._tracker is not None:
+            self._attempt(lambda: self._tracker.log(dict(values), step=step))
 
     def finish(self) -> None:
-        if self.found is not None:
-            self._attempt(self.found.finish)
+        """Close the tracker."""
+        if self._tracker is not None:
+            self._attempt(self._tracker.finish)
 
     def _start(self, run_id: str, folder: Path, config: Mapping[str, Any]) -> None:
+        """Open the tracker, and log the settings of the run."""
         PartialState()
         folder.mkdir(parents=True, exist_ok=True)
         kind = LOGGER_TYPE_TO_CLASS[self.name]
         if self.name == "tensorboard":
-            self.found = kind(run_id, logging_dir=folder)
+            self._tracker = kind(run_id, logging_dir=folder)
         elif self.name == "wandb":
-            self.found = kind("ssl-seg-harness", name=run_id, dir=str(folder))
+            self._tracker = kind("ssl-seg-harness", name=run_id, dir=str(folder))
         else:
-            # Beside the runs, where nobody named a server.
+            # A database beside the runs, if the user has named no server.
             os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{folder.resolve() / 'mlflow.db'}")
-            self.found = kind("ssl-seg-harness", logging_dir=str(folder.resolve() / "mlflow"), run_name=run_id)
-        if hasattr(self.found, "start"):
-            self.found.start()
-        self.found.store_init_configuration(_flat(config))
+            self._tracker = kind("ssl-seg-harness", logging_dir=str(folder.resolve() / "mlflow"), run_name=run_id)
+        if hasattr(self._tracker, "start"):
+            self._tracker.start()
+        self._tracker.store_init_configuration(_flat(config))
 
     def _attempt(self, do: Callable[[], Any]) -> None:
+        """Call `do`. After an error of any kind, report it and drop the tracker."""
         try:
             do()
-        # Whatever a service or its package comes up with: the run is worth more.
+        # A service or its package may raise any error, and the run must go on.
         except Exception as error:
             say(
                 f"tracker {self.name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}; going on without it"
             )
-            self.found = None
+            self._tracker = None
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings with dotted names; what is neither number nor text as text."""
+    """Nested settings as one level with dotted names; values that are neither numbers nor text become text."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,7 @@
-"""One training step, for every stage and profile: any module that returns named loss terms, dealt out or whole."""
+"""One training step, for every stage and profile.
+
+It trains any module that returns named loss terms. The batch of a step may be divided over processes and micro-batches.
+"""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,13 +22,14 @@ from harness.api.backbone import Backbone
 from harness.api.global_batch import BatchParts, batch_parts
 from harness.compute.devices import keep_memory, precision
 from harness.compute.layers import prepare_module
+from harness.compute.processes import SingleProcess
 from harness.config.schema import Training
 from harness.system.errors import UserError
 from harness.system.files import seed_from
 from harness.system.signals import leave_to_parent
 from harness.training.clock import StepClock
 
-FINITE = "finite"  # beside the loss terms of a step
+FINITE = "finite"  # key beside the loss terms of a step: whether all of them and the gradient are finite
 
 
 @dataclass
@@ -33,8 +37,12 @@ class StageReport:
     """What a finished training stage reports.
 
     Attributes:
-        skipped: steps that were left out because something was not finite.
-        resumed: how often it went on from a checkpoint.
+        seconds: of the whole stage.
+        steps: number of optimizer steps.
+        clock: p50 and p95 in ms per phase of a step.
+        used: precision, device and other settings that the stage was computed with.
+        skipped: numbers of the steps that were left out because the loss or the gradient was not finite.
+        resumed: how often the stage went on from a checkpoint.
     """
 
     seconds: float
@@ -46,10 +54,15 @@ class StageReport:
 
 
 class Trainer:
-    """A module under AdamW and a cosine schedule, prepared by Accelerate; `step` is what every stage and profile runs.
+    """A module with AdamW and a cosine schedule, wrapped by Accelerate. Every stage and profile calls `step`.
+
+    Args:
+        warmup: number of first steps in which the learning rate rises.
+        seed: of dropout and of the method's random draws.
+        skip_nonfinite: whether to leave out a step that is not finite; otherwise no step after it changes the parameters.
 
     Raises:
-        UserError: a batch that cannot be dealt out evenly, or batch norm over micro-batches.
+        UserError: the batch cannot be divided evenly, or batch norm would see micro-batches.
     """
 
     def __init__(
@@ -58,7 +71,7 @@ class Trainer:
         settings: Training,
         steps: int,
         warmup: int,
-        accelerator: Accelerator,
+        accelerator: Accelerator | SingleProcess,
         seed: int = 0,
         skip_nonfinite: bool = False,
     ) -> None:
@@ -69,59 +82,64 @@ class Trainer:
         groups = param_groups_weight_decay(module, settings.weight_decay)
         self.fused = self.device.type in ("cuda", "cpu")
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=self.fused)
-        # One more than there are steps: the cosine reaches 0 after the last one, not in it.
+        # One more than the number of steps, so that the cosine reaches 0 after the last step and not in it.
         self.schedule = CosineLRScheduler(
             optimizer, t_initial=steps + 1, warmup_t=warmup, warmup_lr_init=0.0, warmup_prefix=False, t_in_epochs=False
         )
-        # Of sides of length 1, whose strides say nothing.
+        # DDP warns about the gradient strides of axes of length 1, which do not matter.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.clock = StepClock(self.device)
-        # Under "skip" what a forward pass writes (running moments, queues) is put back after a bad step.
+        # With "skip", buffers that a forward pass changes (running moments, queues) are restored after a step that is not finite.
         self.restored = list(module.buffers()) if skip_nonfinite else []
         self.skip_nonfinite, self.bad = skip_nonfinite, torch.zeros((), device=self.device)
         self.passes: int | None = None
         self.module.train()
 
     def loader(self, data: Dataset[Any], start: int = 0) -> Any:
-        """Micro-batches of `data` from sample `start` on, on the host; every process its own, in the order of `Parts`."""
-        whole: Any = data
+        """The micro-batches of this process, on the host: its share of the samples of `data` from number `start` on."""
+        sized: Any = data  # a Dataset with a length, which its type does not promise
         parts = self.parts
         size = self.settings.rows(parts.processes, parts.micro_batches)
-        firsts = range(start + parts.rank * size, len(whole) - size + 1, parts.processes * size)
+        firsts = range(start + parts.rank * size, len(sized) - size + 1, parts.processes * size)
         return DataLoader(
             data,
             batch_sampler=[list(range(first, first + size)) for first in firsts],
             num_workers=self.settings.workers,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=leave_to_parent,
-            # The loader draws a seed for its workers: from its own generator, not from the one that dropout uses.
+            # The loader draws a seed for its workers. Its own generator keeps that draw out of the one that dropout uses.
             generator=torch.Generator(),
         )
 
     def step(
         self, number: int, batches: Sequence[Mapping[str, Tensor]], after_step: Callable[[int], None] | None = None
     ) -> dict[str, Tensor]:
-        """Step `number`, from 1, on its micro-batches on the host -> loss terms of the whole batch, on the device.
+        """Compute step `number`, from 1. Nothing here waits for the device.
 
-        Beside the terms: `FINITE`, whether they and the gradient are; if not, the parameters stay as they are. Nothing
-        here waits for the device.
+        Args:
+            batches: the micro-batches of this process, on the host.
+            after_step: is called with `number` after the optimizer's step.
+
+        Returns:
+            The loss terms of the whole batch, on the device, and under `FINITE` whether they and the gradient are finite.
+            If they are not, the parameters stay as they are.
         """
-        moved = [{name: self._move(value) for name, value in batch.items()} for batch in batches]
+        batches_on_device = [{name: self._move(value) for name, value in batch.items()} for batch in batches]
         self.schedule.step_update(number)
-        kept = [buffer.clone() for buffer in self.restored]
+        saved_buffers = [buffer.clone() for buffer in self.restored]
         self.clock.lap("transfer")
         with batch_parts(self.parts):
-            self._look_ahead(number, moved)
-            found = [self._backward(number, micro_batch, batch) for micro_batch, batch in enumerate(moved)]
-        terms = self._of_all_parts(found)
+            self._collect_gathered(number, batches_on_device)
+            terms_of_parts = [self._backward(number, index, batch) for index, batch in enumerate(batches_on_device)]
+        terms = self._mean_over_parts(terms_of_parts)
         norm = get_total_norm([p.grad for p in self.trained if p.grad is not None], foreach=True)
         finite = torch.isfinite(torch.stack([norm, *terms.values()])).all()
         if self.settings.clip_norm:
             clip_grads_with_norm_(self.trained, self.settings.clip_norm, norm, foreach=True)
         self._update(finite)
-        for buffer, before in zip(self.restored, kept, strict=True):
+        for buffer, before in zip(self.restored, saved_buffers, strict=True):
             buffer.copy_(torch.where(finite, buffer, before))
         if after_step is not None:
             after_step(number)
@@ -129,23 +147,27 @@ class Trainer:
         return {**terms, FINITE: finite}
 
     def seed_step(self, number: int) -> None:
-        """All randomness of a step is a function of the seed, the step and the part: nothing of it need be kept."""
+        """Seed all random draws of step `number` from the stage's seed, the step and the part of the batch.
+
+        So a checkpoint holds no state of generators.
+        """
         parts = self.parts
-        dropout, drawn = (_number(self.seed, number, purpose) for purpose in (0, 1))
-        torch.manual_seed(dropout + parts.mine)
-        method = getattr(self.inner, "generator", None)
-        if method is not None:
-            method.manual_seed(drawn + parts.mine)
+        dropout_seed, method_seed = (_seed_from_numbers(self.seed, number, purpose) for purpose in (0, 1))
+        torch.manual_seed(dropout_seed + parts.mine)
+        generator = getattr(self.inner, "generator", None)
+        if generator is not None:
+            generator.manual_seed(method_seed + parts.mine)
         if parts.number > 1:
-            for name, seed in (("dropout", dropout), ("method", drawn)):
+            for name, seed in (("dropout", dropout_seed), ("method", method_seed)):
                 stream = parts.streams.setdefault(name, torch.Generator(self.device))
                 stream.manual_seed(seed)
 
-    def _look_ahead(self, number: int, batches: Sequence[Mapping[str, Tensor]]) -> None:
-        """What `gather` is to give to each micro-batch of the others, where the loss asks for it.
+    def _collect_gathered(self, number: int, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Run forward passes without gradients, to collect what `gather` must return for the other micro-batches.
 
-        Where one call of it depends on what another gives, one pass over the micro-batches is not enough; the first step
-        finds out how many are.
+        If one call of `gather` depends on the result of another, one pass over the micro-batches is not enough. The first
+        step therefore repeats the pass until its values no longer change; later steps run as many passes as the first
+        one needed.
         """
         parts = self.parts
         parts.known = []
@@ -157,21 +179,21 @@ class Trainer:
                 self.seed_step(number)
                 with torch.no_grad(), self._autocast():
                     self.inner(batch)
-            if self.passes is None and _same(parts.known, parts.recorded):
+            if self.passes is None and _equal_tensors(parts.known, parts.recorded):
                 self.passes = passes
             else:
                 passes, parts.known = passes + 1, parts.recorded
 
     def _backward(self, number: int, micro_batch: int, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Forward and backward pass of one micro-batch -> its terms."""
+        """Run the forward and backward pass of one micro-batch. Returns its loss terms."""
         last = micro_batch == self.parts.micro_batches - 1
         self.parts.begin(micro_batch)
         self.seed_step(number)
-        # Processes exchange gradients once, with the last micro-batch.
+        # Processes exchange gradients once per step, in the backward pass of the last micro-batch.
         with nullcontext() if last else self.accelerator.no_sync(self.module):
             with self._autocast():
                 terms: dict[str, Tensor] = self.module(batch)
-            loss = sum(term.float() for term in terms.values())
+            loss: Any = sum(term.float() for term in terms.values())
             self.clock.lap("forward")
             if micro_batch == 0:
                 self.optimizer.zero_grad(set_to_none=True)
@@ -179,19 +201,24 @@ class Trainer:
         self.clock.lap("backward")
         return {name: term.detach().float() for name, term in terms.items()}
 
-    def _of_all_parts(self, found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The mean over the parts, for every process."""
+    def _mean_over_parts(self, terms_of_parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The mean of each loss term over all parts of the batch, the same on every process.
+
+        Args:
+            terms_of_parts: per micro-batch of this process.
+        """
         if self.parts.number == 1:
-            return dict(found[0])
-        stacked = torch.stack([torch.stack(list(terms.values())) for terms in found]).mean(dim=0)
-        together = self.accelerator.reduce(stacked, reduction="mean")
-        return dict(zip(found[0], together, strict=True))
+            return dict(terms_of_parts[0])
+        local_means = torch.stack([torch.stack(list(terms.values())) for terms in terms_of_parts]).mean(dim=0)
+        means = self.accelerator.reduce(local_means, reduction="mean")
+        return dict(zip(terms_of_parts[0], means, strict=True))
 
     def _update(self, finite: Tensor) -> None:
-        """The optimizer's step, which changes nothing where something is not finite: decided on the device."""
-        now = (~finite).float()
-        # To stop: no later step either, until the host has read of it. To skip: this one only.
-        self.bad = now if self.skip_nonfinite else torch.maximum(self.bad, now)
+        """Take the optimizer's step. If `finite` is false, it changes nothing; the device decides, so the host need not wait."""
+        bad = (~finite).float()
+        # A stage that stops must not change parameters in later steps either, because the host reads of the problem later.
+        # A stage that skips leaves out this step only.
+        self.bad = bad if self.skip_nonfinite else torch.maximum(self.bad, bad)
         if self.fused:
             getattr(self.optimizer, "optimizer", self.optimizer).found_inf = self.bad
         elif self.bad.item():
@@ -199,16 +226,16 @@ class Trainer:
         self.optimizer.step()
 
     def state(self) -> dict[str, Any]:
-        """All that the next step depends on, beside its number."""
+        """Everything that the next step depends on, apart from its number."""
         return {"module": self.inner.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state`. Raises RuntimeError, ValueError or KeyError where it is another module's."""
+        """Go on from a `state`. Raises RuntimeError, ValueError or KeyError if it belongs to another module."""
         self.inner.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
 
     def used(self) -> dict[str, Any]:
-        """What the stage was computed with, for the record."""
+        """Precision, device and other settings that the stage was computed with, for the record."""
         return {
             "precision": self.precision,
             "channels_last": self.settings.channels_last,
@@ -225,25 +252,30 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def _move(self, value: Tensor) -> Tensor:
-        moved = value.to(self.device, non_blocking=True)
-        last = self.settings.channels_last and value.ndim == 5
-        return moved.to(memory_format=torch.channels_last_3d) if last else moved
+        """A tensor on the device; volumes (N, C, x, y, z) channels-last if the settings say so."""
+        on_device = value.to(self.device, non_blocking=True)
+        channels_last = self.settings.channels_last and value.ndim == 5
+        return on_device.to(memory_format=torch.channels_last_3d) if channels_last else on_device
 
 
 def deal(module: nn.Module, settings: Training, accelerator: Accelerator) -> BatchParts:
-    """How batches are dealt out over the processes and micro-batches that were asked for.
+    """Divide batches over the processes and micro-batches of an accelerator.
 
     Raises:
-        UserError: it cannot be done evenly, or not without changing the result.
+        UserError: the batch cannot be divided evenly, or not without changing the result.
     """
-    processes, in_turn = accelerator.num_processes, accelerator.gradient_accumulation_steps
-    settings.rows(processes, in_turn)
-    refuse_batch_norm(module, in_turn)
-    return BatchParts(processes=processes, rank=accelerator.process_index, micro_batches=in_turn)
+    processes, micro_batches = accelerator.num_processes, accelerator.gradient_accumulation_steps
+    settings.rows(processes, micro_batches)
+    refuse_batch_norm(module, micro_batches)
+    return BatchParts(processes=processes, rank=accelerator.process_index, micro_batches=micro_batches)
 
 
 def refuse_batch_norm(module: nn.Module, in_turn: int) -> None:
-    """Raises UserError where a module with batch norm is to see its batches in several micro-batches."""
+    """Raises UserError if a module has batch norm and its batches are divided into several micro-batches.
+
+    Args:
+        in_turn: number of micro-batches, which are computed one after the other.
+    """
     if in_turn > 1 and any(isinstance(layer, _BatchNorm) for layer in module.modules()):
         raise UserError(
             "batch norm needs the whole batch at once, micro-batches would change the result: leave --micro-batches out, "
@@ -251,23 +283,27 @@ def refuse_batch_norm(module: nn.Module, in_turn: int) -> None:
         )
 
 
-def _same(known: list[list[Tensor]], recorded: list[list[Tensor]]) -> bool:
-    """Whether another pass found what was known before; nothing at all is known before the first."""
-    if not known:
+def _equal_tensors(before: list[list[Tensor]], recorded: list[list[Tensor]]) -> bool:
+    """Whether a pass recorded the same tensors, per micro-batch, as the pass before it.
+
+    Args:
+        before: empty before the first pass; then a pass without any call of `gather` counts as equal.
+    """
+    if not before:
         return not any(recorded)
-    pairs = [pair for each in zip(known, recorded, strict=True) for pair in zip(*each, strict=True)]
+    pairs = [pair for tensors in zip(before, recorded, strict=True) for pair in zip(*tensors, strict=True)]
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-def _number(*parts: int) -> int:
-    """A seed for each tuple of numbers."""
-    return seed_from(repr(parts), size=6)
+def _seed_from_numbers(*numbers: int) -> int:
+    """A seed that is a function of some numbers."""
+    return seed_from(repr(numbers), size=6)
 
 
 @contextmanager
 def compiled(module: nn.Module, wanted: bool) -> Iterator[None]:
-    """Within it, trunks and decoders of the backbones in `module` are compiled (`torch.compile`), if that is wanted."""
-    backbones = [each for each in module.modules() if isinstance(each, Backbone)] if wanted else []
+    """While the context is open, compile trunk and decoder of the backbones in `module` (`torch.compile`), if `wanted`."""
+    backbones = [layer for layer in module.modules() if isinstance(layer, Backbone)] if wanted else []
     for backbone in backbones:
         for name in ("trunk", "decode"):
             setattr(backbone, name, torch.compile(getattr(backbone, name)))

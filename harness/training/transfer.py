@@ -1,4 +1,4 @@
-"""Pre-trained weights into a fresh backbone, with a report; never a silent partial load."""
+"""Copies pre-trained weights into a new backbone, and reports every tensor that did not fit: no silent partial load."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,14 +11,14 @@ from harness.api.backbone import Backbone, inflate
 
 @dataclass(frozen=True)
 class Transfer:
-    """What became of every tensor.
+    """What happened to every tensor.
 
     Attributes:
-        loaded: names taken over.
-        inflated: those of them that were made for one channel and repeated for all.
-        skipped: names in the weights that the backbone lacks or has in another shape.
-        reinitialised: names of the backbone that keep their random values.
-        encoder_fraction: share of the encoder's parameters (counted in numbers, not tensors) that was loaded.
+        loaded: names of the tensors that were copied.
+        inflated: names of the copied tensors that were made for one channel and repeated for all channels.
+        skipped: names of the tensors in the weights that the backbone lacks or has in another shape.
+        reinitialised: names of the backbone's tensors that keep their random values.
+        encoder_fraction: share of the encoder's parameters that was loaded, counted in single numbers, not in tensors.
     """
 
     loaded: list[str]
@@ -28,7 +28,7 @@ class Transfer:
     encoder_fraction: float
 
     def as_record(self) -> dict[str, Any]:
-        """Counts and names for the record; the loaded names are counted only, they are the rest."""
+        """Counts and names for the record. Loaded names are only counted; they are all of the backbone's but `reinitialised`."""
         return asdict(self) | {"loaded": len(self.loaded), "num_tensors": len(self.loaded) + len(self.reinitialised)}
 
     def __str__(self) -> str:
@@ -40,28 +40,29 @@ class Transfer:
 
 
 def _named(keys: list[str], most: int = 4) -> str:
-    shown = ", ".join(keys[:most]) + (", ..." if len(keys) > most else "")
-    return f"{len(keys)} ({shown})" if keys else "0"
+    """The number of keys, and the first `most` of them."""
+    first = ", ".join(keys[:most]) + (", ..." if len(keys) > most else "")
+    return f"{len(keys)} ({first})" if keys else "0"
 
 
 def transfer(backbone: Backbone, weights: Mapping[str, Tensor], repeat_stem: bool = False) -> Transfer:
-    """Copy what fits by name and shape into `backbone`, in place, and report everything.
+    """Copy the tensors that fit by name and shape into `backbone`, in place, and report all of them.
 
-    With `repeat_stem`, convolutions of a single input channel serve a backbone of several (see `inflate`).
+    With `repeat_stem`, convolutions with one input channel are repeated for a backbone with several channels (see `inflate`).
     """
     own = backbone.state_dict()
     inflated = []
     if repeat_stem:
-        grown = {key: inflate(value, own[key].shape) if key in own else value for key, value in weights.items()}
-        inflated = [key for key in weights if grown[key].shape != weights[key].shape]
-        weights = grown
-    fits = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
-    backbone.load_state_dict({**own, **fits})
+        repeated = {key: inflate(value, own[key].shape) if key in own else value for key, value in weights.items()}
+        inflated = [key for key in weights if repeated[key].shape != weights[key].shape]
+        weights = repeated
+    fitting = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
+    backbone.load_state_dict({**own, **fitting})
     encoder = {key: value.numel() for key, value in backbone.named_parameters() if backbone.part_of(key) == "encoder"}
     return Transfer(
-        loaded=sorted(fits),
+        loaded=sorted(fitting),
         inflated=sorted(inflated),
-        skipped=sorted(set(weights) - set(fits)),
-        reinitialised=sorted(set(own) - set(fits)),
-        encoder_fraction=sum(number for key, number in encoder.items() if key in fits) / max(1, sum(encoder.values())),
+        skipped=sorted(set(weights) - set(fitting)),
+        reinitialised=sorted(set(own) - set(fitting)),
+        encoder_fraction=sum(size for key, size in encoder.items() if key in fitting) / max(1, sum(encoder.values())),
     )

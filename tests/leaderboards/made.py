@@ -1,4 +1,4 @@
-"""Hand-made run folders, whole enough for every command."""
+"""Hand-made run folders, whole enough for every command, and the commands as a user calls them."""
 
 import hashlib
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from harness.cli.main import main
 from leaderboards import board, records, table
 
 MEASURES = {"dice": "dice", "hd95": "hd95_mm", "surface_dice": "surface_dice"}
@@ -69,6 +70,15 @@ def write_run(
     return place
 
 
+def three_fractions(folder: Path) -> Path:
+    """Two methods, three seeds, 10, 50 and 100 % of the labels."""
+    for seed in (0, 1, 2):
+        for fraction in (0.1, 0.5, 1.0):
+            write_run(folder, "scratch", seed, dice=0.6 + 0.2 * fraction, label_fraction=fraction)
+            write_run(folder, "better", seed, dice=0.7 + 0.15 * fraction, label_fraction=fraction)
+    return folder
+
+
 def scores(dice: float, cases: int) -> pd.DataFrame:
     """`cases.csv` of such a run; the noise of a case is the same in every run."""
     rng = np.random.default_rng(1)
@@ -119,6 +129,15 @@ def tables(folder: Path) -> list[board.Table]:
 def built(folder: Path) -> pd.DataFrame:
     """The leaderboard of a folder."""
     return table.build(tables(folder))
+
+
+def called(capsys, *words, status: int = 0) -> str:
+    """`harness` with these words -> what it prints; it must end with `status`, and an error is in its one form."""
+    assert main([str(word) for word in words]) == status
+    out, err = capsys.readouterr()
+    if status == 2:
+        assert all(line.startswith("harness: ") for line in err.splitlines())
+    return out + err
 
 
 def _slug(text: str) -> str:

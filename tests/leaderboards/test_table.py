@@ -1,26 +1,14 @@
-"""Tables from hand-made runs: what is compared with what, what is left out, what is escaped."""
+"""Rows in files and in the terminal: what is counted, what is escaped."""
 
-import json
+from itertools import pairwise
 
+import numpy as np
 import pandas as pd
 import pytest
+from markdown_it import MarkdownIt
 
-from leaderboards import board, records, reported, table
-from tests.leaderboards.made import built, tables, write_run
-
-
-def test_difference_to_scratch_is_paired_and_empty_for_scratch(tmp_path):
-    write_run(tmp_path, "scratch", dice=0.8)
-    write_run(tmp_path, "better", dice=0.85)
-    frame = built(tmp_path).set_index(["method", "target"])
-    row = frame.loc["better", "a"]
-    assert row["delta_dice_vs_scratch"] == pytest.approx(0.05)
-    # The per-case noise is the same in both, so the paired interval has no width; the unpaired one has.
-    assert row["delta_ci_low"] == pytest.approx(row["delta_ci_high"])
-    assert row["dice_ci_high"] - row["dice_ci_low"] > 0.01
-    assert frame.loc["better", "average"]["delta_dice_vs_scratch"] == pytest.approx(0.025)
-    assert pd.isna(frame.loc["scratch", "a"]["delta_dice_vs_scratch"])
-    assert (row["rank"], frame.loc["scratch", "a"]["rank"]) == (1, 2)
+from leaderboards import table
+from tests.leaderboards.made import built, called, tables, three_fractions, write_run
 
 
 def test_empty_cases_are_left_out_and_counted(tmp_path):
@@ -29,77 +17,6 @@ def test_empty_cases_are_left_out_and_counted(tmp_path):
     assert frame.loc["a", "n_cases"] == 8
     assert frame.loc["b", "n_cases"] == 7
     assert frame.loc["b", "dice"] == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(
-    "other", [{"preset": "paper"}, {"fingerprint": "e" * 32}, {"overrides": {"finetune.steps": "9"}}]
-)
-def test_what_differs_shares_no_table(tmp_path, other):
-    write_run(tmp_path, "scratch")
-    write_run(tmp_path, "better", dice=0.9, **other)
-    frame = built(tmp_path)
-    assert frame["delta_dice_vs_scratch"].isna().all()
-    assert (frame["rank"] == 1).all()
-
-
-def test_changed_method_settings_are_another_row(tmp_path):
-    write_run(tmp_path, "m")
-    write_run(tmp_path, "m", overrides={"method.mask_ratio": "0.6"})
-    assert set(built(tmp_path)["method"]) == {"m", "m{mask_ratio=0.6}"}
-
-
-def test_p_value_needs_seeds_and_cases(tmp_path):
-    for seed in (0, 1):
-        write_run(tmp_path / "few", "scratch", seed, cases=5)
-        write_run(tmp_path / "few", "better", seed, dice=0.9, cases=5)
-        write_run(tmp_path / "many", "scratch", seed)
-        write_run(tmp_path / "many", "better", seed, dice=0.9)
-    assert built(tmp_path / "few")["p_value_holm"].isna().all()
-    frame = built(tmp_path / "many").set_index(["method", "target"])
-    assert frame.loc["better", "a"]["p_value_holm"] == pytest.approx(2 / 2**8)
-    assert frame.loc["better", "a"]["n_seeds"] == 2
-
-
-def test_the_difference_uses_the_seeds_that_both_have(tmp_path):
-    write_run(tmp_path, "scratch", 0)
-    write_run(tmp_path, "better", 0, dice=0.9)
-    write_run(tmp_path, "better", 1, dice=0.2)
-    write_run(tmp_path, "other", 5, dice=0.9)
-    frame = built(tmp_path).set_index(["method", "target"])
-    assert frame.loc["better", "a"]["delta_dice_vs_scratch"] == pytest.approx(0.1)
-    assert pd.isna(frame.loc["other", "a"]["delta_dice_vs_scratch"])
-
-
-def test_broken_records_are_named(tmp_path):
-    folder = write_run(tmp_path)
-    for number, text in enumerate(["", "[]", '{"schema": 2}', '{"schema": 1}']):
-        (tmp_path / f"bad{number}").mkdir()
-        (tmp_path / f"bad{number}" / "record.json").write_text(text)
-    (folder / "cases.csv").unlink()
-    runs, problems = records.load_runs([tmp_path])
-    assert not runs
-    assert len(problems) == 5
-    assert all("record.json" in problem for problem in problems)
-
-
-def test_one_id_with_two_contents_is_a_conflict_and_neither_is_used(tmp_path):
-    write_run(tmp_path / "a")
-    write_run(tmp_path / "b")
-    write_run(tmp_path / "b", "other")
-    path = next((tmp_path / "b").glob("*scratch*/record.json"))
-    path.write_text(path.read_text().replace("60.0", "61.0"))
-    before = path.read_text()
-    runs, problems = records.load_runs([tmp_path / "a", tmp_path / "b"])
-    assert "with other content" in problems[0]
-    assert [run.record["method"] for run in runs] == ["other"]
-    assert path.read_text() == before
-
-
-def test_the_same_run_from_two_labs_is_one(tmp_path):
-    write_run(tmp_path / "a")
-    write_run(tmp_path / "b")
-    runs, problems = records.load_runs([tmp_path / "a", tmp_path / "b", tmp_path / "a"])
-    assert (len(runs), problems) == (1, [])
 
 
 @pytest.mark.parametrize("name", ["=HYPERLINK(1)", "+1", "-1", "@x", "\t=1"])
@@ -125,161 +42,107 @@ def test_a_name_does_not_move_the_terminals_cursor(tmp_path):
     assert "\x1b" not in table.render(tables(tmp_path))
 
 
-def test_every_row_says_why_it_has_no_p_value(tmp_path):
-    write_run(tmp_path, "scratch")
-    write_run(tmp_path, "one_seed")
-    write_run(tmp_path, "alone", backbone="other")
-    notes = built(tmp_path).set_index("method")["note"].to_dict()
-    assert notes["one_seed"].startswith("no p-value: one seed")
-    assert notes["alone"].startswith("no scratch run to compare with")
-    assert notes["scratch"] == "the control"
-    assert "no p-value: one seed" in table.render(tables(tmp_path))
+def test_a_planted_link_is_not_written_through(tmp_path):
+    write_run(tmp_path / "runs")
+    (tmp_path / "victim").write_text("whole")
+    for name in (".board.csv.partial", "board.csv"):
+        (tmp_path / name).symlink_to(tmp_path / "victim")
+    table.write(table.build(tables(tmp_path / "runs")), tmp_path / "board.csv")
+    assert (tmp_path / "victim").read_text() == "whole"
 
 
-def test_of_two_runs_of_a_seed_the_later_one_counts(tmp_path):
-    write_run(tmp_path, "m", dice=0.9)
-    write_run(tmp_path, "m", dice=0.7, run_id="later", finished="2026-02-01T00:00:00Z")
-    row = built(tmp_path).set_index("target").loc["a"]
-    assert (row["n_seeds"], row["run_ids"]) == (1, "later")
-    assert "older runs" in row["note"]
+@pytest.fixture
+def runs(tmp_path):
+    return three_fractions(tmp_path / "runs")
 
 
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"preset": "paper"}, "preset"),
-        ({"task_version": "2"}, "task"),
-        ({"metric_policy": "empty-is-skipped-v1"}, "metric_policy"),
-        ({"data": {"fingerprint": "e" * 32}}, "data"),
-        ({"label_fraction": 0.5}, "label_fraction"),
-        ({"protocol": "frozen"}, "protocol"),
-        ({"mode": "generic"}, "mode"),
-    ],
-)
-def test_what_keeps_two_runs_apart_is_named(tmp_path, change, field):
-    first = records.load_run(write_run(tmp_path, "a"))
-    second = records.load_run(write_run(tmp_path, "b", **change))
-    (difference,) = board.differing(first, second)
-    assert difference.startswith(field)
-    assert len({each.key for each in tables(tmp_path)}) == 2
+def test_build_writes_every_format(runs, capsys, tmp_path):
+    places = [tmp_path / f"board.{ending}" for ending in ("csv", "md", "tex")]
+    said = called(capsys, "leaderboard", "build", "--runs", runs, *(w for place in places for w in ("--out", place)))
+    assert "18 runs, 18 rows" in said
+    assert all(place.stat().st_size > 500 for place in places)
+    assert "due is .csv, .md, .tex" in called(
+        capsys, "leaderboard", "build", "--runs", runs, "--out", tmp_path / "x.xls", status=2
+    )
 
 
-def test_reported_rows_stand_beside_and_have_no_rank():
-    rows = reported.rows(["btcv", "msd_liver", "brats@2"])
-    assert set(rows["source"]) == {"reported"}
-    assert rows[["rank", "p_value_holm", "n_seeds"]].isna().all().all()
-    liver = rows[(rows["task"] == "msd_liver") & (rows["target"] == "average") & (rows["backbone"] == "segresnet")]
-    assert "printed columns average 8.06" in liver["note"].iloc[0]
-    assert liver["hd95_mm"].iloc[0] == 25.31
-    assert rows["dice"].dropna().between(0, 1).all()
-    assert reported.rows(["msd_hippocampus"]).empty
+def test_the_columns_are_those_of_the_contract_and_new_ones_come_after_them():
+    """Readers of older files and newer ones count on names and places."""
+    contract = [
+        *("task", "data", "preset", "mode", "protocol", "label_fraction", "method", "backbone", "n_seeds", "target"),
+        *("dice", "dice_ci_low", "dice_ci_high", "hd95_mm", "hd95_ci_low", "hd95_ci_high", "n_cases", "n_missed"),
+        *("delta_dice_vs_scratch", "delta_ci_low", "delta_ci_high", "p_value_holm", "rank", "step_ms_p50"),
+        *("pretrain_seconds", "source", "run_ids", "n_test_seen", "surface_dice", "surface_dice_ci_low"),
+        *("surface_dice_ci_high", "surface_tolerance_mm", "metric_policy", "note"),
+    ]
+    assert list(table.COLUMNS)[: len(contract)] == contract
 
 
-def test_every_reported_dice_and_hd95_becomes_one_value():
-    written = [entry for entry in reported._entries() if entry["metric"] in ("dice", "hd95")]
-    rows = reported.rows(reported.known_tasks())
-    assert rows["dice"].notna().sum() + rows["hd95_mm"].notna().sum() == len(written)
-    fraction = rows[(rows["method"] == "unetformer") & (rows["label_fraction"] == 0.2)]
-    assert fraction["dice"].tolist() == [pytest.approx(0.8113)]
+def test_a_csv_is_read_back_as_it_was(tmp_path):
+    """Six digits, and every digit of the numbers that tell rows apart."""
+    for seed in (0, 1):
+        write_run(tmp_path / "runs", "scratch", seed, label_fraction=1 / 3)
+        write_run(tmp_path / "runs", "m", seed, dice=0.9, label_fraction=1 / 3)
+    frame = built(tmp_path / "runs")
+    table.write(frame, tmp_path / "board.csv")
+    read = pd.read_csv(tmp_path / "board.csv", dtype={"data": str})
+    assert list(read) == list(frame)
+    assert (read["label_fraction"] == 1 / 3).all()
+    for column in frame:
+        if pd.api.types.is_numeric_dtype(read[column]):
+            np.testing.assert_allclose(read[column], frame[column].astype(float), rtol=5e-6)
+        else:
+            assert read[column].fillna("").tolist() == frame[column].fillna("").tolist()
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("run_id", "../x"),
-        ("run_id", ""),
-        ("seed", -1),
-        ("seed", True),
-        ("seed", 2**63),
-        ("label_fraction", 0),
-        ("label_fraction", float("nan")),
-        ("label_fraction", "all"),
-        ("data", []),
-        ("data", {"source": "moon", "fingerprint": ""}),
-        ("metrics", {}),
-        ("overrides", None),
-        ("method", 3),
-        ("backbone", ""),
-        ("task", "t" * 2000),
-        ("timing", "fast"),
-        ("timing", {"seconds": {}, "pretrain_step": "text"}),
-        ("timing", {"seconds": {}, "pretrain_step": {"step": {"p50_ms": None}}}),
-        ("timing", {"seconds": {"pretrain": "slow"}}),
-        ("timing", {"seconds": {"finetune": -1}}),
-        ("timing", {"pretrain_step": None}),
-        ("metric_definitions", ["hd95"]),
-        ("metric_definitions", {"surface_dice_tolerance_mm": "=1+1"}),
-        ("data", {"source": "real", "fingerprint": "f", "n_test_seen": "3"}),
-        ("data", {"source": "real", "fingerprint": "f", "n_test_seen": -1}),
-        ("data", {"source": "real", "fingerprint": "f"}),
-        ("data", {"source": "real", "fingerprint": "f", "n_test_seen": 0, "corpora": [3]}),
-        ("metrics", {"a": [], "b": {}}),
-        ("metrics", {"a": {"dice": 10**400}}),
-        ("metrics", {"a\x00": {}}),
-        ("overrides", {"method.x": 1}),
-        ("environment", "a machine"),
-        ("environment", {"git": "dirty"}),
-        ("files", [1]),
-        ("finished", "9999"),
-        ("backbone", "half \ud800"),
-    ],
-)
-def test_hand_edited_records_are_named_and_left_out(tmp_path, field, value):
-    place = write_run(tmp_path)
-    record = json.loads((place / "record.json").read_text()) | {field: value}
-    (place / "record.json").write_text(json.dumps(record))
-    runs, problems = records.load_runs([tmp_path])
-    assert not runs
-    assert len(problems) == 1
-    assert str(place) in problems[0]
+def test_values_are_those_of_the_runs_tables_in_pandas(tmp_path):
+    places = [write_run(tmp_path, "m", seed, dice=dice) for seed, dice in ((0, 0.7), (1, 0.9))]
+    frames = pd.concat([pd.read_csv(place / "cases.csv") for place in places])
+    rows = built(tmp_path).set_index("target")
+    for column in ("dice", "hd95_mm", "surface_dice"):
+        means = frames.groupby("target")[column].mean()
+        assert rows.loc[["a", "b"], column].tolist() == pytest.approx(means.tolist())
+        assert rows.loc["average", column] == pytest.approx(means.mean())
+    assert rows["run_ids"].str.split().map(sorted).tolist() == [sorted(place.name for place in places)] * 3
+    assert (rows["n_seeds"] == 2).all()
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "says"),
-    [
-        ("c1,a,scored,0.8", "c1,a,scored,nan#", "could not convert|not finite"),
-        ("hd95_mm", "hd95_mm;", "header"),
-        ("c1,a,scored", "c2,a,scored", "one row per case"),
-        ("c1,a,scored", "c1,z,scored", "no target"),
-        ("c1,a,scored", "c1,a,fine", "no target of the record or no status"),
-        ("c1,a,scored,", "c1,a,scored,1", "leaves 0..1"),
-        ("c1,a,scored,", "c1,a,missed,", "Dice other than 0"),
-        (",2.0,0.9", ",-2.0,0.9", "leaves 0..1e"),
-        (",2.0,0.9", ",inf,0.9", "not finite"),
-        (",2.0,0.9", ",nan,0.9", "not finite"),
-        (",2.0,0.9", ",,0.9", "no HD95"),
-        (",2.0,0.9", ",2.0", "truncated"),
-        (",2.0,0.9", ",2_0.0,0.9", "no plain number"),
-        (",2.0,0.9", ",٢.٠,0.9", "no plain number"),
-        (",2.0,0.9", ",1e308,0.9", "leaves 0..1e"),
-        (",2.0,0.9", ",2.0,", "some scored cases have a surface Dice"),
-        ("c0,b,empty,,,", "c0,b,empty,1.0,0.0,1.0", "does not give"),
-        ("c1,b,scored,0.5,4.0,0.7", "c1,b,missed,0.0,0.0,0.0", "an HD95 of 0"),
-        ("c1,b,scored,0.5,4.0,0.7", "c1,b,missed,0.0,9.0,0.9", "or a surface Dice"),
-        ("c1,b,scored,0.5,", "c1,b,scored,1.0,", "a Dice of 1 has an HD95 above 0"),
-        ("c1,a", ",a", "a case has no name"),
-        ("c1,a", "c\x001,a", "cannot be printed"),
-    ],
-)
-def test_hand_edited_cases_are_named_and_left_out(tmp_path, old, new, says):
-    import re
-
-    place = write_run(tmp_path)
-    text = (place / "cases.csv").read_text()
-    assert old in text
-    (place / "cases.csv").write_text(text.replace(old, new, 1))
-    runs, problems = records.load_runs([tmp_path])
-    assert not runs
-    assert re.search(says, problems[0])
+def test_markdown_is_read_as_one_table_per_heading_with_its_cells(tmp_path):
+    write_run(tmp_path, "a|b", dice=0.9)
+    write_run(tmp_path, "scratch", dice=0.8)
+    write_run(tmp_path, "scratch", dice=0.5, label_fraction=0.5)
+    tokens = MarkdownIt("commonmark").enable("table").parse(table.markdown(built(tmp_path)))
+    headings = [after.content for token, after in pairwise(tokens) if token.type == "heading_open"]
+    assert ["50% of the labels" in heading for heading in headings] == [True, False]
+    assert sum(token.type == "table_open" for token in tokens) == 2
+    shown = [
+        "".join(child.content for child in after.children)
+        for token, after in pairwise(tokens)
+        if token.type == "td_open"
+    ]
+    lines = [shown[start : start + 9] for start in range(0, len(shown), 9)]
+    assert [line[:4] for line in lines] == [
+        ["1", "scratch", "unet", "1"],
+        ["1", "a|b", "unet", "1"],
+        ["2", "scratch", "unet", "1"],
+    ]
+    assert lines[1][8] == "103"  # 100 s of pre-training, 3 s of preparation
 
 
-def test_names_with_commas_and_quotes_are_read(tmp_path):
-    place = write_run(tmp_path)
-    text = (place / "cases.csv").read_text()
-    (place / "cases.csv").write_text(text.replace("c1,", '"c,""1",'))
-    assert 'c,"1' in records.load_run(place).cases
+def test_the_best_average_stands_first_in_the_terminal(tmp_path):
+    for method, dice in (("a", 0.6), ("b", 0.9), ("c", 0.75)):
+        write_run(tmp_path, method, dice=dice)
+    title, heading, *lines = table.render(tables(tmp_path)).splitlines()
+    assert title.startswith("t, real:ffffffff")
+    assert heading.split()[:2] == ["rank", "method"]
+    assert [line.split()[:2] for line in lines[:3]] == [["1", "b"], ["2", "c"], ["3", "a"]]
+    assert table.render([]) == "no finished runs"
 
 
-def test_the_largest_seed_of_a_run_is_read(tmp_path):
-    write_run(tmp_path, seed=2**63 - 1)
-    assert [run.seed for run in records.load_runs([tmp_path])[0]] == [2**63 - 1]
+def test_a_column_tells_of_test_cases_that_were_trained_on(tmp_path):
+    write_run(tmp_path / "honest", "m")
+    write_run(tmp_path / "other", "m", data={"n_test_seen": 2})
+    headings = [table.render(tables(tmp_path / name)).splitlines()[1].split() for name in ("honest", "other")]
+    assert ["seen" in heading for heading in headings] == [False, True]
+    assert built(tmp_path / "other")["n_test_seen"].tolist() == [2, 2, 2]
+    assert "TEST CASES WERE TRAINED OR PRE-TRAINED ON" in table.latex(built(tmp_path / "other"))

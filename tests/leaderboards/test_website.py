@@ -1,6 +1,5 @@
 """The site, in a real headless Chromium: sort, filter, open a run; no error, no request, nothing executed from records."""
 
-import json
 import re
 import shutil
 import time
@@ -8,8 +7,8 @@ import time
 import pytest
 
 from harness.cli.main import main
-from leaderboards import board, curves, figures, records, table, website
-from tests.leaderboards.made import tables, write_run
+from leaderboards import records, website
+from tests.leaderboards.made import write_run
 
 HOSTILE = [
     '<script>alert("x")</script>',
@@ -248,15 +247,6 @@ def test_links_in_a_run_are_not_followed(tmp_path):
     assert not list((tmp_path / "site" / "runs").rglob("*.png"))
 
 
-def test_a_planted_link_is_not_written_through(tmp_path):
-    write_run(tmp_path / "runs")
-    (tmp_path / "victim").write_text("whole")
-    for name in (".board.csv.partial", "board.csv"):
-        (tmp_path / name).symlink_to(tmp_path / "victim")
-    table.write(table.build(tables(tmp_path / "runs")), tmp_path / "board.csv")
-    assert (tmp_path / "victim").read_text() == "whole"
-
-
 def test_a_deep_configuration_is_shown_to_a_depth(tmp_path):
     deep: dict = {}
     for _ in range(300):
@@ -292,30 +282,3 @@ def test_phantoms_are_marked_on_every_page(tmp_path):
     website.publish(runs, tmp_path / "site", title="t")
     for path in (tmp_path / "site").rglob("*.html"):
         assert "phantom" in path.read_text().lower()
-
-
-def test_figures_are_drawn_for_any_name_and_number(tmp_path):
-    for number in range(30):
-        write_run(tmp_path / "runs", f"m{number} $x_{{", dice=0.5 + number / 100)
-    write_run(tmp_path / "runs", "m29 $x_{", dice=0.9, overrides={"method.mask_ratio": "0.6"})
-    for fraction in (0.1, 0.5):
-        write_run(tmp_path / "runs", "m29 $x_{", label_fraction=fraction)
-    found = {path.name for each in tables(tmp_path / "runs") for path in _drawn(each, tmp_path / "figures")}
-    names = ("dice", "pareto", "ranks", "step_time", "training", "settings")
-    assert found == {f"{name}.{ending}" for name in names for ending in ("png", "svg")}
-    (curve,) = curves.find(tables(tmp_path / "runs"))
-    assert "area" in figures.label_efficiency(curve, tmp_path / "figures" / "curve")
-
-
-def _drawn(each: board.Table, folder):
-    if len(each.groups) > 1:
-        said = figures.table_figures(each, folder)
-        assert all(said.values())
-    return list(folder.iterdir()) if folder.exists() else []
-
-
-def test_a_damaged_history_draws_what_can_be_read(tmp_path):
-    path = tmp_path / "history.jsonl"
-    lines = ['{"stage": "finetune", "loss": 1}', "{", "[]", '{"stage": "finetune", "loss": "x"}', '{"loss": NaN}']
-    path.write_text("\n".join([*lines, json.dumps({"stage": "finetune", "loss": 0.5})]))
-    assert figures.read_losses(path) == {"finetune": [1.0, 0.5]}

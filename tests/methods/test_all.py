@@ -1,4 +1,4 @@
-"""What holds for every method that pre-trains."""
+"""What holds for every method that pre-trains, and for every one that masks."""
 
 import numpy as np
 import pytest
@@ -7,13 +7,21 @@ from monai.losses import DiceLoss
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from backbones.unet import UNet
+from harness import UserError
 from harness.api.losses import dice_loss
 from harness.api.registry import Registry
 from harness.conformance.fixture import MethodFixture
 from harness.training.segmenter import Segmenter
+from methods.mae import MAE
+from methods.simmim import SimMIM
+from methods.unetformer import UNetFormer
+from tests.methods.masked import hidden_by, keep, make
+from tests.methods.parts import generator, images, swin, unet, unetr
 
 REGISTRY = Registry()
 METHODS = [name for name in REGISTRY.names("method") if REGISTRY.load("method", name).trains]
+MASKED = [SimMIM, UNetFormer, MAE]
+BACKBONES = [unet, swin, unetr]
 
 
 @pytest.mark.parametrize("backbone", ["unet", "swinunetr"])
@@ -79,3 +87,62 @@ def test_bf16_autocast_gives_nearly_the_same_losses(name, tmp_path):
             losses.append([float(term) for term in built.method(batch).values()])
     assert np.isfinite(losses).all()
     np.testing.assert_allclose(losses[1], losses[0], rtol=0.15, atol=0.05)
+
+
+@pytest.mark.parametrize("method", MASKED)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_network_never_sees_what_is_masked(method, backbone, monkeypatch):
+    """The prediction is the same whatever lies under the mask: a leak would make the task trivial."""
+    made, image = make(method, backbone), images()
+    mask = hidden_by(made, image)
+    other = torch.where(mask, torch.rand_like(image), image)
+    predictions = []
+    monkeypatch.setattr(made.predict, "forward", keep(made.predict.forward, predictions))
+    for seen in (image, other):
+        made.generator = generator()
+        made({"image": seen})
+    torch.testing.assert_close(predictions[0], predictions[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", MASKED)
+def test_visible_voxels_do_not_count(method, monkeypatch):
+    made, image = make(method, unet), images()
+    mask = hidden_by(made, image)
+    restored = []
+    monkeypatch.setattr(made.predict, "forward", keep(made.predict.forward, restored))
+    (loss,) = made({"image": image}).values()
+    error = (restored[0] - image).abs() if method is not MAE else (restored[0] - image).square()
+    assert loss.item() == pytest.approx(error[mask.expand_as(error)].mean().item(), rel=1e-5)
+    assert loss.item() != pytest.approx(error.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("method", "ratio", "masked"), [(SimMIM, 0.6, 10), (UNetFormer, 0.4, 7), (MAE, 0.75, 12)])
+def test_published_ratios(method, ratio, masked):
+    made = make(method, unet)
+    assert made.config.mask_ratio == ratio
+    mask = hidden_by(made, images(3))
+    assert (mask.flatten(1).sum(dim=1) == masked * 16**3).all()
+
+
+@pytest.mark.parametrize("method", [SimMIM, UNetFormer])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_mask_token_is_learned(method, backbone):
+    made = make(method, backbone)
+    sum(made({"image": images()}).values()).backward()
+    assert made.token.grad.abs().sum() > 0
+    assert made.token.shape == (made.backbone.token_width or 1,)
+
+
+@pytest.mark.parametrize(
+    ("method", "backbone", "settings", "says"),
+    [
+        (SimMIM, unet, {"patch": (12, 16, 16)}, "does not divide the crop"),
+        (SimMIM, unet, {"patch": (32, 64, 32)}, "masks 1 of the 1 patches"),
+        (MAE, unet, {"mask_ratio": 0.99}, "masks 16 of the 16 patches"),
+        (UNetFormer, unetr, {"patch": (8, 8, 8)}, "is not a multiple of the 16 voxels"),
+        (MAE, swin, {"densify": True}, "multiple of the deepest stride"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(method, backbone, settings, says):
+    with pytest.raises(UserError, match=says):
+        make(method, backbone, **settings).check((32, 64, 32), 2)

@@ -223,3 +223,50 @@ def test_crops_follow_the_extent(extent, demo, small):
 def test_an_unlabelled_folder_is_no_task(tmp_path):
     with pytest.raises(UserError, match="nnU-Net v2"):
         Registry().task(str(tmp_path))
+
+
+def test_a_path_out_of_the_folder_is_refused(hippocampus_phantom, tmp_path):
+    shutil.copytree(hippocampus_phantom, tmp_path / "task")
+    described = json.loads((tmp_path / "task" / "dataset.json").read_text())
+    described["training"][0]["image"] = "../../etc/passwd"
+    (tmp_path / "task" / "dataset.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match="leaves the task's folder"):
+        Registry().task("msd_hippocampus").cases(tmp_path / "task")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"name": "Hippocampus"}', '{"name": "Hippocampus", "training": [3]}'])
+def test_a_broken_description_is_refused(text, tmp_path):
+    (tmp_path / "dataset.json").write_text(text)
+    task = Registry().task("msd_hippocampus")
+    with pytest.raises(UserError, match=r"dataset\.json"):
+        task.cases(task.find(tmp_path))
+
+
+def test_any_decathlon_folder_is_a_task(tmp_path):
+    """Two modalities in one 4D file, anisotropic spacing, three labels."""
+    folder, rng = tmp_path / "Task99_Organ", np.random.default_rng(0)
+    entries = []
+    for number in range(3):
+        name = f"organ_{number}.nii.gz"
+        for sub, voxels in (
+            ("imagesTr", rng.random((9, 8, 7, 2), np.float32)),
+            ("labelsTr", rng.integers(0, 4, (9, 8, 7))),
+        ):
+            (folder / sub).mkdir(parents=True, exist_ok=True)
+            image = nib.Nifti1Image(
+                voxels.astype(np.float32 if voxels.ndim == 4 else np.uint8), np.diag([1, 1, 2.5, 1])
+            )
+            nib.save(image, folder / sub / name)
+        entries.append({"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"})
+    described = {
+        "name": "Organ",
+        "modality": {"0": "T2", "1": "ADC"},
+        "labels": {"0": "background", "1": "left part", "2": "Right", "3": "cyst"},
+        "training": entries,
+    }
+    (folder / "dataset.json").write_text(json.dumps(described))
+    task = Registry().task(str(folder))
+    assert task.name == "organ"
+    assert task.targets == {"left_part": (1,), "right": (2,), "cyst": (3,)}
+    assert task.spacing == (1.0, 1.0, 2.5)
+    assert load_case(task, task.cases(task.find(folder))[0]).image.shape == (2, 9, 8, 7)

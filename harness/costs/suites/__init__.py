@@ -1,11 +1,11 @@
-"""Sets of steps to profile that have a name: one sweep file each, for `harness profile --suite NAME`."""
+"""Named sets of training steps to profile, one sweep file each: `harness profile --suite NAME`."""
 
 from pathlib import Path
 
 from harness.system.errors import unknown
 
 FOLDER = Path(__file__).parent
-ROUNDS = 3  # of a suite, which has many cells
+ROUNDS = 3  # per suite; fewer than for one method, because a suite has many cells
 
 
 def suite_names() -> list[str]:

@@ -1,0 +1,80 @@
+"""The 3D U-Net of Models Genesis: the published forward pass, batch norm included."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from backbones.genesis_unet3d import GenesisUNet3D
+from harness import UserError
+from harness.api.settings import build
+from tests.backbones.parts import make
+
+
+def test_genesis_unet3d_uses_the_batchs_statistics_in_evaluation():
+    published = make("genesis_unet3d").eval()
+    image = torch.rand(2, 2, 16, 16, 16)
+    image[1] *= 3
+    alone, beside = published.encode(image[:1])[0], published.encode(image)[0][:1]
+    assert not torch.allclose(alone, beside)
+    assert published.down_tr64.ops[0].bn1.num_batches_tracked == 0
+    torch.testing.assert_close(beside, published.train().encode(image)[0][:1])
+    usual = GenesisUNet3D(GenesisUNet3D.Config(first=4, norm="running"), 2).eval()
+    torch.testing.assert_close(usual.encode(image[:1])[0], usual.encode(image)[0][:1])
+
+
+def published(image, weights):
+    """The forward pass of Models Genesis' `pytorch/unet3d.py` from its weights, without its sigmoid."""
+
+    def convolution(features, name):
+        kernel, bias = (weights[f"{name}.conv1.{kind}"] for kind in ("weight", "bias"))
+        features = F.conv3d(features, kernel, bias, padding=1)
+        mean = features.mean(dim=(0, 2, 3, 4), keepdim=True)
+        variance = features.var(dim=(0, 2, 3, 4), keepdim=True, correction=0)
+        scale, shift = (weights[f"{name}.bn1.{kind}"].view(1, -1, 1, 1, 1) for kind in ("weight", "bias"))
+        return ((features - mean) / (variance + 1e-5).sqrt() * scale + shift).clamp(min=0)
+
+    def both(features, name):
+        return convolution(convolution(features, f"{name}.ops.0"), f"{name}.ops.1")
+
+    skips = [both(image, "down_tr64")]
+    for name in ("down_tr128", "down_tr256", "down_tr512"):
+        skips.append(both(F.max_pool3d(skips[-1], kernel_size=2), name))
+    features = skips.pop()
+    for name in ("up_tr256", "up_tr128", "up_tr64"):
+        kernel, bias = (weights[f"{name}.up_conv.{kind}"] for kind in ("weight", "bias"))
+        features = F.conv_transpose3d(features, kernel, bias, stride=2)
+        features = both(torch.cat((features, skips.pop()), dim=1), name)
+    return F.conv3d(features, weights["out_tr.final_conv.weight"], weights["out_tr.final_conv.bias"])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_forward_pass_is_the_published_one(training):
+    """In double precision and with norms that are not the identity."""
+    torch.manual_seed(0)
+    network = GenesisUNet3D(GenesisUNet3D.Config(first=4, dropout=0.0), in_channels=2).double()
+    network.set_head(3)
+    network.double().train(training)
+    with torch.no_grad():
+        for key, parameter in network.named_parameters():
+            if ".bn1." in key:
+                parameter.uniform_(0.5, 1.5)
+    image = torch.rand(2, 2, 16, 24, 16, dtype=torch.float64)
+    weights = {key: value.clone() for key, value in network.state_dict().items()}
+    torch.testing.assert_close(network(image), published(image, weights), rtol=1e-9, atol=1e-9)
+
+
+def test_running_statistics_are_those_of_the_batches_and_used_if_asked():
+    """Momentum 0.1, unbiased variance: after one batch the running mean is a tenth of the batch's."""
+    torch.manual_seed(0)
+    network = GenesisUNet3D(GenesisUNet3D.Config(first=4, norm="running"), 1)
+    image = torch.rand(2, 1, 8, 8, 8) + 3
+    network.encode(image)
+    layer = network.down_tr64.ops[0]
+    features = layer.conv1(image)
+    torch.testing.assert_close(layer.bn1.running_mean, 0.1 * features.mean(dim=(0, 2, 3, 4)))
+    torch.testing.assert_close(layer.bn1.running_var, 0.9 + 0.1 * features.var(dim=(0, 2, 3, 4)))
+
+
+def test_another_norm_is_refused():
+    with pytest.raises(UserError, match=r"backbone\.norm"):
+        build(GenesisUNet3D.Config, {"norm": "batches"}, "backbone")

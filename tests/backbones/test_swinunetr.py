@@ -1,0 +1,88 @@
+"""SwinUNETR: outputs and gradients are MONAI's."""
+
+import pytest
+import torch
+from monai.networks.nets import SwinUNETR as MonaiSwinUNETR
+
+from backbones.swinunetr import SwinUNETR
+from harness import UserError
+from harness.api.settings import build
+from tests.backbones.parts import make
+
+
+def test_swinunetr_equals_monai_for_monais_state_dict():
+    torch.manual_seed(0)
+    theirs = MonaiSwinUNETR(in_channels=2, out_channels=3, feature_size=12).eval()
+    ours = SwinUNETR(SwinUNETR.Config(feature_size=12), in_channels=2).eval()
+    ours.set_head(3)
+    ours.load_state_dict(theirs.state_dict())
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    image = torch.rand(1, 2, 64, 32, 64)
+    torch.testing.assert_close(ours(image), theirs(image), rtol=0, atol=1e-5)
+
+
+# Windows of 7 that pad grids of 48, 24 and 12 tokens and windows of 4 that divide them; an axis that one window covers;
+# samples in a batch; activations made again.
+@pytest.mark.parametrize(
+    ("crop", "batch", "window", "settings"),
+    [
+        ((96, 32, 64), 1, 7, {}),
+        ((64, 64, 32), 2, 4, {}),
+        ((64, 32, 32), 2, 7, {"depths": (1, 2, 3, 2)}),
+        ((64, 32, 32), 1, 7, {"checkpoint": True}),
+    ],
+)
+def test_swinunetr_has_monais_outputs_and_gradients(crop, batch, window, settings):
+    """In double precision, so that nothing but the mathematics can differ."""
+    torch.manual_seed(0)
+    sizes = {"feature_size": 12, "depths": settings.get("depths", (2, 2, 2, 2)), "window_size": window}
+    theirs = MonaiSwinUNETR(in_channels=2, out_channels=2, **sizes).double()
+    ours = SwinUNETR(SwinUNETR.Config(**{**sizes, **settings}, dropout=0.0), in_channels=2)
+    ours.set_head(2)
+    ours.double()
+    ours.load_state_dict(theirs.state_dict())
+    image = torch.rand(batch, 2, *crop, dtype=torch.float64)
+    wanted = torch.randn(batch, 2, *crop, dtype=torch.float64)
+    outputs = [network(image) for network in (ours, theirs)]
+    # MONAI's mask of -100 and the order of sums leave this much.
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-9)
+    for output in outputs:
+        (output * wanted).mean().backward()
+    for (key, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(
+            mine.grad, other.grad, rtol=1e-6, atol=1e-9 * float(other.grad.abs().max() + 1e-3), msg=key
+        )
+
+
+def test_swinunetr_trains_after_it_was_evaluated():
+    """What it keeps of the partition is made by whichever comes first."""
+    backbone = make("swinunetr")
+    image = torch.rand(1, 2, 96, 32, 32)
+    with torch.inference_mode():
+        backbone.encode(image)
+    backbone.encode(image)[-1].square().mean().backward()
+
+
+def test_the_pyramid_is_the_image_and_the_states_of_monais_transformer():
+    torch.manual_seed(0)
+    theirs = MonaiSwinUNETR(in_channels=1, out_channels=2, feature_size=12).eval()
+    ours = SwinUNETR(SwinUNETR.Config(feature_size=12), in_channels=1).eval()
+    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("out.")})
+    image = torch.rand(1, 1, 64, 32, 32)
+    pyramid = ours.encode(image)
+    assert torch.equal(pyramid[0], image)
+    for level, state in zip(pyramid[1:], theirs.swinViT(image, normalize=True), strict=True):
+        torch.testing.assert_close(level, state, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"feature_size": 12, "num_heads": (3, 6, 12, 36)}, "36 heads do not divide the 96 channels of a stage"),
+        ({"feature_size": 20}, r"backbone\.feature_size"),
+        ({"depths": (2, 2, 2)}, r"backbone\.depths"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(settings, says):
+    with pytest.raises(UserError, match=says):
+        build(SwinUNETR.Config, settings, "backbone")

@@ -1,0 +1,52 @@
+"""Wrong words: one line, and status 2. Help and lists: at once."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.harness.commands import HYBRIDMIM, fails
+
+
+@pytest.mark.parametrize("words", [["--help"], ["list"], ["list", "--json"]])
+def test_help_and_list_import_no_torch(words):
+    code = f"import sys; from harness.cli.main import main; main({words!r}); "
+    if words == ["--help"]:
+        code = "import sys, contextlib; from harness.cli.main import main\n"
+        code += "with contextlib.suppress(SystemExit): main(['--help'])\n"
+    code += "\nassert not {'torch', 'monai', 'pandas', 'scipy', 'nibabel'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "hybridmim" in done.stdout or words == ["--help"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("run", "--method", "hybridmin", "--task", "brats"), "did you mean 'hybridmim'"),
+        (("run", "--method", "scratch", "--task", "brast"), "did you mean 'brats'"),
+        (("run", "--method", "scratch", "--task", "brats", "--backbone", "unets"), "did you mean 'unet'"),
+        ((*HYBRIDMIM, "--preset", "papr"), "did you mean 'paper'"),
+        ((*HYBRIDMIM, "--task", "./nowhere"), "does not exist"),
+        (("run", "--task", "brats"), "--method"),
+        (("runn",), "invalid choice"),
+        (("list", "method"), "did you mean 'methods'"),
+        ((*HYBRIDMIM, "--seed", "-1"), "not a whole number"),
+        (("data", "phantom", "brats", "--out", "x", "--seed", "-1"), "not a whole number"),
+        (("data", "phantom", "brats", "--out", "x", "--cases", "1"), "at least 2 cases"),
+        (("data", "phantom", "brats", "--out", "/dev/null/x"), "/dev/null is no folder"),
+        ((*HYBRIDMIM, "--label-fraction", "0"), "not in 0..1"),
+        ((*HYBRIDMIM, "--plugin", "nowhere.py"), "no such file"),
+        ((*HYBRIDMIM, "--data", "nowhere"), "not a folder"),
+        (("data", "check", "brats", "--data", "nowhere"), "not a folder"),
+        (("show", "nothing"), "unknown run"),
+        (("run", "--method", "scratch", "--task", "a" * 5000), "unknown task"),
+        (("run", "--method", "scratch", "--task", "/" + "a" * 5000), "does not exist"),
+        ((*HYBRIDMIM, "--data", "a" * 5000), "is not a folder"),
+        ((*HYBRIDMIM, "--dry-run", "--seed", str(2**63)), "less than or equal to 9223372036854775807"),
+    ],
+)
+def test_wrong_words(words, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HARNESS_DATA", raising=False)
+    assert says in fails(capsys, *words)

@@ -1,0 +1,49 @@
+"""`harness reproduce`: the command of a run, by its id or by a record alone."""
+
+import json
+import shlex
+import shutil
+
+from harness.cli import run
+from harness.cli.options import Parser, request_of
+from tests.harness.commands import fails, folder_of, harness
+
+
+def test_the_command_that_is_printed_asks_for_the_run(finished_simmim, hippocampus_phantom, tmp_path, capsys):
+    folder = folder_of(finished_simmim, "simmim")
+    shutil.copy(folder / "record.json", tmp_path / "sent.json")
+    said = []
+    for named in ([folder.name[:-2], "--runs", finished_simmim], [tmp_path / "sent.json"]):
+        capsys.readouterr()
+        harness("reproduce", *named, "--data", hippocampus_phantom, "--into", tmp_path / "again")
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    lines = said[0].splitlines()
+    assert lines[0] == f"the command of {folder.name}:"
+    parser = Parser(prog="harness", allow_abbrev=False)
+    run.add_parser(parser.add_subparsers(parser_class=Parser))
+    request = request_of(parser.parse_args(shlex.split(lines[1])[1:]))
+    record = json.loads((folder / "record.json").read_text())
+    assert (request.method, request.task, request.seed) == ("simmim", "msd_hippocampus", 0)
+    assert {tuple(pair.split("=", 1)) for pair in request.settings} == set(record["overrides"].items())
+    assert request.runs == tmp_path / "again"
+    assert not (tmp_path / "again").exists()  # looked at, not run
+
+
+def test_what_differs_is_named(finished_simmim, tmp_path, capsys):
+    record = json.loads((folder_of(finished_simmim, "simmim") / "record.json").read_text())
+    record["environment"]["torch"] = "0.4.1"
+    record["data"]["source"] = "real"
+    (tmp_path / "sent.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    harness("reproduce", tmp_path / "sent.json", "--into", tmp_path / "again")
+    said = capsys.readouterr().out
+    assert "what differs here:" in said
+    assert "  torch: there 0.4.1, here " in said
+    assert f"  data: there real, fingerprint {record['data']['fingerprint']}, here not given: --data DIR" in said
+
+
+def test_what_is_no_record_is_refused(tmp_path, capsys):
+    (tmp_path / "sent.json").write_text("[")
+    fails(capsys, "reproduce", tmp_path / "sent.json")
+    assert "unknown run in" in fails(capsys, "reproduce", "nowhere", "--runs", tmp_path)

@@ -1,0 +1,52 @@
+"""`harness sweep`: what is shared, what fails, what was finished before."""
+
+import json
+
+import pytest
+
+from harness.cli.main import main
+from tests.harness.sweep_files import TINY_SWEEP
+
+
+def test_a_sweep_runs_shares_pretraining_lists_failures_and_skips_what_is_finished(
+    tmp_path, hippocampus_phantom, capsys
+):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        TINY_SWEEP
+        + '[[matrix]]\nmethod = "scratch"\n'
+        + '[[matrix]]\nmethod = "simmim"\nlabel_fraction = [0.5, 1.0]\n'
+        + '[[matrix]]\nmethod = "simmim"\nsettings = { "method.patch" = 12 }\n'
+    )
+    words = ["sweep", str(path), "--data", str(hippocampus_phantom), "--runs", str(tmp_path / "runs"), "--jobs", "2"]
+    assert main([*words, "--dry-run"]) == 2
+    assert "3 to run, 1 that cannot run" in capsys.readouterr().out
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert "does not divide the crop" in err
+    assert "leaderboard of this sweep" in out
+    records = sorted((tmp_path / "runs").glob("*/record.json"))
+    assert len(records) == 3
+    # Both label fractions start from one pre-training.
+    assert len(list((tmp_path / "runs" / "cache" / "pretrain").iterdir())) == 1
+    fractions = [json.loads(p.read_text())["label_fraction"] for p in records if "-simmim-" in str(p)]
+    assert sorted(fractions) == [0.5, 1.0]
+    times = [p.stat().st_mtime_ns for p in records]
+    assert main(words) == 2
+    assert "3 finished before, 0 to run, 1 that cannot run" in capsys.readouterr().out
+    assert [p.stat().st_mtime_ns for p in records] == times
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--slurm", "partition=gpu"], "is for --launcher slurm"),
+        (["--launcher", "slurm", "--slurm", "partition"], "is not of the form KEY=VALUE"),
+    ],
+)
+def test_wrong_launchers_are_answered_in_words(more, says, tmp_path, hippocampus_phantom, capsys):
+    path = tmp_path / "mine.toml"
+    path.write_text(TINY_SWEEP + '[[matrix]]\nmethod = "scratch"\n')
+    words = ["sweep", path, "--data", hippocampus_phantom, "--runs", tmp_path / "runs", *more]
+    assert main([str(word) for word in words]) == 2
+    assert says in capsys.readouterr().err

@@ -1,0 +1,17 @@
+"""What the launcher's environment means."""
+
+import pytest
+import torch
+
+from harness.compute import devices
+from harness.system.errors import UserError
+
+
+def test_the_launchers_precision_is_followed_unless_the_run_says_otherwise(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert devices.precision("auto", cpu) == "bf16"
+    assert devices.precision("fp32", cpu) == "fp32"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UserError, match="launch with bf16 or no"):
+        devices.precision("auto", cpu)

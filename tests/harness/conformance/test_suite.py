@@ -1,0 +1,69 @@
+"""Built-in methods, the example and a good plugin pass every check."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from harness.api.registry import Registry
+from harness.cli.main import main
+from harness.conformance.checks import CHECKS
+from harness.conformance.suite import TWO, assert_conforms, check_method
+from tests.harness.toy_method import write_toy
+
+METHODS = Registry().names("method")
+BACKBONES = Registry().names("backbone")
+QUICK = ["finite losses", "gradients", "weights"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_built_in_methods_pass_every_check_on_unet(method):
+    assert_conforms(method, backbones=["unet"], checks=[check for check in CHECKS if check != "step time"])
+
+
+@pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != "unet"])
+@pytest.mark.parametrize("method", METHODS)
+def test_built_in_methods_serve_every_backbone(method, backbone):
+    assert_conforms(method, backbones=[backbone], checks=QUICK)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_built_in_methods_run_in_two_processes(method):
+    assert_conforms(method, backbones=["unet"], checks=["weights", TWO])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("method", METHODS)
+def test_built_in_methods_pass_every_check_on_every_backbone(method):
+    assert_conforms(method)
+
+
+def test_a_good_plugin_passes(tmp_path):
+    results = check_method("toy", [write_toy(tmp_path)], ["unet"])
+    assert {result.status for result in results} == {"pass"}
+    assert {result.check for result in results} == {*CHECKS, TWO}
+
+
+def test_needs_that_nothing_meets_are_refused(tmp_path, capsys):
+    plugin = write_toy(tmp_path, 'name = "toy"', 'name = "toy"\n    needs = frozenset({"tokens"})')
+    results = check_method("toy", [plugin], ["unet"])
+    assert [(result.status, result.detail) for result in results] == [("refused", "it needs tokens")]
+    with pytest.raises(AssertionError, match="no backbone can serve"):
+        assert_conforms("toy", [plugin], ["unet"])
+    assert main(["check-method", plugin, "--backbone", "unet"]) == 2
+    assert main(["run", "--method", "toy", "--plugin", plugin, "--task", "brats", "--dry-run"]) == 2
+    assert "'unet' has no optional ability: choose --backbone from swinunetr, unetr" in capsys.readouterr().err
+
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "denoise"
+
+
+def test_the_example_package_keeps_the_contract_and_declares_its_method():
+    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())
+    module, name = project["project"]["entry-points"]["harness.methods"]["denoise"].split(":")
+    plugin = str(EXAMPLE / f"{module}.py")
+    assert Registry([plugin]).load("method", "denoise").__name__ == name
+    assert_conforms("denoise", [plugin], ["unet"])
+    lines = sum(len(path.read_text().splitlines()) for path in (EXAMPLE / f"{module}.py", EXAMPLE / "pyproject.toml"))
+    assert lines < 60

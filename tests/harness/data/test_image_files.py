@@ -1,0 +1,56 @@
+"""The same voxels at the same place, in every format."""
+
+import struct
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+
+from harness.data.image_files import read_image, write_label
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha", ".mhd", ".nii.gz"])
+def test_formats_place_voxels_alike(ending, tmp_path):
+    """The same oblique, anisotropic image in every format: the same voxels at the same place."""
+
+    rng = np.random.default_rng(0)
+    voxels = rng.integers(-1000, 2000, (7, 6, 5)).astype(np.int16)
+    image = sitk.GetImageFromArray(voxels.transpose())
+    image.SetSpacing((0.7, 0.8, 2.5))
+    image.SetOrigin((10.0, -20.0, 30.0))
+    turn = sitk.Euler3DTransform()
+    turn.SetRotation(0.1, -0.2, 0.3)
+    image.SetDirection(turn.GetMatrix())
+    path = tmp_path / f"x{ending}"
+    sitk.WriteImage(image, str(path))
+    found, affine = read_image(path)
+    assert np.array_equal(found, voxels)
+    for index in [(0, 0, 0), (6, 5, 4), (3, 0, 2)]:
+        left, back, up = image.TransformIndexToPhysicalPoint(index)
+        assert np.allclose(affine @ [*index, 1], [-left, -back, up, 1], atol=1e-4)
+
+
+def test_slope_and_intercept_are_applied(tmp_path):
+
+    image = nib.Nifti1Image(np.arange(27, dtype=np.int16).reshape(3, 3, 3), np.eye(4))
+    image.header.set_slope_inter(0.5, -3)
+    data = image.to_bytes()
+    # nibabel would scale back on writing: the slope goes into the bytes.
+    header = bytearray(data)
+    struct.pack_into("<2f", header, 112, 0.5, -3.0)
+    path = tmp_path / "x.nii"
+    path.write_bytes(bytes(header))
+    stored = np.asarray(nib.load(path).dataobj.get_unscaled())
+    assert np.allclose(read_image(path)[0], stored * 0.5 - 3)
+
+
+def test_a_tilted_gantry_is_written_so_that_it_can_be_read(tmp_path):
+    affine = np.diag([1.0, 1, 5, 1])
+    affine[1, 2] = 1.5
+    label = np.zeros((20, 20, 20), np.uint8)
+    label[3:9] = 1
+    write_label(tmp_path / "x.nii.gz", label, affine)
+    voxels, found = read_image(tmp_path / "x.nii.gz")
+    assert np.array_equal(voxels, label)
+    assert np.allclose(found, affine)

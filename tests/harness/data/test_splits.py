@@ -1,0 +1,104 @@
+"""Splits: by list, rule and fold; nested, disjoint, the same for the same names, no patient on both sides."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from harness.api.registry import Registry
+from harness.api.task import Case
+from harness.data.splits import check_how, split_cases
+from harness.system.errors import UserError
+
+TASK = replace(Registry().task("msd_hippocampus"), test_ids=None)
+
+
+def cases(number, patient=lambda i: ""):
+    return [Case(f"case_{i:03d}", (Path(f"{i}"),), None, patient=patient(i)) for i in range(number)]
+
+
+def ids(some):
+    return {case.id for case in some}
+
+
+@pytest.mark.parametrize("number", [2, 5, 50, 369])
+def test_the_rule_gives_a_fifth_and_depends_on_names_alone(number):
+    split = split_cases(TASK, cases(number))
+    assert len(split.test) == max(1, round(number / 5))
+    assert not ids(split.train) & ids(split.test)
+    assert len(split.train) + len(split.test) == number
+    again = split_cases(replace(TASK, name="other"), cases(number)[::-1])
+    assert (again.train, again.test, split.by) == (split.train, split.test, "rule")
+
+
+def test_a_list_wins_and_strangers_train():
+    task = replace(TASK, test_ids=frozenset({"case_001", "case_003", "case_777"}))
+    split = split_cases(task, cases(6))
+    assert (ids(split.test), split.by) == ({"case_001", "case_003"}, "list")
+    assert split_cases(replace(TASK, test_ids=frozenset({"unknown"})), cases(6)).by == "rule"
+
+
+@pytest.mark.parametrize("folds", [2, 3, 5, 7])
+def test_folds_test_every_case_once(folds):
+    tested = [split_cases(TASK, cases(23), f"{k}/{folds}") for k in range(1, folds + 1)]
+    assert sorted(case.id for split in tested for case in split.test) == sorted(ids(cases(23)))
+    for split in tested:
+        assert ids(split.train) == ids(cases(23)) - ids(split.test)
+    assert max(len(split.test) for split in tested) - min(len(split.test) for split in tested) <= 1
+
+
+@pytest.mark.parametrize("how", ["fixed", "1/5", "2/3"])
+def test_patients_never_straddle(how):
+    some = cases(60, patient=lambda i: f"p{i // 3}")
+    split = split_cases(TASK, some, how)
+    assert not {case.patient for case in split.train} & {case.patient for case in split.test}
+    assert len(split.train) + len(split.test) == 60
+
+
+@pytest.mark.parametrize("how", ["fixed", "1/5"])
+def test_the_same_scan_twice_is_one_patient(how):
+    pairs = [(0, 59), (1, 30), (30, 31), (7, 8)]
+    split = split_cases(TASK, cases(60), how, pairs)
+    for i, j in pairs:
+        assert (f"case_{i:03d}" in ids(split.test)) == (f"case_{j:03d}" in ids(split.test))
+    assert ("case_007", "case_008") in split.repeated
+
+
+def test_a_twin_of_a_listed_test_case_is_left_out():
+    task = replace(TASK, test_ids=frozenset({"case_003"}))
+    split = split_cases(task, cases(6), same=[(3, 5)])
+    assert ids(split.test) == {"case_003"}
+    assert ids(split.train) == {"case_000", "case_001", "case_002", "case_004"}
+    assert split.left_out == [("case_005", "case_003")]
+
+
+def test_same_is_a_plumbing_check():
+    split = split_cases(TASK, cases(1), "same")
+    assert (ids(split.train), ids(split.test), split.by) == ({"case_000"}, {"case_000"}, "same")
+
+
+@pytest.mark.parametrize("how", ["0/5", "6/5", "1/1", "5", "a/b", "-1/5", "", "80/20"])
+def test_wrong_words(how):
+    with pytest.raises(UserError, match=r"give fixed \(80/20\), K/N"):
+        check_how(how)
+
+
+def test_too_few_cases():
+    with pytest.raises(UserError, match="--split same for a plumbing check"):
+        split_cases(TASK, cases(1))
+    with pytest.raises(UserError, match="at most as many folds"):
+        split_cases(TASK, cases(3), "1/5")
+
+
+def test_brats_time_points_share_a_patient(tmp_path):
+    task = Registry().task("brats")
+    for name in ("BraTS-GLI-00005-000", "BraTS-GLI-00005-001", "BraTS-GLI-00006-000", "BraTS-GLI-00007-000"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for kind in ("t2f", "t1n", "t1c", "t2w", "seg"):
+            (folder / f"{name}-{kind}.nii.gz").write_bytes(b"x")
+    found = task.cases(task.find(tmp_path))
+    assert [case.patient for case in found[:2]] == ["BraTS-GLI-00005"] * 2
+    for k in (1, 2, 3):
+        split = split_cases(task, found, f"{k}/3")
+        assert not {case.patient for case in split.train} & {case.patient for case in split.test}

@@ -1,0 +1,66 @@
+"""Windows leave no trace: a network that looks at single voxels gives what it gives to the whole image."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from harness.config.schema import Evaluate, Training
+from harness.evaluation.sliding_window import predict
+
+
+class Pointwise(nn.Module):
+    """Logits of each voxel by itself; what it is shown is kept."""
+
+    def __init__(self, channels, outputs):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.drop, self.seen = nn.Conv3d(channels, outputs, 1), nn.Dropout(0.5), []
+
+    def forward(self, image):
+        self.seen.append((tuple(image.shape), torch.is_grad_enabled(), self.training))
+        return self.drop(self.layer(image))
+
+
+def trained(crop, **changed):
+    return Training(
+        **({"steps": 1, "crop": crop, "batch_size": 1, "lr": 1, "weight_decay": 0, "precision": "fp32"} | changed)
+    )
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.5, 0.75])
+@pytest.mark.parametrize("shape", [(20, 17, 9), (8, 8, 8), (5, 12, 4)])
+@pytest.mark.parametrize("name", ["msd_hippocampus", "msd_brats"])
+def test_windows_are_put_together_to_the_whole(name, shape, overlap, registry):
+    task = registry.task(name)
+    network = Pointwise(len(task.channels), task.num_outputs).train()
+    image = np.random.default_rng(0).random((len(task.channels), *shape), dtype=np.float32)
+    found = predict(task, network, image, trained((8, 8, 8)), Evaluate(overlap=overlap))
+    with torch.no_grad():
+        logits = network.layer(torch.from_numpy(image)[None])[0]
+    expected = logits.sigmoid() if task.overlapping else logits.softmax(dim=0)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+    if not task.overlapping:
+        np.testing.assert_allclose(found.sum(axis=0), 1, atol=1e-5)
+    assert {window[0][2:] for window in network.seen} == {(8, 8, 8)}
+    assert not any(gradient or training for _, gradient, training in network.seen)
+
+
+def test_more_overlap_is_more_windows(registry):
+    task, numbers = registry.task("msd_hippocampus"), []
+    for overlap in (0.0, 0.5):
+        network = Pointwise(1, 3)
+        predict(task, network, np.ones((1, 16, 16, 8), np.float32), trained((8, 8, 8)), Evaluate(overlap=overlap))
+        numbers.append(sum(window[0][0] for window in network.seen))
+    assert numbers == [4, 9]
+
+
+def test_the_precision_and_the_layout_are_those_of_the_training(registry):
+    task, image = registry.task("msd_hippocampus"), np.random.default_rng(0).random((1, 8, 8, 8), dtype=np.float32)
+    exact = predict(task, Pointwise(1, 3), image, trained(8, channels_last=False), Evaluate())
+    same = predict(task, Pointwise(1, 3), image, trained(8, channels_last=True), Evaluate())
+    rough = predict(task, Pointwise(1, 3), image, trained(8, precision="bf16"), Evaluate())
+    np.testing.assert_allclose(same, exact, atol=1e-6)
+    assert 1e-5 < np.abs(rough - exact).max() < 1e-2
+    assert rough.dtype == np.float32

@@ -1,0 +1,129 @@
+"""A finished run's weights elsewhere: the same outputs, and a card that says what a user must know."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from harness.api.registry import Registry
+from harness.cli.main import main
+from harness.runs.reproduce import compare
+from harness.runs.restore import read_run, restore
+from tests.harness.commands import SMALL, folder_of, make_run
+
+# MONAI, torch and safetensors only: nothing of the harness.
+ALONE = """
+import json, sys, torch
+from pathlib import Path
+from monai.networks import nets
+from safetensors.torch import load_file
+
+place = Path(sys.argv[1])
+described = json.loads((place / "network.json").read_text())
+network = getattr(nets, described["class"].rpartition(".")[2])(**described["arguments"])
+network.load_state_dict(load_file(place / "weights.safetensors"))
+image = torch.load(sys.argv[2], weights_only=True)
+with torch.inference_mode():
+    torch.save(network.eval()(image), sys.argv[3])
+assert not any(name.split(".")[0] in ("harness", "backbones", "methods") for name in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("backbone", SMALL)
+def test_monai_alone_gives_the_same_output(backbone, hippocampus_phantom, tmp_path):
+    folder = make_run(tmp_path / "runs", hippocampus_phantom, "scratch", backbone)
+    out = tmp_path / "export"
+    words = ["export", "--run", folder.name, "--format", "monai", "--out", out, "--runs", tmp_path / "runs"]
+    assert main([str(word) for word in words]) == 0
+    image = torch.rand(1, 1, 32, 32, 64)
+    torch.save(image, tmp_path / "image.pt")
+    places = [str(tmp_path / "image.pt"), str(tmp_path / "output.pt")]
+    subprocess.run([sys.executable, "-c", ALONE, str(out), *places], check=True, cwd=tmp_path)
+    network = restore(folder, read_run(folder), Registry()).network.cpu().eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.load(places[1], weights_only=True), network(image), rtol=1e-4, atol=1e-5)
+
+
+def test_onnx_gives_the_same_output(predicted_runs, tmp_path):
+    import onnxruntime
+
+    folder = folder_of(predicted_runs, "simmim")
+    out = tmp_path / "graph"
+    assert (
+        main(["export", "--run", folder.name, "--format", "onnx", "--out", str(out), "--runs", str(predicted_runs)])
+        == 0
+    )
+    image = torch.rand(3, 1, 32, 32, 64)
+    session = onnxruntime.InferenceSession(out / "network.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {"image": image.numpy()})
+    network = restore(folder, read_run(folder), Registry()).network.cpu().eval()
+    with torch.inference_mode():
+        np.testing.assert_allclose(logits, network(image).numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_card_says_what_a_user_must_know(predicted_runs, tmp_path):
+    folder = folder_of(predicted_runs, "simmim")
+    out = tmp_path / "weights"
+    assert main(["export", "--run", str(folder), "--format", "safetensors", "--out", str(out)]) == 0
+    card = (out / "README.md").read_text()
+    record = json.loads((folder / "record.json").read_text())
+    for said in ("Not a medical device", "CC-BY-SA 4.0", "phantom", "empty-is-worst-v1", "softmax, background first"):
+        assert said in card
+    assert f"{record['metrics']['average']['dice']:.4f}" in card
+    assert "harness run --method official" in card
+
+
+def test_export_refuses_in_words(predicted_runs, tmp_path, capsys):
+    folder = folder_of(predicted_runs, "scratch")
+    assert main(["export", "--run", str(folder), "--format", "monai", "--out", str(tmp_path)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main(["export", "--run", str(folder), "--format", "pickle"]) == 2
+    assert "invalid choice: 'pickle'" in capsys.readouterr().err
+
+
+FOREIGN = {
+    "run_id": lambda r: r.update(run_id=None),
+    "label_fraction": lambda r: r.pop("label_fraction"),
+    "metrics": lambda r: r["metrics"].update(a=5),
+    "no metrics": lambda r: r.pop("metrics"),
+    "metrics.a.dice": lambda r: r["metrics"].update(a={"dice": "x"}),
+    "data.corpora": lambda r: r["data"].update(corpora=[{}]),
+    "config.finetune.crop": lambda r: r["config"]["finetune"].update(crop=32),
+}
+
+
+@pytest.mark.parametrize("field", FOREIGN)
+def test_export_believes_no_record(field, predicted_runs, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(folder_of(predicted_runs, "scratch"), folder)
+    record = json.loads((folder / "record.json").read_text())
+    FOREIGN[field](record)
+    (folder / "record.json").write_text(json.dumps(record))
+    assert main(["export", "--run", str(folder), "--format", "safetensors", "--out", str(tmp_path / "out")]) == 2
+    assert field.rpartition(" ")[2] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_record_need_not_state_is_not_needed(predicted_runs, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(folder_of(predicted_runs, "scratch"), folder)
+    record = json.loads((folder / "record.json").read_text())
+    record["metrics"] = {name: {} for name in record["metrics"] if name != "average"}
+    record["data"] |= {"pretrain": None, "corpora": [{"name": "a", "fingerprint": "f"}]}
+    (folder / "record.json").write_text(json.dumps(record))
+    assert main(["export", "--run", str(folder), "--format", "safetensors", "--out", str(tmp_path / "out")]) == 0
+    assert "| - | - |" in (tmp_path / "out" / "README.md").read_text()
+    assert "a (licence unknown)" in (tmp_path / "out" / "README.md").read_text()
+    said = compare(record, tmp_path / "none.csv", record, folder / "cases.csv")
+    assert said == "average Dice there not stated, here not stated"
+
+
+def test_a_network_that_monai_lacks_is_not_exported_as_monais(hippocampus_phantom, tmp_path, capsys):
+    folder = make_run(tmp_path / "runs", hippocampus_phantom, "scratch", "unet", "--protocol", "linear")
+    assert main(["export", "--run", str(folder), "--format", "monai", "--out", str(tmp_path / "out")]) == 2
+    assert "MONAI has no network for 'unet' under protocol 'linear'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

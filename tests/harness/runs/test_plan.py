@@ -1,0 +1,135 @@
+"""What a run will do is known before it starts, and named after all that its result depends on, and nothing else."""
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from harness import UserError
+from harness.config.request import Execution, Request
+from harness.runs.locate import locate
+from harness.runs.plan import plan, plan_without_data
+
+SETTINGS = ("finetune.crop=32", "pretrain.crop=32", "backbone.features=4,4,8,8,8", "finetune.batch_size=2")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def request_(sixteen_cases, runs):
+    return Request(method="mae", task="msd_hippocampus", data=sixteen_cases, runs=runs, settings=SETTINGS)
+
+
+def planned(request, *settings, **changes):
+    request = replace(request, settings=(*request.settings, *settings), **changes)
+    return plan(request, *locate(request))
+
+
+def test_label_fractions_are_nested_and_rounded_up(request_):
+    whole = planned(request_)
+    assert len(whole.train) == 13
+    assert len(whole.test) == 3
+    sizes = []
+    for fraction in (0.01, 0.1, 0.5, 1.0):
+        part = planned(request_, label_fraction=fraction)
+        assert part.label_cases == whole.train[: len(part.label_cases)]
+        assert part.num_pretrain == 13  # pre-training needs no labels
+        sizes.append(len(part.label_cases))
+    assert sizes == [1, 2, 7, 13]
+
+
+SAME_WEIGHTS = [
+    {"label_fraction": 0.5},
+    {"protocol": "linear"},
+    {"settings": (*SETTINGS, "finetune.lr=0.5")},
+    {"settings": (*SETTINGS, "evaluate.overlap=0.25")},
+]
+OTHER_WEIGHTS = [
+    {"seed": 1},
+    {"split": "1/2"},
+    {"method": "simmim"},
+    {"settings": (*SETTINGS, "pretrain.lr=0.5")},
+    {"settings": (*SETTINGS, "method.mask_ratio=0.5")},
+    {"settings": (*SETTINGS, "backbone.dropout=0.5")},
+    {"settings": (*SETTINGS, "task.spacing=2,2,2")},
+]
+
+
+@pytest.mark.parametrize("changes", [*SAME_WEIGHTS, *OTHER_WEIGHTS])
+def test_runs_share_a_pre_training_that_is_the_same_and_no_run_has_the_name_of_another(changes, request_):
+    first, second = planned(request_), planned(replace(request_, **changes))
+    assert first.run_id != second.run_id
+    assert (first.pretrain_key == second.pretrain_key) == (changes in SAME_WEIGHTS)
+    assert (first.pretrain_folder(Path("r")) == second.pretrain_folder(Path("r"))) == (changes in SAME_WEIGHTS)
+
+
+def test_how_and_where_it_is_carried_out_changes_no_name(request_, tmp_path):
+    first = planned(request_)
+    assert first.run_id.startswith("msd_hippocampus-mae-unet-demo-s0-")
+    execution = Execution(checkpoint_minutes=1, on_nonfinite="skip", micro_batches=2, until="pretrain")
+    other = planned(request_, execution=execution, runs=tmp_path, save_predictions=True)
+    assert (other.run_id, other.pretrain_key) == (first.run_id, first.pretrain_key)
+
+
+def test_test_cases_that_were_trained_on_are_counted(request_):
+    assert planned(request_).num_test_seen == 0
+    assert planned(request_, split="same").num_test_seen == 16
+    assert planned(request_).phantom
+
+
+def test_a_method_that_pre_trains_nothing_reads_no_corpus(request_, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "x.nii.gz").write_bytes(b"no image")
+    changes = {"mode": "generic", "corpora": (f"{tmp_path}/empty",)}
+    assert planned(request_, method="scratch", **changes).run_id == planned(request_, method="scratch").run_id
+    with pytest.raises(UserError, match=r"x.nii.gz"):
+        planned(request_, **changes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (("finetune.steps=3", "finetune.warmup_steps=3"), "a warm-up of 3 steps does not fit 3 training steps"),
+        (
+            ("finetune.epochs=1", "finetune.warmup_epochs=1", "finetune.warmup_steps=0"),
+            "a warm-up of 7 steps does not fit 7 training steps",
+        ),
+        (("finetune.crop=33,32,32",), "33"),
+    ],
+)
+def test_what_does_not_fit_is_known_before_pre_training(settings, says, request_):
+    with pytest.raises(UserError, match=says):
+        planned(request_, *settings)
+
+
+def test_processes_that_cannot_share_a_batch_are_refused(request_, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="a batch of 2 crops cannot be dealt out evenly over 4 processes"):
+        planned(request_, "pretrain.batch_size=4", "finetune.batch_size=2")
+
+
+def test_a_dry_run_writes_no_phantom(request_, tmp_path):
+    config, found = plan_without_data(replace(request_, data=None, runs=tmp_path / "runs"))
+    assert found is None
+    assert config.finetune.crop == (32, 32, 32)
+    assert not (tmp_path / "runs").exists()
+    config, found = plan_without_data(request_)
+    assert found.run_id == planned(request_).run_id
+    with pytest.raises(UserError, match=r"33"):
+        plan_without_data(replace(request_, data=None, settings=("finetune.crop=33,32,32",)))
+
+
+def test_label_fractions_are_nested(hippocampus_phantom, tmp_path):
+    used = []
+    for fraction in (0.1, 0.5, 0.7, 1.0):
+        request = Request(
+            method="scratch", task="msd_hippocampus", data=hippocampus_phantom, runs=tmp_path, label_fraction=fraction
+        )
+        used.append([case.id for case in plan(request, *locate(request)).label_cases])
+    assert [len(cases) for cases in used] == [1, 2, 3, 3]
+    for fewer, more in pairwise(used):
+        assert more[: len(fewer)] == fewer

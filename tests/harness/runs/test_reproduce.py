@@ -1,0 +1,55 @@
+"""The command that made a run, and the same run again."""
+
+import json
+
+import torch
+
+from harness.cli.main import main
+from tests.harness.commands import BUDGET, SMALL, folder_of
+
+
+def test_reproduce_prints_the_command_and_what_differs(predicted_runs, hippocampus_phantom, tmp_path, capsys):
+    folder = folder_of(predicted_runs, "simmim")
+    record = json.loads((folder / "record.json").read_text())
+    record["environment"] |= {"torch": "1.0", "gpu": "another one"}
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    assert main(["reproduce", str(tmp_path / "record.json"), "--runs", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "harness run --method simmim --backbone unet --task msd_hippocampus" in said
+    assert "--set backbone.features=4,4,8,8,8" in said
+    assert f"torch: there 1.0, here {torch.__version__}" in said
+    assert "gpu: there another one, here" in said
+
+
+def test_reproduce_go_makes_the_run_again_elsewhere(predicted_runs, tmp_path, capsys):
+    """The folder's own run does not answer: it is made again elsewhere, on the phantom that it was made on."""
+    folder = folder_of(predicted_runs, "scratch")
+    # The phantom of the test is no phantom of the command's own: its data is named.
+    record = json.loads((folder / "record.json").read_text())
+    assert record["data"]["source"] == "phantom"
+    assert (
+        main(["reproduce", folder.name, "--runs", str(predicted_runs), "--into", str(tmp_path / "again"), "--go"]) == 0
+    )
+    said = capsys.readouterr().out
+    assert list((tmp_path / "again").glob("*/record.json"))
+    # The command's own phantom is not the test's small one, and both are said.
+    assert "data fingerprint: there" in said
+    assert "average Dice there" in said
+
+
+def test_reproduce_go_on_real_data_is_equal_to_the_last_digit(real_hippocampus, tmp_path, capsys):
+    words = ["run", "--method", "scratch", "--task", "msd_hippocampus", "--data", str(real_hippocampus), *BUDGET]
+    assert main([*words, *SMALL["unet"], "--label-fraction", "0.1", "--runs", str(tmp_path)]) == 0
+    folder = folder_of(tmp_path, "scratch")
+    capsys.readouterr()
+    words = ["reproduce", folder.name, "--runs", str(tmp_path), "--data", str(real_hippocampus), "--go"]
+    assert main([*words, "--into", str(tmp_path / "again")]) == 0
+    said = capsys.readouterr().out
+    assert "every case has the same scores, to the last digit" in said
+    assert "--label-fraction 0.1" in said
+
+
+def test_reproduce_names_a_record_that_is_none(tmp_path, capsys):
+    (tmp_path / "record.json").write_text("{}")
+    assert main(["reproduce", str(tmp_path / "record.json")]) == 2
+    assert "not a run record of schema 1" in capsys.readouterr().err

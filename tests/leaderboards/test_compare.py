@@ -1,0 +1,131 @@
+"""Two methods, or two runs, case by case."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from leaderboards import compare, records
+from leaderboards.board import NotComparableError
+from tests.leaderboards.made import called, tables, three_fractions, write_run
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return three_fractions(tmp_path / "runs")
+
+
+def test_compare_two_methods_case_by_case(runs, capsys, tmp_path):
+    out = tmp_path / "cases.csv"
+    said = called(capsys, "leaderboard", "compare", "better", "scratch", "--runs", runs, "--out", out)
+    assert said.count("A = better (unet)") == 3
+    frame = pd.read_csv(out)
+    assert len(frame) == 3 * 8 * 3
+    row = frame[(frame["case"] == "c3") & (frame["target"] == "a")].iloc[-1]
+    assert row["difference"] == pytest.approx(row["dice_a"] - row["dice_b"])
+
+
+def test_compare_refuses_what_differs_and_says_in_which_field(capsys, tmp_path):
+    first = write_run(tmp_path, "scratch")
+    second = write_run(tmp_path, "better", preset="paper")
+    said = called(capsys, "leaderboard", "compare", first.name, second.name, "--runs", tmp_path, status=2)
+    assert "differ in preset (demo and paper)" in said
+    said = called(capsys, "leaderboard", "compare", "better", "scratch", "--runs", tmp_path, status=2)
+    assert "share no table: they differ in preset" in said
+    said = called(capsys, "leaderboard", "compare", "better", "worse", "--runs", tmp_path, status=2)
+    assert "unknown method among these runs 'worse': known: better, scratch" in said
+    said = called(capsys, "leaderboard", "compare", "beter", "scratch", "--runs", tmp_path, status=2)
+    assert "did you mean 'better'?" in said
+    assert "with itself" in called(capsys, "leaderboard", "compare", "a", "a", "--runs", tmp_path, status=2)
+
+
+def test_compare_two_runs(capsys, tmp_path):
+    first, second = write_run(tmp_path, "scratch"), write_run(tmp_path, "better", dice=0.9)
+    said = called(capsys, "leaderboard", "compare", second.name, first, "--runs", tmp_path)
+    assert "no p-value: one seed" in said
+    assert "0.1000" in said
+
+
+def noisy(folder, method, seeds, dice, cases=12):
+    """Runs whose cases differ by more than a shift."""
+    for seed in seeds:
+        place = write_run(folder, method, seed, dice=dice, cases=cases)
+        frame = pd.read_csv(place / "cases.csv")
+        rng = np.random.default_rng([seed, len(method)])
+        scored = frame["status"] == "scored"
+        frame.loc[scored, "dice"] = (frame["dice"] + rng.normal(0, 0.03, len(frame)))[scored].clip(0, 0.99).round(6)
+        frame.loc[scored, "hd95_mm"] = rng.uniform(1, 9, len(frame)).round(4)[scored]
+        frame.to_csv(place / "cases.csv", index=False)
+
+
+def read(folder, method, seeds):
+    """`cases.csv` of a method's runs, the mean over seeds."""
+    frames = [pd.read_csv(path / "cases.csv") for path in folder.glob(f"*-{method}-*") if read_seed(path) in seeds]
+    assert len(frames) == len(seeds)
+    return pd.concat(frames).groupby(["case", "target"])[["dice", "hd95_mm"]].mean()
+
+
+def read_seed(path):
+    return records.load_run(path).seed
+
+
+def test_the_numbers_are_those_of_the_runs_own_tables_in_pandas(tmp_path):
+    """Over the seeds that both have, whichever others there are."""
+    noisy(tmp_path, "better", (0, 1, 2), 0.85)
+    noisy(tmp_path, "scratch", (1, 2, 3), 0.8)
+    (found,) = compare.compare_methods(tables(tmp_path), "better", "scratch")
+    assert found.seeds == [1, 2]
+    mine, theirs = (read(tmp_path, method, (1, 2)) for method in ("better", "scratch"))
+    cases = found.cases[found.cases["target"] != "average"].set_index(["case", "target"]).sort_index()
+    for column, wanted in (("dice_a", mine["dice"]), ("dice_b", theirs["dice"]), ("hd95_a", mine["hd95_mm"])):
+        np.testing.assert_allclose(cases[column], wanted.sort_index(), rtol=1e-12)
+    np.testing.assert_allclose(cases["difference"], (mine["dice"] - theirs["dice"]).sort_index(), rtol=1e-9)
+    average = found.cases[found.cases["target"] == "average"].set_index("case").sort_index()
+    np.testing.assert_allclose(average["dice_a"], mine["dice"].groupby("case").mean(), rtol=1e-12)
+    summary = found.summary.set_index("target")
+    for target in ("a", "b"):
+        change = (mine["dice"] - theirs["dice"]).xs(target, level="target").dropna()
+        row = summary.loc[target]
+        assert row["difference"] == pytest.approx(change.mean())
+        assert row["dice_b"] == pytest.approx(theirs["dice"].xs(target, level="target").mean())
+        assert (row["wins"], row["ties"], row["losses"]) == ((change > 0).sum(), 0, (change < 0).sum())
+        assert row["ci_low"] < row["difference"] < row["ci_high"]
+    assert summary.loc["average", "difference"] == pytest.approx(summary.loc[["a", "b"], "difference"].mean())
+
+
+def test_the_other_way_round_everything_has_the_other_sign(tmp_path):
+    noisy(tmp_path, "better", (0, 1), 0.85)
+    noisy(tmp_path, "scratch", (0, 1), 0.8)
+    (one,), (other,) = (
+        compare.compare_methods(tables(tmp_path), *pair) for pair in (("better", "scratch"), ("scratch", "better"))
+    )
+    np.testing.assert_allclose(one.cases["difference"], -other.cases["difference"])
+    for mine, theirs in (("difference", "difference"), ("ci_low", "ci_high")):
+        np.testing.assert_allclose(one.summary[mine], -other.summary[theirs], rtol=1e-6)
+    assert one.summary["wins"].tolist() == other.summary["losses"].tolist()
+    np.testing.assert_allclose(one.summary["p"], other.summary["p"])
+
+
+def test_the_p_value_of_a_pair_is_not_corrected(tmp_path):
+    """Eight cases that are all better by the same: twice 2 to the power of -8, however many methods the table has."""
+    for seed in (0, 1):
+        for number, method in enumerate(("scratch", "better", "third", "fourth")):
+            write_run(tmp_path, method, seed, dice=0.6 + 0.1 * number)
+    (found,) = compare.compare_methods(tables(tmp_path), "better", "scratch")
+    assert found.summary.set_index("target").loc["a", "p"] == pytest.approx(2 / 2**8)
+    assert "no correction" in found.note
+
+
+def test_without_a_seed_in_common_there_is_nothing_to_compare(tmp_path):
+    noisy(tmp_path, "better", (0, 1), 0.85)
+    noisy(tmp_path, "scratch", (2, 3), 0.8)
+    with pytest.raises(NotComparableError, match=r"better \(unet\) and scratch \(unet\) have no seed in common"):
+        compare.compare_methods(tables(tmp_path), "better", "scratch")
+
+
+def test_of_many_cases_the_five_that_lose_most_and_that_win_most_are_shown(tmp_path):
+    noisy(tmp_path, "better", (0, 1), 0.82)
+    noisy(tmp_path, "scratch", (0, 1), 0.8)
+    (found,) = compare.compare_methods(tables(tmp_path), "better", "scratch")
+    average = found.cases[found.cases["target"] == "average"].set_index("case")["difference"].sort_values()
+    shown = str(found).partition("win most:\n")[2].partition("\n\n")[0].splitlines()[1:]
+    assert [line.split()[0] for line in shown] == [*average.index[:5], *average.index[-5:]]

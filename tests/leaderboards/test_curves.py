@@ -1,0 +1,76 @@
+"""Dice over the share of the labels: which curves there are, and the area under them."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from leaderboards import curves
+from tests.leaderboards.made import called, tables, three_fractions, write_run
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return three_fractions(tmp_path / "runs")
+
+
+def test_efficiency(runs, capsys, tmp_path):
+    said = called(capsys, "leaderboard", "efficiency", "--runs", runs)
+    assert "area [95 % CI]" in said
+    assert said.index("better (unet)") < said.index("scratch (unet)")
+    write_run(tmp_path / "one", "scratch")
+    assert "two label fractions" in called(capsys, "leaderboard", "efficiency", "--runs", tmp_path / "one", status=2)
+
+
+def test_curves_over_other_fractions_are_not_compared(runs, capsys):
+    write_run(runs, "short", label_fraction=0.1)
+    write_run(runs, "short", label_fraction=0.5)
+    assert "(other fractions: not comparable)" in called(capsys, "leaderboard", "efficiency", "--runs", runs)
+
+
+def test_the_area_is_numpys_under_the_means_of_the_cases(tmp_path):
+    """Over the range of the fractions, so that it is a Dice again."""
+    means = {}
+    for fraction, dice in ((0.1, 0.5), (0.25, 0.65), (1.0, 0.8)):
+        frame = pd.read_csv(write_run(tmp_path, "m", dice=dice, label_fraction=fraction) / "cases.csv")
+        means[fraction] = frame.groupby("target")["dice"].mean().mean()
+    (found,) = curves.find(tables(tmp_path))
+    (curve,) = found.curves
+    assert (curve.name, curve.fractions) == ("m (unet)", (0.1, 0.25, 1.0))
+    value, low, high = curve.area
+    assert value == pytest.approx(np.trapezoid(list(means.values()), list(means)) / 0.9)
+    assert low < value < high
+
+
+def test_curves_share_everything_but_the_fraction(tmp_path):
+    """Two presets are two sets, and a method with one fraction has no curve."""
+    for fraction in (0.5, 1.0):
+        write_run(tmp_path, "a", label_fraction=fraction)
+        write_run(tmp_path, "b", label_fraction=fraction)
+        write_run(tmp_path, "a", label_fraction=fraction, preset="paper")
+    write_run(tmp_path, "once")
+    write_run(tmp_path, "split", label_fraction=0.5)
+    write_run(tmp_path, "split", preset="paper")
+    found = {each.title: [curve.name for curve in each.curves] for each in curves.find(tables(tmp_path))}
+    assert found == {
+        "t, real:ffffffff, preset demo, task-specific, finetune": ["a (unet)", "b (unet)"],
+        "t, real:ffffffff, preset paper, task-specific, finetune": ["a (unet)"],
+    }
+
+
+def test_the_largest_area_stands_first_and_what_is_missing_is_a_dash(tmp_path):
+    for fraction in (0.1, 0.5, 1.0):
+        write_run(tmp_path, "low", dice=0.6, label_fraction=fraction)
+        if fraction > 0.1:
+            write_run(tmp_path, "high", dice=0.9, label_fraction=fraction)
+    (found,) = curves.find(tables(tmp_path))
+    _, heading, first, second = str(found).splitlines()
+    assert heading.split()[:4] == ["10%", "50%", "100%", "area"]
+    assert first.split()[:3] == ["high", "(unet)", "-"]
+    assert first.endswith("(other fractions: not comparable)")
+    assert second.split()[:2] == ["low", "(unet)"]
+    assert "-" not in second.split()
+
+
+def test_no_fraction_no_curve(tmp_path):
+    write_run(tmp_path, "m")
+    assert curves.find(tables(tmp_path)) == []
