@@ -186,7 +186,7 @@ class TransVW(Method):
     ) -> list[dict[str, Any]]:
         """Train the autoencoder, compute the code of every volume, and discover the words."""
         config = self.config
-        whole = [Whole(volume) for volume in volumes]
+        whole = [ResizedVolume(volume) for volume in volumes]
         autoencoder = Autoencoder(self.backbone.in_channels)
         preparation.train(
             autoencoder, whole, size=config.code_size, steps=config.autoencoder_steps, batch_size=4, lr=1e-3
@@ -297,7 +297,7 @@ class Instance:
 
 
 @dataclass(frozen=True)
-class Whole:
+class ResizedVolume:
     """A whole volume, resized: the input of the autoencoder."""
 
     volume: VolumeSource

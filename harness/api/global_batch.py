@@ -31,7 +31,8 @@ class BatchParts:
         recording: whether `gather` records its arguments, for the other micro-batches.
         recorded: the tensors recorded in the current pass: per micro-batch, one per call of `gather`, in the order of the
             calls.
-        known: the tensors recorded in the previous pass, in the same form; `gather` uses them for the other micro-batches.
+        previous_records: the tensors recorded in the previous pass, in the same form; `gather` returns them for the other
+            micro-batches.
         calls: number of calls of `gather` in the current forward pass.
         streams: purpose ("dropout" or "method") -> a generator that has the same state in all parts.
     """
@@ -42,17 +43,17 @@ class BatchParts:
     micro_batch: int = 0
     recording: bool = False
     recorded: list[list[Tensor]] = field(default_factory=list)
-    known: list[list[Tensor]] = field(default_factory=list)
+    previous_records: list[list[Tensor]] = field(default_factory=list)
     calls: int = 0
     streams: dict[str, torch.Generator] = field(default_factory=dict)
 
     @property
-    def number(self) -> int:
+    def num_parts(self) -> int:
         """Number of parts of a global batch."""
         return self.processes * self.micro_batches
 
     @property
-    def mine(self) -> int:
+    def index(self) -> int:
         """Index of the part that this process is computing."""
         return self.micro_batch * self.processes + self.rank
 
@@ -86,7 +87,7 @@ def gather(values: Tensor) -> Tensor:
     the same in every part, whatever the rows contain.
     """
     parts = _current
-    if parts.number == 1:
+    if parts.num_parts == 1:
         return values
     rows = values
     if parts.processes > 1:
@@ -96,10 +97,10 @@ def gather(values: Tensor) -> Tensor:
     call, parts.calls = parts.calls, parts.calls + 1
     if parts.recording:
         parts.recorded[-1].append(rows.detach())
-    if not parts.known:
+    if not parts.previous_records:
         # Nothing is known of the other micro-batches in the first recording pass: rows of the right shape replace theirs.
         return rows.repeat(parts.micro_batches, *(1,) * (rows.ndim - 1))
-    batch = [rows_of_calls[call] for rows_of_calls in parts.known]
+    batch = [rows_of_calls[call] for rows_of_calls in parts.previous_records]
     # The gradients of the micro-batches are averaged, but each of them is the gradient of the loss of the global batch for its
     # own rows only. It is therefore multiplied by their number.
     batch[parts.micro_batch] = _ScaleGradient.apply(rows, parts.micro_batches)
@@ -112,7 +113,7 @@ def total(value: Tensor) -> Tensor:
     As with `gather`, a loss that is computed from the sum must be the loss of the global batch, and the number and the
     order of the calls must be the same in every part.
     """
-    return value if _current.number == 1 else gather(value[None]).sum(dim=0)
+    return value if _current.num_parts == 1 else gather(value[None]).sum(dim=0)
 
 
 def previous(values: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ def previous(values: Tensor) -> Tensor:
     """
     parts = _current
     last = gather(values[-1:].detach())
-    return torch.cat([last[(parts.mine - 1) % parts.number][None], values[:-1].detach()])
+    return torch.cat([last[(parts.index - 1) % parts.num_parts][None], values[:-1].detach()])
 
 
 def rand(shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None) -> Tensor:
@@ -145,12 +146,12 @@ def _draw(
     draw: Callable[..., Tensor], shape: Sequence[int], device: torch.device, generator: torch.Generator | None
 ) -> Tensor:
     parts = _current
-    if parts.number == 1:
+    if parts.num_parts == 1:
         return draw(*shape, device=device, generator=generator)
     # Every part draws the numbers of the global batch, from a generator that has the same state in all of them.
     stream = parts.streams["dropout" if generator is None else "method"]
-    drawn = draw(parts.number * shape[0], *shape[1:], device=device, generator=stream)
-    return drawn[parts.mine * shape[0] : (parts.mine + 1) * shape[0]]
+    drawn = draw(parts.num_parts * shape[0], *shape[1:], device=device, generator=stream)
+    return drawn[parts.index * shape[0] : (parts.index + 1) * shape[0]]
 
 
 class Dropout(nn.Module):
@@ -236,6 +237,6 @@ def all_reduce(value: Tensor) -> Tensor:
     return summed
 
 
-def processes() -> int:
+def num_processes() -> int:
     """Number of parts of a batch that are computed at the same time, one per process."""
     return _current.processes

@@ -33,20 +33,22 @@ class Plugin:
         name: name under which the user selects it.
         origin: where it comes from, in words, for messages.
         entry_point: its entry point; None for a `--plugin`.
-        found: the class or object from a `--plugin`; None for an entry point, which is imported on `Registry.load`.
+        definition: the class or object from a `--plugin`; None for an entry point, which is imported on `Registry.load`.
     """
 
     kind: str
     name: str
     origin: str
     entry_point: EntryPoint | None = None
-    found: Any = None
+    definition: Any = None
 
     @property
     def source(self) -> Path | None:
         """The file that defines the plugin, located without importing it; None if there is no such file."""
         if self.entry_point is None:
-            module = inspect.getmodule(type(self.found) if isinstance(self.found, ImageSet) else self.found)
+            module = inspect.getmodule(
+                type(self.definition) if isinstance(self.definition, ImageSet) else self.definition
+            )
             return Path(module.__file__) if module is not None and module.__file__ else None
         return _locate(self.entry_point.module)
 
@@ -70,7 +72,7 @@ class Registry:
                 self._add(Plugin(kind, entry.name, f"entry point {entry.value} of {package}", entry_point=entry))
         for name in extra:
             for kind, plugin in _objects(_import(name)):
-                self._add(Plugin(kind, plugin.name, f"--plugin {name}", found=plugin))
+                self._add(Plugin(kind, plugin.name, f"--plugin {name}", definition=plugin))
 
     def _add(self, plugin: Plugin) -> None:
         """Add a plugin. Raises UserError if its kind has another one of the same name."""
@@ -103,7 +105,7 @@ class Registry:
         """
         plugin = self.plugin(kind, name)
         if plugin.entry_point is None:
-            return plugin.found
+            return plugin.definition
         try:
             return plugin.entry_point.load()
         # Importing a plugin runs foreign code, so any exception is reported, together with the plugin's file.
@@ -203,7 +205,7 @@ def _describe_images(images: ImageSet) -> dict[str, Any]:
 def _describe_class(plugin: Plugin) -> dict[str, Any]:
     """First line of the docstring, and literal class attributes, read from the source without importing it."""
     source = plugin.source
-    class_name = plugin.entry_point.attr if plugin.entry_point else plugin.found.__name__
+    class_name = plugin.entry_point.attr if plugin.entry_point else plugin.definition.__name__
     tree = ast.parse(source.read_text()) if source and source.is_file() else ast.Module([], [])
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:

@@ -12,7 +12,7 @@ from harness.system.files import printable, write_atomic
 
 if TYPE_CHECKING:
     from harness.api.task import ImageSet, Task
-    from harness.data.check import Checked
+    from harness.data.check import CheckedCase
     from harness.data.corpus import Corpus
 
 
@@ -73,10 +73,10 @@ def check(arguments: argparse.Namespace) -> int:
     return 2 if bad else 0
 
 
-def _split(images: "Task | Corpus", root: Path, checked: "list[Checked]") -> str:
+def _split(images: "Task | Corpus", root: Path, checked: "list[CheckedCase]") -> str:
     """How a run would split the usable cases, in words; empty for a corpus, or where no case is usable."""
     from harness.api.task import Task
-    from harness.data.duplicates import twins
+    from harness.data.duplicates import duplicate_pairs
     from harness.data.phantom import is_phantom
     from harness.data.splits import split_cases
 
@@ -85,7 +85,9 @@ def _split(images: "Task | Corpus", root: Path, checked: "list[Checked]") -> str
         return ""
     task = replace(images, test_ids=None) if is_phantom(root) else images
     try:
-        split = split_cases(task, [case for case, _ in usable], same=twins([signature for _, signature in usable]))
+        split = split_cases(
+            task, [case for case, _ in usable], same=duplicate_pairs([signature for _, signature in usable])
+        )
     except UserError as error:
         return f", which cannot be split ({error})"
     return f", {len(split.train)} for training and {len(split.test)} for testing"
@@ -95,9 +97,9 @@ def prepare(arguments: argparse.Namespace) -> None:
     """Fill the cache of preprocessed volumes; volumes that are there already are compared with their digests."""
     from harness.data.inventory import digest_cases, fingerprint
     from harness.data.volumes import preprocess_cases
-    from harness.runs.locate import writable
+    from harness.runs.locate import writable_folder
 
-    writable(arguments.runs)
+    writable_folder(arguments.runs)
     cache = arguments.runs / "cache"
     images, root = _image_set(arguments)
     cases = images.cases(root)

@@ -54,7 +54,7 @@ def print_estimates(requests: "Sequence[Request]", jobs: int, as_json: bool = Fa
     from harness.costs.estimate import Estimator, machine, render
 
     estimator, estimates, problems = Estimator(), [], []
-    for request in progress(requests, "estimate", shown=len(requests) > 1):
+    for request in progress(requests, "estimate", visible=len(requests) > 1):
         try:
             estimates.append(estimator.estimate(request))
         except UserError as error:

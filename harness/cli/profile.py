@@ -58,7 +58,7 @@ def profile(arguments: argparse.Namespace) -> int:
     requests = list(_requests(arguments))
     from harness.costs.profile import measure, summarise
     from harness.costs.trial import resolve_trial
-    from harness.runs.locate import writable
+    from harness.runs.locate import writable_folder
     from leaderboards import profiles
 
     variants = arguments.compare or [""]
@@ -75,7 +75,7 @@ def profile(arguments: argparse.Namespace) -> int:
         raise UserError(f"{arguments.sweep} has nothing to profile: {left_out[0]}")
     for problem in left_out:
         print(f"left out: {problem}", file=sys.stderr)
-    out = arguments.out or writable(arguments.runs) / "profiles" / f"{_name(arguments)}.csv"
+    out = arguments.out or writable_folder(arguments.runs) / "profiles" / f"{_name(arguments)}.csv"
     _check_out(out)
     rounds = arguments.rounds or (ROUNDS if arguments.suite else 5)
     results, rates = measure(trials, rounds, short=bool(arguments.suite))
@@ -137,6 +137,6 @@ def _check_out(out: Path) -> None:
         raise UserError(f"--out {out}: a profile is a table: give a name that ends in .csv")
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: give a file")
-    from harness.runs.locate import writable
+    from harness.runs.locate import writable_folder
 
-    writable(out.parent)
+    writable_folder(out.parent)

@@ -49,7 +49,7 @@ def garbage_collect(arguments: argparse.Namespace) -> None:
 
 def list_runs(arguments: argparse.Namespace) -> None:
     """Print all runs of a folder with their progress, and the process that works on each."""
-    from harness.runs.status import where
+    from harness.runs.status import stage_and_step
     from harness.system.locks import holders
     from leaderboards.text import align
 
@@ -62,7 +62,7 @@ def list_runs(arguments: argparse.Namespace) -> None:
         if (folder / "record.json").exists():
             state = "finished"
         else:
-            stage, count = where(folder)
+            stage, count = stage_and_step(folder)
             state = f"{stage}, {count} {'cases' if stage == 'evaluate' else 'steps'}" if stage else "begun"
         owner = owners.get(folder)
         rows.append({"run": folder.name, "state": state, "at_work": str(owner) if owner else ""})

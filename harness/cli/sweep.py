@@ -14,7 +14,7 @@ from harness.system.errors import UserError
 from harness.system.signals import Interrupted
 
 if TYPE_CHECKING:
-    from harness.sweeps.cells import Outcome, Planned
+    from harness.sweeps.cells import Outcome, PlannedCell
     from harness.sweeps.job import Launcher
 
 
@@ -60,7 +60,7 @@ def sweep(arguments: argparse.Namespace) -> int:
     notes = arguments.runs / "sweeps" / arguments.file.stem
     # Build the launcher first: an error in its options should come before phantoms are written and data is read.
     launcher = None if arguments.dry_run else _launcher(arguments, notes)
-    todo, outcomes = cells.sort_out(sweep_cells, notes, arguments.retry)
+    todo, outcomes = cells.select_cells(sweep_cells, notes, arguments.retry)
     _print_sorted(len(sweep_cells), todo, outcomes)
     if launcher is None:
         print(*(f"  to run: {planned.cell}" for planned in todo), sep="\n", flush=True)
@@ -89,7 +89,7 @@ def _launcher(arguments: argparse.Namespace, notes: Path) -> "Launcher":
     return Slurm(notes, arguments.processes, arguments.jobs, {key.strip(): value for key, _, value in pairs})
 
 
-def _print_sorted(number: int, todo: "Sequence[Planned]", outcomes: "Sequence[Outcome]") -> None:
+def _print_sorted(number: int, todo: "Sequence[PlannedCell]", outcomes: "Sequence[Outcome]") -> None:
     """Print how many cells are finished, to run, failed before or cannot run, and the reasons."""
     finished = sum(outcome.folder is not None for outcome in outcomes)
     failed = [outcome for outcome in outcomes if outcome.before]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from harness.api.global_batch import all_reduce, processes
+from harness.api.global_batch import all_reduce, num_processes
 from harness.compute import gpu_norm
 
 ROWS = 8192  # voxels that are summed at a time, because float32 sums over a whole crop would lose digits
@@ -68,17 +68,17 @@ class BatchNorm(_BatchNorm):
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, C, ...) -> the normalised features, in the same shape."""
-        if not self.training or processes() == 1:
+        if not self.training or num_processes() == 1:
             normalised: Tensor = super().forward(features)
             return normalised
         axes = [0, *range(2, features.ndim)]
         shape = (1, -1, *(1,) * (features.ndim - 2))
         wide = features if features.dtype == torch.float64 else features.float()
-        mean = all_reduce(wide.mean(axes)) / processes()
+        mean = all_reduce(wide.mean(axes)) / num_processes()
         centred = wide - mean.view(shape)
-        variance = all_reduce(centred.square().mean(axes)) / processes()
+        variance = all_reduce(centred.square().mean(axes)) / num_processes()
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
-            count = processes() * features.numel() / features.shape[1]
+            count = num_processes() * features.numel() / features.shape[1]
             self._update_running(mean.detach(), variance.detach() * count / (count - 1))
         out = centred * (variance + self.eps).rsqrt().view(shape)
         if self.weight is not None:
@@ -104,10 +104,10 @@ def _replacement(layer_class: Any) -> Any:
         layer_class, BatchNorm | nn.InstanceNorm3d | nn.SyncBatchNorm
     ):
         return type(layer_class.__name__, (BatchNorm, layer_class), {})
-    return STAND_INS.get(layer_class, layer_class)
+    return REPLACEMENTS.get(layer_class, layer_class)
 
 
-STAND_INS: dict[type[nn.Module], type[nn.Module]] = {nn.InstanceNorm3d: InstanceNorm3d, nn.Conv3d: Conv3d}
+REPLACEMENTS: dict[type[nn.Module], type[nn.Module]] = {nn.InstanceNorm3d: InstanceNorm3d, nn.Conv3d: Conv3d}
 
 
 def prepare_module(module: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:

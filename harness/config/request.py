@@ -121,7 +121,7 @@ class Execution:
     )
 
 
-AS_USUAL = Execution()
+DEFAULT_EXECUTION = Execution()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +240,7 @@ class Request:
     )
     skip_bad: bool = _option(False, "--skip-bad", "leave out scans of a corpus that cannot be used, counted")
     save_predictions: bool = _option(False, "--save-predictions", "write the test cases' label maps as NIfTI")
-    execution: Execution = AS_USUAL
+    execution: Execution = DEFAULT_EXECUTION
     runs: Path = _option(
         Path("runs"),
         "--runs",

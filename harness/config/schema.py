@@ -91,7 +91,8 @@ class Evaluate(Settings):
 
     overlap: float = Field(0.5, ge=0, lt=1, description="of neighbouring windows, as a share of the window")
     hd95: Definition = Field(
-        "max-directed", description="definition of HD95: MONAI's, medpy's or surface-distance's (harness/evaluation/metrics.py)"
+        "max-directed",
+        description="definition of HD95: MONAI's, medpy's or surface-distance's (harness/evaluation/metrics.py)",
     )
     empty: Empty = Field("worst", description="policy for empty masks (harness/evaluation/metrics.py)")
     tolerance: float = Field(1.0, ge=0, description="of surface Dice, in mm")

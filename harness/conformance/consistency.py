@@ -182,7 +182,7 @@ def _step(fixture: MethodFixture, accelerator: Any) -> tuple[dict[str, float], d
     settings = {"precision": "fp32", "channels_last": False, "crop": built.crop, "batch_size": BATCH}
     trainer = Trainer(method, build(Training, {**BUDGET, **settings}, "pretrain"), 30, 3, accelerator)
     data, parts = built.data(BATCH), trainer.parts
-    size = BATCH // parts.number
+    size = BATCH // parts.num_parts
     batches = []
     for micro_batch in range(parts.micro_batches):
         first = (micro_batch * parts.processes + parts.rank) * size

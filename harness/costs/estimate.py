@@ -15,10 +15,10 @@ from harness.api.task import Case
 from harness.compute import environment
 from harness.compute.devices import new_accelerator
 from harness.config.request import Request
-from harness.costs.trial import Trial, TrialResult, TrialSpec, made_up_volumes, measure_apart
+from harness.costs.trial import Trial, TrialResult, TrialSpec, made_up_volumes, measure_in_new_process
 from harness.data.cases import num_workers
 from harness.data.image_files import read_header
-from harness.data.volumes import Volume, needed, prepared, preprocess_cases
+from harness.data.volumes import Volume, preprocess_cases, space_needed, volumes_of
 from harness.evaluation import metrics
 from harness.evaluation.evaluate import new_scoring, read_reference
 from harness.evaluation.sliding_window import predict
@@ -68,12 +68,12 @@ class Estimator:
     """Estimates runs. What several runs have in common is measured once and counted once.
 
     Attributes:
-        known: results of measurements, by the digest of what they depend on.
+        measurements: results of measurements, by the digest of what they depend on.
         counted: pre-trainings and preprocessed volumes that are counted in an earlier estimate.
     """
 
     def __init__(self) -> None:
-        self.known: dict[str, Any] = {}
+        self.measurements: dict[str, Any] = {}
         self.counted: set[Any] = set()
 
     def estimate(self, request: Request) -> Estimate:
@@ -102,9 +102,9 @@ class Estimator:
     def _once(self, identity: list[Any], measure: Callable[[], Any]) -> Any:
         """The result of `measure`, which is measured once for each `identity`."""
         key = digest(identity)
-        if key not in self.known:
-            self.known[key] = measure()
-        return self.known[key]
+        if key not in self.measurements:
+            self.measurements[key] = measure()
+        return self.measurements[key]
 
     def _preprocessing(self, run_plan: RunPlan, cache: Path, estimate: Estimate) -> None:
         """Add the preprocessing. The first missing case is timed, and stays in the cache; each other case takes as long."""
@@ -114,14 +114,14 @@ class Estimator:
         ]
         seconds = 0.0
         for images, cases, digests in image_sets:
-            missing = [volume for volume in prepared(images, cases, digests, cache) if not volume.whole(False)]
+            missing = [volume for volume in volumes_of(images, cases, digests, cache) if not volume.is_complete(False)]
             missing = [volume for volume in missing if volume.description not in self.counted]
             if not missing:
                 continue
             began = time.perf_counter()
             preprocess_cases(images, [missing[0].case], digests, cache)
             seconds_per_case = time.perf_counter() - began
-            disk, largest = needed(images, missing[1:])
+            disk, largest = space_needed(images, missing[1:])
             seconds += seconds_per_case + seconds_per_case * len(missing[1:]) / num_workers(largest, len(missing))
             estimate.disk += disk
             self.counted |= {volume.description for volume in missing}
@@ -184,7 +184,7 @@ def _measure_stage(spec: TrialSpec) -> tuple[TrialResult, float, float]:
     """Measure a stage: memory and parameters; seconds per step with the wait for data; seconds of `Method.prepare`."""
     result, settings = TrialResult(spec), spec.settings
     say(f"measuring a few steps: {spec}, {spec.stage}")
-    measure_apart(result)
+    measure_in_new_process(result)
     if result.problem:
         return result, 0.0, 0.0
     with TemporaryDirectory(prefix="harness-estimate-") as name:
@@ -217,11 +217,11 @@ def _evaluate_one(run_plan: RunPlan, volume: Volume) -> float:
     return min(seconds)
 
 
-def render(found: Sequence[Estimate], jobs: int = 1) -> str:
+def render(estimates: Sequence[Estimate], jobs: int = 1) -> str:
     """A table for the terminal, with the sum over all runs. `jobs`: runs at a time."""
     stages = ("prepare", "method_prepare", "pretrain", "finetune", "evaluate")
     lines = [["run", *(stage.replace("_", " ") for stage in stages), "total", "host GiB", "device GiB", "disk"]]
-    for estimate in found:
+    for estimate in estimates:
         if estimate.finished:
             lines.append([estimate.name, *["-"] * len(stages), "finished", "-", "-", "-"])
             continue
@@ -243,10 +243,10 @@ def render(found: Sequence[Estimate], jobs: int = 1) -> str:
             ]
         )
     table = align(lines)
-    seconds, disk = sum(estimate.total for estimate in found), sum(estimate.disk for estimate in found)
-    if len(found) > 1:
+    seconds, disk = sum(estimate.total for estimate in estimates), sum(estimate.disk for estimate in estimates)
+    if len(estimates) > 1:
         with_jobs = f", {duration(seconds / jobs)} with {jobs} jobs if they do not slow each other" if jobs > 1 else ""
-        table += ["", f"{len(found)} runs: {duration(seconds)}{with_jobs}; {size(disk)} on disk"]
+        table += ["", f"{len(estimates)} runs: {duration(seconds)}{with_jobs}; {size(disk)} on disk"]
     return "\n".join(table)
 
 

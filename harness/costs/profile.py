@@ -12,7 +12,7 @@ from harness.compute import environment
 from harness.compute.devices import new_accelerator
 from harness.costs.bounds import judge, watch
 from harness.costs.ceilings import make_ceilings
-from harness.costs.trial import Trial, TrialResult, TrialSpec, made_up_volumes, measure_apart, out_of_memory
+from harness.costs.trial import Trial, TrialResult, TrialSpec, made_up_volumes, measure_in_new_process, out_of_memory
 from harness.system.console import progress
 from harness.training.clock import PHASES, UPDATE
 from harness.training.trainer import compiled
@@ -40,8 +40,8 @@ def measure(
         results = [TrialResult(spec) for spec in specs]
         device = new_accelerator().device
         short = short and device.type == "cuda"
-        for result in progress([] if short else results, "memory", shown=not short):
-            measure_apart(result)
+        for result in progress([] if short else results, "memory", visible=not short):
+            measure_in_new_process(result)
         trials = _build(results, folder, device if short else None)
         ceilings = make_ceilings(device, {trial.trainer.precision for trial in trials.values()})
         rates: dict[str, list[list[float]]] = {name: [] for name in ceilings}
@@ -55,7 +55,7 @@ def measure(
                     else:
                         _one_round(results[turn], trials[turn])
                     bar.update()
-        for number, trial in progress({} if short else trials.items(), "loaders", shown=not short):
+        for number, trial in progress({} if short else trials.items(), "loaders", visible=not short):
             _watch_loader(results[number], trial)
         return results, rates
 
@@ -70,7 +70,7 @@ def _build(results: Sequence[TrialResult], folder: Path, gpu: torch.device | Non
             before = 0 if gpu is None else torch.cuda.memory_allocated(gpu)
             trial = Trial(result.spec, made_up_volumes(result.spec, folder), folder / str(number))
             if gpu is not None:
-                result.flops, result.parameters, peak = trial.weigh()
+                result.flops, result.parameters, peak = trial.measure_memory_and_flops()
                 result.memory = {"device_peak_gib": (peak["device_peak_gib"] or 0.0) - before / 2**30}
             with compiled(trial.trainer.module, result.spec.settings.compile):
                 trial.timed(1)

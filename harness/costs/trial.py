@@ -176,7 +176,7 @@ class Trial:
         clock.read()
         return {phase: list(values) for phase, values in clock.seconds.items()}
 
-    def weigh(self) -> tuple[int, int, dict[str, float | None]]:
+    def measure_memory_and_flops(self) -> tuple[int, int, dict[str, float | None]]:
         """FLOPs of a step, number of parameters, and peaks of memory over two steps, in GiB."""
         device = self.trainer.device
         if device.type == "cuda":
@@ -247,7 +247,7 @@ def out_of_memory(result: TrialResult) -> Iterator[None]:
         result.problem = OUT_OF_MEMORY
 
 
-def measure_apart(result: TrialResult) -> None:
+def measure_in_new_process(result: TrialResult) -> None:
     """Measure memory and FLOPs of two steps in a new process, and write them into `result`.
 
     The operating system keeps one peak per process, and memory that earlier work left over would be counted.
@@ -271,7 +271,7 @@ def _two_steps(request: Request, stage: str, threads: int) -> tuple[int, int, di
     with tempfile.TemporaryDirectory(prefix="harness-profile-") as temporary, out_of_memory(result):
         folder = Path(temporary)
         trial = Trial(spec, made_up_volumes(spec, folder), folder)
-        return trial.weigh()
+        return trial.measure_memory_and_flops()
     return result.problem
 
 

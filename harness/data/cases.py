@@ -26,7 +26,7 @@ HIGHEST_HU = 32767  # larger values are negative ones that were stored without a
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedCase:
     """One case in its native grid: `image` (C, x, y, z) float32, `label` (x, y, z) uint8 or None, `affine`.
 
     `affine` maps voxels to mm. `notes` describe in words which deviations were tolerated.
@@ -43,7 +43,7 @@ class Loaded:
         return np.linalg.norm(self.affine[:3, :3], axis=0)
 
 
-def load_case(images: ImageSet, case: Case) -> Loaded:
+def load_case(images: ImageSet, case: Case) -> LoadedCase:
     """Read and check one case.
 
     Raises:
@@ -67,10 +67,10 @@ def load_case(images: ImageSet, case: Case) -> Loaded:
         )
     image = np.concatenate(volumes, dtype=np.float32, casting="unsafe")
     if case.label is None:
-        return Loaded(image, None, affine)
+        return LoadedCase(image, None, affine)
     label, label_affine, notes = load_label(images, case)
     _check_same_grid(case.images[0], image.shape[1:], affine, case.label, label.shape, label_affine)
-    return Loaded(image, label, affine, notes)
+    return LoadedCase(image, label, affine, notes)
 
 
 def case_bytes(case: Case, prepared: float = 0) -> int:

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.api.task import Case, ImageSet, Window
-from harness.data.cases import Loaded, case_bytes, load_case, num_workers
-from harness.data.duplicates import Signature, signature, twins
+from harness.data.cases import LoadedCase, case_bytes, load_case, num_workers
+from harness.data.duplicates import Signature, duplicate_pairs, signature
 from harness.data.image_files import read_header
 from harness.data.pictures import colours
 from harness.data.preprocessing import normalise, preprocessed_extent
@@ -38,7 +38,7 @@ class Problem:
 
 
 @dataclass
-class Checked:
+class CheckedCase:
     """Result of checking one case.
 
     Attributes:
@@ -60,7 +60,7 @@ class Checked:
     signature: Signature | None = None
 
 
-def check_cases(images: ImageSet, cases: Sequence[Case]) -> list[Checked]:
+def check_cases(images: ImageSet, cases: Sequence[Case]) -> list[CheckedCase]:
     """Check every case, then the data set as a whole: names, duplicates, and scans unlike the others."""
     largest = max(map(case_bytes, cases), default=1)
     with ThreadPoolExecutor(num_workers(largest, len(cases))) as pool:
@@ -71,9 +71,9 @@ def check_cases(images: ImageSet, cases: Sequence[Case]) -> list[Checked]:
     return checked
 
 
-def _check_case(images: ImageSet, case: Case) -> Checked:
+def _check_case(images: ImageSet, case: Case) -> CheckedCase:
     """Check the headers, the voxels and the label of one case."""
-    result = Checked(case)
+    result = CheckedCase(case)
 
     def problem(weight: str, kind: str, text: str) -> None:
         """Add a problem of this case."""
@@ -111,7 +111,9 @@ def _check_case(images: ImageSet, case: Case) -> Checked:
     return result
 
 
-def _check_label(images: ImageSet, loaded: Loaded, label: NDArray[np.uint8], result: Checked, problem: Any) -> None:
+def _check_label(
+    images: ImageSet, loaded: LoadedCase, label: NDArray[np.uint8], result: CheckedCase, problem: Any
+) -> None:
     """Report empty labels, absent targets, and labels in empty space."""
     absent = [name for name, values in images.targets.items() if not any(result.voxels[value] for value in values)]
     if len(absent) == len(images.targets):
@@ -143,7 +145,7 @@ def _check_contrast(images: ImageSet, channel: NDArray[np.float32], case: Case) 
     normalise(channel, images.normalisation, str(case.images[0]))
 
 
-def _check_memory(images: ImageSet, loaded: Loaded, case: Case) -> None:
+def _check_memory(images: ImageSet, loaded: LoadedCase, case: Case) -> None:
     """Raises UserError if the case cannot be resampled to the spacing of the data set, or not in the free memory."""
     order = nib.orientations.io_orientation(loaded.affine)[:, 0].astype(int).argsort()
     shape, spacing = np.array(loaded.image.shape[1:])[order], loaded.spacing[order]
@@ -168,9 +170,9 @@ def _heading(text: str) -> str:
     return next((kind for words, kind in kinds.items() if words in text), "files that cannot be used")
 
 
-def _check_names(checked: Sequence[Checked]) -> None:
+def _check_names(checked: Sequence[CheckedCase]) -> None:
     """Report names that cannot be used in files or tables, and names that two cases share."""
-    first: dict[str, Checked] = {}
+    first: dict[str, CheckedCase] = {}
     for result in checked:
         try:
             # The id of a corpus's scan is its path, with slashes; no output is named after it, so slashes are allowed.
@@ -183,16 +185,16 @@ def _check_names(checked: Sequence[Checked]) -> None:
             result.problems.append(Problem(SPOILS, "names", result.case.id, text))
 
 
-def _check_duplicates(checked: Sequence[Checked]) -> None:
+def _check_duplicates(checked: Sequence[CheckedCase]) -> None:
     """Report scans that are the same as another scan of the data set."""
     readable = [result for result in checked if result.signature is not None]
-    for i, j in twins([result.signature for result in readable if result.signature is not None]):
+    for i, j in duplicate_pairs([result.signature for result in readable if result.signature is not None]):
         first, second = readable[i], readable[j]
         text = f"{second.case.images[0]} is the same scan as {first.case.images[0]}: they count as one patient"
         second.problems.append(Problem(LOOK, "duplicates", second.case.id, text))
 
 
-def _check_outliers(checked: Sequence[Checked]) -> None:
+def _check_outliers(checked: Sequence[CheckedCase]) -> None:
     """Report spacings that differ from the median by a factor of more than 5, if there are five cases at least."""
     readable = [result for result in checked if result.shape]
     if len(readable) < 5:
@@ -210,7 +212,7 @@ def _spacing(values: Any) -> str:
     return " x ".join(f"{value:.3g}" for value in values)
 
 
-def _thumbnail(images: ImageSet, loaded: Loaded) -> NDArray[np.uint8]:
+def _thumbnail(images: ImageSet, loaded: LoadedCase) -> NDArray[np.uint8]:
     """The axial slice with the most labelled voxels, labels in colour: (rows, columns, 3) uint8.
 
     Without labels it is the middle slice. The patient's right is on the left.
@@ -244,7 +246,7 @@ def _thumbnail(images: ImageSet, loaded: Loaded) -> NDArray[np.uint8]:
     return colour[::-1, ::-1].transpose(1, 0, 2).astype(np.uint8)
 
 
-def problems_of(checked: Sequence[Checked]) -> dict[tuple[str, str], list[Problem]]:
+def problems_of(checked: Sequence[CheckedCase]) -> dict[tuple[str, str], list[Problem]]:
     """Problems by (weight, kind): those that spoil a run first, then the most frequent kinds first."""
     groups: dict[tuple[str, str], list[Problem]] = {}
     for result in checked:

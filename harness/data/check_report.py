@@ -11,12 +11,12 @@ from matplotlib.image import imsave
 from numpy.typing import NDArray
 
 from harness.api.task import ImageSet
-from harness.data.check import SPOILS, Checked, problems_of
+from harness.data.check import SPOILS, CheckedCase, problems_of
 from harness.data.pictures import colours
 from harness.system.files import printable
 
 
-def render_report(images: ImageSet, root: str, checked: Sequence[Checked], summary: str) -> str:
+def render_report(images: ImageSet, root: str, checked: Sequence[CheckedCase], summary: str) -> str:
     """The report as HTML: a table per kind of problem, a slice of each case, and a table of all cases."""
     groups = problems_of(checked)
     bad = {problem.case for (weight, _), problems in groups.items() for problem in problems if weight == SPOILS}
@@ -48,7 +48,7 @@ def render_report(images: ImageSet, root: str, checked: Sequence[Checked], summa
     )
 
 
-def _table_of_cases(images: ImageSet, checked: Sequence[Checked]) -> dict[str, Any]:
+def _table_of_cases(images: ImageSet, checked: Sequence[CheckedCase]) -> dict[str, Any]:
     """Headings and rows of the table of all cases; volumes of the targets are in ml."""
     headings = ["case", "shape", "spacing mm", "axes", "types", *(f"{name} ml" for name in images.targets)]
     rows = []

@@ -7,7 +7,7 @@ from pathlib import Path
 from harness.api.registry import Registry
 from harness.api.task import Case, Percentiles, Task, Window
 from harness.data.corpus import Corpus, folder_corpus, parse_spec, with_normalisation
-from harness.data.duplicates import ALIKE, same_scans, twins
+from harness.data.duplicates import ALIKE, duplicate_pairs, same_scans
 from harness.data.inventory import Inventory, fingerprint, take_inventory
 from harness.data.phantom import CORPUS_CASES, PHANTOM, is_phantom, write_phantom
 from harness.data.splits import SAME, Split, split_cases
@@ -116,7 +116,7 @@ def open_task(task: Task, root: Path, cache: Path, how: str) -> TaskData:
     """Open, check and split the cases of a task; cases that are the same scan count as one patient.
 
     Args:
-        how: value of `--split`, as `check_how` returns it.
+        how: value of `--split`, as `check_split` returns it.
 
     Raises:
         UserError: a case cannot be used, or the split leaves no case on one side.
@@ -128,7 +128,7 @@ def open_task(task: Task, root: Path, cache: Path, how: str) -> TaskData:
     for case in cases:
         check_name(case.id)
     inventory = take_inventory(task, cases, cache)
-    split = split_cases(task, cases, how, twins([inventory.signatures[case.id] for case in cases]))
+    split = split_cases(task, cases, how, duplicate_pairs([inventory.signatures[case.id] for case in cases]))
     if split.by == SAME:
         say(
             "PLUMBING CHECK: trained and tested on the same cases (--split same); the numbers say nothing about a method"
@@ -138,17 +138,17 @@ def open_task(task: Task, root: Path, cache: Path, how: str) -> TaskData:
     return TaskData(task, phantom, split, inventory)
 
 
-def open_corpora(found: Sequence[tuple[Corpus, Path]], cache: Path, skip_bad: bool) -> list[CorpusData]:
+def open_corpora(located: Sequence[tuple[Corpus, Path]], cache: Path, skip_bad: bool) -> list[CorpusData]:
     """Open and check the scans of corpora.
 
     Args:
-        found: corpora and their folders, from `find_corpora`.
+        located: corpora and their folders, from `find_corpora`.
 
     Raises:
         UserError: a file cannot be used and `skip_bad` is false, or no scan of a corpus can be used.
     """
     opened = []
-    for corpus, root in found:
+    for corpus, root in located:
         cases = corpus.cases(root)
         if labels := corpus.num_labels(root):
             say(f"corpus {corpus.name}: {labels} files that are named as labels are left out")

@@ -56,7 +56,7 @@ def same_scans(first: Sequence[Signature], second: Sequence[Signature], least: f
     return sorted(pairs)
 
 
-def twins(signatures: Sequence[Signature]) -> list[tuple[int, int]]:
+def duplicate_pairs(signatures: Sequence[Signature]) -> list[tuple[int, int]]:
     """Pairs (i, j), i < j, of cases whose first channels are the same scan.
 
     Args:

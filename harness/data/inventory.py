@@ -23,7 +23,7 @@ from harness.system.console import progress, say
 from harness.system.errors import UserError
 from harness.system.files import digest, digest_file, file_size, read_json, write_atomic
 
-KIND = 3  # version of the cached signatures; raise it when the signature of an image changes
+SIGNATURE_VERSION = 3  # version of the cached signatures; raise it when the signature of an image changes
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _digest_of_file(path: Path, cached: dict[str, Any]) -> str:
 def _signature_path(images: ImageSet, folder: Path, digests: dict[str, str], case: Case) -> Path:
     """The file that holds the signature of a case."""
     # Whether a case passes the checks depends on the data set (channels, labels), so these settings are part of the name.
-    settings = [KIND, images.channels, images.labels, case.numbering, type(images.normalisation).__name__]
+    settings = [SIGNATURE_VERSION, images.channels, images.labels, case.numbering, type(images.normalisation).__name__]
     return folder / f"{digests[case.id][:20]}-{digest(settings)[:8]}.npy"
 
 

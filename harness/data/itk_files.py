@@ -27,12 +27,20 @@ LONGEST_HEADER = 2**20  # bytes
 LONGEST_LINE = 400  # bytes, NRRD only; ITK's error message about a longer line overruns a buffer
 CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 # Lines of NRRD that may be longer: ITK keeps comments, `content` and key/value pairs unchanged.
-KEPT = re.compile(r"#|content: |[^:]+:=")
+UNLIMITED_LINE = re.compile(r"#|content: |[^:]+:=")
 # A field begins with a letter, or is a DICOM tag, which may begin with a digit.
 FIELD = re.compile(r"[ \t]*((?:[A-Za-z_]|[0-9A-Fa-f]{4}\|)[^=:]*)[=:](.*)")
 # Fields whose numbers are positions, distances or directions.
-PLACES = {"transformmatrix", "orientation", "rotation", "centerofrotation", "elementspacing", "elementsize", "offset"}
-PLACES |= {"origin", "position", "spacedirections", "spaceorigin", "spacings"}
+SPATIAL_FIELDS = {
+    "transformmatrix",
+    "orientation",
+    "rotation",
+    "centerofrotation",
+    "elementspacing",
+    "elementsize",
+    "offset",
+}
+SPATIAL_FIELDS |= {"origin", "position", "spacedirections", "spaceorigin", "spacings"}
 FARTHEST = 1e6  # mm; ITK loops without end on numbers such as 1e308
 
 
@@ -118,11 +126,11 @@ def _check_fields(path: Path, header: str) -> None:
         problem = ""
         if CONTROL.search(line) or not (nrrd or match or not line.strip()):
             problem = f"a line that is no field, {line[:40]!r}"
-        elif nrrd and len(line) > LONGEST_LINE and not KEPT.match(line):
+        elif nrrd and len(line) > LONGEST_LINE and not UNLIMITED_LINE.match(line):
             problem = f"a line of {len(line)} bytes, {line[:40]!r}; at most {LONGEST_LINE} are read"
         elif key in ("ndims", "dimension") and not re.fullmatch("[1-9]", value):
             problem = f"{value[:40]!r} dimensions"
-        elif key in PLACES and not all(
+        elif key in SPATIAL_FIELDS and not all(
             _is_plausible(number, nrrd) for number in re.split(r"[\s(),]+", value) if number
         ):
             problem = f"a number that is not within {FARTHEST:g} mm, {line[:80]!r}"

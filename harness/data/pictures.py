@@ -145,7 +145,7 @@ def _draw(axis: Axes, panel: Panel | Row, overlay: NDArray[np.uint8] | None, num
     axis.set_yticks([])
 
 
-def numbered(masks: NDArray[np.bool_]) -> NDArray[np.uint8]:
+def target_numbers(masks: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """Masks (targets, x, y) -> number of the target per voxel (x, y); of overlapping targets the last, innermost one."""
     numbers = np.zeros(masks.shape[1:], dtype=np.uint8)
     for number, mask in enumerate(masks, start=1):

@@ -10,7 +10,7 @@ import psutil
 from numpy.typing import NDArray
 
 from harness.api.task import ImageSet, Percentiles, Window
-from harness.data.cases import Loaded
+from harness.data.cases import LoadedCase
 from harness.data.geometry import Geometry, resample, resample_label
 from harness.system.errors import UserError
 
@@ -24,7 +24,7 @@ def quantise(image: NDArray[np.float32]) -> NDArray[np.int16]:
 
 
 def preprocess(
-    images: ImageSet, loaded: Loaded, source: str
+    images: ImageSet, loaded: LoadedCase, source: str
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None, Geometry]:
     """Preprocess a case: image (C, x, y, z) in [0, 1], label (x, y, z) or None, and geometry. No file is read or written.
 

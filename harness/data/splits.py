@@ -35,7 +35,7 @@ class Split:
     repeated: list[tuple[str, str]] = field(default_factory=list)
 
 
-def check_how(how: str) -> str:
+def check_split(how: str) -> str:
     """Check a value of --split and return it: `fixed`, `same`, or `K/N` with K of 1..N and N of 2 or more.
 
     Raises:
@@ -57,7 +57,7 @@ def split_cases(task: Task, cases: Sequence[Case], how: str = "fixed", same: Seq
     way, and a subset of the scans has the same order.
 
     Args:
-        how: as `check_how` returns it.
+        how: as `check_split` returns it.
         same: pairs of indices of `cases` that are the same scan; they count as one patient.
 
     Raises:

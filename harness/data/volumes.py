@@ -28,7 +28,7 @@ from harness.system.errors import UserError
 from harness.system.files import digest, digest_file, write_atomic
 from harness.system.locks import held
 
-PREPARED = 2  # version of the cached volumes; raise it when preprocessing writes something else
+FORMAT = 2  # version of the cached volumes; raise it when preprocessing writes something else
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Volume:
         """The JSON file with geometry, sizes and digests of the arrays. It is written last, when the arrays are complete."""
         return Path(f"{self.stem}.json")
 
-    def whole(self, verify: bool) -> bool:
+    def is_complete(self, verify: bool) -> bool:
         """Whether all its files exist in full size; with `verify`, also whether their bytes are those that were written."""
         try:
             described = json.loads(self.description.read_text())
@@ -115,10 +115,10 @@ class Volume:
         return loaded
 
 
-def prepared(images: ImageSet, cases: Sequence[Case], digests: Mapping[str, str], cache: Path) -> list[Volume]:
+def volumes_of(images: ImageSet, cases: Sequence[Case], digests: Mapping[str, str], cache: Path) -> list[Volume]:
     """Volumes of `cases`, in their order, with the paths that `preprocess_cases` writes to; the files need not exist."""
     settings = {
-        "format": PREPARED,
+        "format": FORMAT,
         "set": images.name,
         "version": images.version,
         "spacing": images.spacing,
@@ -143,7 +143,7 @@ def preprocess_cases(
     """
     if not cases:
         return []
-    volumes = prepared(images, cases, digests, cache)
+    volumes = volumes_of(images, cases, digests, cache)
     folder = volumes[0].stem.parent
     folder.mkdir(parents=True, exist_ok=True)
     if _missing(volumes, verify):
@@ -159,21 +159,23 @@ def preprocess_cases(
 
 def _missing(volumes: Sequence[Volume], verify: bool) -> list[Volume]:
     """The volumes whose files are missing or damaged, each stem once."""
-    complete = verified(volumes) if verify else [volume.whole(verify=False) for volume in volumes]
+    complete = verify_volumes(volumes) if verify else [volume.is_complete(verify=False) for volume in volumes]
     return list({volume.stem: volume for volume, whole in zip(volumes, complete, strict=True) if not whole}.values())
 
 
-def verified(volumes: Sequence[Volume]) -> list[bool]:
+def verify_volumes(volumes: Sequence[Volume]) -> list[bool]:
     """Whether each volume still has the bytes that were written."""
     with ThreadPoolExecutor() as pool:
-        return list(progress(pool.map(lambda volume: volume.whole(verify=True), volumes), "verify", total=len(volumes)))
+        return list(
+            progress(pool.map(lambda volume: volume.is_complete(verify=True), volumes), "verify", total=len(volumes))
+        )
 
 
 def _preprocess_missing(images: ImageSet, missing: Sequence[Volume], folder: Path) -> None:
     """Preprocess several cases in threads. Raises UserError if the disk is too small, or with the first problem of a case."""
     if not missing:
         return
-    size, largest = needed(images, missing)
+    size, largest = space_needed(images, missing)
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UserError(
@@ -199,7 +201,7 @@ def _preprocess_missing(images: ImageSet, missing: Sequence[Volume], folder: Pat
         raise UserError(problems[0] + others)
 
 
-def needed(images: ImageSet, volumes: Sequence[Volume]) -> tuple[int, int]:
+def space_needed(images: ImageSet, volumes: Sequence[Volume]) -> tuple[int, int]:
     """Bytes on disk that the volumes take at most, and bytes of memory for the largest case.
 
     The numbers are upper bounds because the box of the foreground is not known yet.

@@ -23,7 +23,7 @@ from harness.config.schema import Evaluate, RunConfig
 from harness.data import pictures
 from harness.data.cases import load_label
 from harness.data.image_files import write_label
-from harness.data.pictures import Panel, numbered
+from harness.data.pictures import Panel, target_numbers
 from harness.data.volumes import Volume
 from harness.evaluation import metrics
 from harness.evaluation.sliding_window import predict
@@ -161,7 +161,7 @@ def _score_all(
         scoring_job = None
         began = time.perf_counter()
         done = len(volumes) - len(remaining)
-        bar = progress(remaining, "evaluate", total=len(volumes), shown=show_bar, initial=done)
+        bar = progress(remaining, "evaluate", total=len(volumes), visible=show_bar, initial=done)
         for number, volume in enumerate(bar, start=1):
             image = next_image.result()
             if number < len(remaining):
@@ -245,7 +245,7 @@ def make_panel(task: Task, volume: Volume, probabilities: NDArray[np.float32], s
         case=volume.case.id,
         dice=float(np.mean(scored)) if scored else 0.0,
         image=volume.crop((0, 0, slice_index), (*volume.shape[:2], 1))[0, :, :, 0],
-        reference=numbered(reference[..., slice_index]),
-        prediction=numbered(task.decide(probabilities[..., slice_index : slice_index + 1])[..., 0]),
+        reference=target_numbers(reference[..., slice_index]),
+        prediction=target_numbers(task.decide(probabilities[..., slice_index : slice_index + 1])[..., 0]),
         aspect=y / x,
     )

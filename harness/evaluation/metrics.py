@@ -140,7 +140,7 @@ def _score(
     counts = surfaces.count(prediction, reference, num_masks)
     diagonal = float(np.linalg.norm(np.asarray(prediction.shape) * np.asarray(spacing)))
     if scoring.hd95 == "area-weighted":
-        sides = [surfaces.surface_cells(codes, num_masks, spacing) for codes in (prediction, reference)]
+        sides = [surfaces.surface_cubes(codes, num_masks, spacing) for codes in (prediction, reference)]
     else:
         sides = [surfaces.surface_voxels(codes, num_masks) for codes in (prediction, reference)]
     scores = []

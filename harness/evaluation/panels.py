@@ -94,8 +94,8 @@ def _row(task: Task, case: Case, runs: Sequence[Run]) -> Row:
     return Row(
         case=case.id,
         image=reorient(loaded.image[0], orientation)[:, :, index],
-        reference=pictures.numbered(reference[:, :, index].transpose(2, 0, 1)),
-        predictions=[pictures.numbered(masks.transpose(2, 0, 1)) for masks in slices],
+        reference=pictures.target_numbers(reference[:, :, index].transpose(2, 0, 1)),
+        predictions=[pictures.target_numbers(masks.transpose(2, 0, 1)) for masks in slices],
         dice=[_dice(masks, reference[:, :, index]) for masks in slices],
         aspect=float(voxel_edges[1] / voxel_edges[0]),
     )

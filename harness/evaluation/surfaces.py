@@ -30,11 +30,11 @@ class Surface:
     """The surface of one mask.
 
     Attributes:
-        places: (n,) flat indices of the surface elements in `Surfaces.volume`.
+        indices: (n,) flat indices of the surface elements in `Surfaces.volume`.
         weights: (n,) area in mm² of each element; empty if all elements count the same.
     """
 
-    places: NDArray[np.int64]
+    indices: NDArray[np.int64]
     weights: NDArray[np.float64]
 
 
@@ -53,7 +53,7 @@ def surface_voxels(codes: Codes, number: int) -> Surfaces:
     return _collect(volume, counts)
 
 
-def surface_cells(codes: Codes, number: int, spacing: Sequence[float]) -> Surfaces:
+def surface_cubes(codes: Codes, number: int, spacing: Sequence[float]) -> Surfaces:
     """Cubes with the area in mm² of the surface in them.
 
     The corners of a cube are the centres of eight neighbouring voxels, some of them inside a mask and some outside. The area
@@ -65,7 +65,7 @@ def surface_cells(codes: Codes, number: int, spacing: Sequence[float]) -> Surfac
     marked = _collect(volume, counts)
     areas = _areas(tuple(map(float, spacing)))
     masks = [
-        Surface(mask.places, areas[_corners(padded, np.asarray(volume.shape), mask.places, bit)])
+        Surface(mask.indices, areas[_corners(padded, np.asarray(volume.shape), mask.indices, bit)])
         for bit, mask in enumerate(marked.masks)
     ]
     return Surfaces(volume, masks)
@@ -77,7 +77,7 @@ def distances(first: Surfaces, second: Surfaces, mask: int, spacing: Sequence[fl
     The distances are exact. Grid points are searched in the order of their distance, so that the first hit is the nearest.
     The few elements without a hit among the `NEAR` nearest grid points use a k-d tree.
     """
-    first_indices, second_indices = first.masks[mask].places, second.masks[mask].places
+    first_indices, second_indices = first.masks[mask].indices, second.masks[mask].indices
     offsets, lengths = _ball(tuple(float(edge) for edge in spacing))
     nearest = _nearest(first_indices, second.volume, np.uint16(1 << mask), offsets, lengths)
     far = np.isnan(nearest)

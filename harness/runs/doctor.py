@@ -14,9 +14,9 @@ import torch
 from harness.api.registry import PLURAL, Registry
 from harness.api.task import Case
 from harness.compute.devices import computes_in_bf16, new_accelerator
-from harness.data.volumes import Volume, verified
+from harness.data.volumes import Volume, verify_volumes
 from harness.runs.cleanup import size_on_disk, unfinished
-from harness.runs.locate import writable
+from harness.runs.locate import writable_folder
 from harness.system.errors import UserError
 from harness.system.locks import dead_locks, holders
 from harness.training.stage_files import read_stage
@@ -33,7 +33,7 @@ TESTED = {
 }
 """Versions with which the whole test suite has passed."""
 
-LITTLE = 5 * 2**30  # bytes of free disk space; with less, a run may not fit
+LOW_DISK = 5 * 2**30  # bytes of free disk space; with less, a run may not fit
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def examine(runs: Path, plugins: tuple[str, ...]) -> Iterator[Finding]:
     yield from disk(runs)
     yield from loaded_plugins(plugins)
     if runs.is_dir():
-        yield from prepared_cache(runs)
+        yield from preprocessed_cache(runs)
         yield from pretrainings(runs)
         yield from remains(runs)
 
@@ -111,13 +111,13 @@ def device() -> Iterator[Finding]:
 def disk(runs: Path) -> Iterator[Finding]:
     """Whether the runs folder can be written, and its free disk space in GiB."""
     try:
-        writable(runs)
+        writable_folder(runs)
     except UserError as error:
         yield Finding("FAIL", "runs folder", str(error))
         return
     usage = shutil.disk_usage(runs)
     text = f"{runs.resolve()}: {usage.free / 2**30:.1f} of {usage.total / 2**30:.1f} GiB free"
-    yield Finding("note" if usage.free < LITTLE else "ok", "runs folder", text)
+    yield Finding("note" if usage.free < LOW_DISK else "ok", "runs folder", text)
 
 
 def loaded_plugins(extra: tuple[str, ...]) -> Iterator[Finding]:
@@ -139,11 +139,11 @@ def loaded_plugins(extra: tuple[str, ...]) -> Iterator[Finding]:
         yield Finding("ok", many, f"{len(names) - broken} load")
 
 
-def prepared_cache(runs: Path) -> Iterator[Finding]:
+def preprocessed_cache(runs: Path) -> Iterator[Finding]:
     """Whether the files of preprocessed volumes still have the bytes that were written."""
     paths = sorted(path for path in (runs / "cache" / "prepared").glob("*/*.json") if not path.name.startswith("."))
     volumes = [Volume(Case(path.stem, (), None), path.with_suffix("")) for path in paths]
-    damaged = [path for path, intact in zip(paths, verified(volumes), strict=True) if not intact]
+    damaged = [path for path, intact in zip(paths, verify_volumes(volumes), strict=True) if not intact]
     if damaged:
         detail = f"{len(damaged)} of {len(paths)} volumes are not as they were written, {damaged[0]} among them"
         yield Finding("FAIL", "prepared volumes", f"{detail}; runs prepare them again", tuple(damaged))

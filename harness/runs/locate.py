@@ -10,7 +10,7 @@ from harness.config.request import Request
 from harness.config.resolve import change_task, parse_overrides
 from harness.data.corpus import Corpus
 from harness.data.datasets import find_corpora, find_data, read_spec
-from harness.data.splits import check_how
+from harness.data.splits import check_split
 from harness.system.errors import UserError
 
 
@@ -30,21 +30,21 @@ def locate(request: Request) -> tuple[Registry, Task, Path, list[tuple[Corpus, P
     registry.plugin("method", request.method)
     registry.plugin("backbone", request.backbone)
     read_preset(request.preset)
-    check_how(request.split)
+    check_split(request.split)
     if request.mode == "generic" and not request.corpora:
         raise UserError("--mode generic needs what to pre-train on: give --corpus NAME or --corpus DIR, also several")
     if request.mode != "generic" and request.corpora:
         raise UserError("--corpus is for --mode generic; in task-specific mode the task's own training cases are used")
     for spec in request.corpora:
         read_spec(registry, spec)
-    writable(request.runs)
+    writable_folder(request.runs)
     # A task that is given as a folder has its data in that folder.
     data = registry.task_folder(request.task) or request.data
     root = find_data(task, data, request.runs)
     return registry, task, root, find_corpora(registry, request.corpora, task, request.data or data, request.runs)
 
 
-def writable(runs: Path) -> Path:
+def writable_folder(runs: Path) -> Path:
     """The runs folder, which is created if necessary. Raises UserError if it cannot be written."""
     try:
         runs.mkdir(parents=True, exist_ok=True)

@@ -132,26 +132,26 @@ class RunPlan:
 
 
 def plan(
-    request: Request, registry: Registry, task: Task, root: Path, found: Sequence[tuple[Corpus, Path]] = ()
+    request: Request, registry: Registry, task: Task, root: Path, located: Sequence[tuple[Corpus, Path]] = ()
 ) -> RunPlan:
     """Plan a run: configuration, plugins, split, data fingerprint, and the check for leakage. Every case is opened once.
 
     Args:
-        found: corpora and their folders.
+        located: corpora and their folders.
 
     Raises:
         UserError: something does not fit. All such problems are found before anything is computed.
     """
     plugins = Plugins(registry.load("method", request.method), registry.load("backbone", request.backbone))
     if not plugins.method.trains:
-        found = ()  # without pre-training, one run serves both modes
+        located = ()  # without pre-training, one run serves both modes
     config = resolve(request, registry, task)
-    channels = len(found[0][0].channels if found else task.channels)
+    channels = len(located[0][0].channels if located else task.channels)
     num_micro_batches = micro_batches(request.execution.micro_batches)
     check_fit(registry, config, plugins, len(task.channels), channels, num_micro_batches)
     cache = request.runs / "cache"
     data = open_task(task, root, cache, request.split)
-    corpora = open_corpora(found, cache, request.skip_bad)
+    corpora = open_corpora(located, cache, request.skip_bad)
     overlap = check_overlap(data, corpora, request.allow_overlap)
     # A plugin that is given as a file may change without a new version. Installed plugins state their version.
     named = [(kind, getattr(request, kind)) for kind in ("method", "backbone")]

@@ -25,7 +25,7 @@ def find_run(name: str, runs: Path) -> Path:
     return matches[0]
 
 
-def where(folder: Path) -> tuple[str, int]:
+def stage_and_step(folder: Path) -> tuple[str, int]:
     """The stage of a run or pre-training and its last step. After fine-tuning: `evaluate` and the number of scored cases."""
     if (folder / "finetune.json").exists():
         return "evaluate", len(find_below(folder / "evaluation", "*.npz"))

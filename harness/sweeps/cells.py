@@ -47,7 +47,7 @@ class SweepCell:
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedCell:
     """A cell that is to be run.
 
     Attributes:
@@ -202,7 +202,9 @@ def _data(path: Path, value: Any, base: Path | None) -> Path | None:
         raise UserError(f"{path}: data = {value!r}: {error} Give a folder") from None
 
 
-def sort_out(cells: Sequence[SweepCell], notes: Path, retry: bool = False) -> tuple[list[Planned], list[Outcome]]:
+def select_cells(
+    cells: Sequence[SweepCell], notes: Path, retry: bool = False
+) -> tuple[list[PlannedCell], list[Outcome]]:
     """Separate the cells that have to be run from those that are finished, failed before or cannot run.
 
     The phantoms that cells need are written here.
@@ -214,7 +216,7 @@ def sort_out(cells: Sequence[SweepCell], notes: Path, retry: bool = False) -> tu
     Returns:
         the cells to run, and the outcomes of the others.
     """
-    todo: list[Planned] = []
+    todo: list[PlannedCell] = []
     outcomes = []
     for cell in cells:
         began = time.perf_counter()
@@ -234,10 +236,10 @@ def sort_out(cells: Sequence[SweepCell], notes: Path, retry: bool = False) -> tu
     return todo, outcomes
 
 
-def _planned(cell: SweepCell, run_plan: RunPlan, folder: Path) -> Planned:
+def _planned(cell: SweepCell, run_plan: RunPlan, folder: Path) -> PlannedCell:
     """The cell with its folders and lengths."""
     config, trains = run_plan.config, bool(run_plan.plugins.method.trains)
     pretrain_steps = config.pretrain.schedule(run_plan.num_pretrain)[0] if trains else 0
     finetune_steps, _ = config.finetune.schedule(len(run_plan.label_cases))
     pretrain = run_plan.pretrain_folder(cell.request.runs) if trains else None
-    return Planned(cell, folder, pretrain, (pretrain_steps, finetune_steps, len(run_plan.test)))
+    return PlannedCell(cell, folder, pretrain, (pretrain_steps, finetune_steps, len(run_plan.test)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.config.request import command
-from harness.sweeps.cells import Planned
+from harness.sweeps.cells import PlannedCell
 from harness.system.status_file import VARIABLE, Ending, read_ending
 
 POLL = 0.2  # seconds between two checks of the running jobs
@@ -24,7 +24,7 @@ class Job:
         attempt: how often the job was started before.
     """
 
-    planned: Planned
+    planned: PlannedCell
     until: str = ""
     needs: "Job | None" = None
     attempt: int = 0
@@ -44,9 +44,9 @@ class Job:
         return [*start, *command(self.planned.cell.request)[1:], *until]
 
 
-def make_jobs(todo: Sequence[Planned]) -> list[Job]:
+def make_jobs(todo: Sequence[PlannedCell]) -> list[Job]:
     """The jobs of the cells. An unfinished pre-training that several cells share becomes a job before theirs."""
-    sharing: dict[Path, list[Planned]] = {}
+    sharing: dict[Path, list[PlannedCell]] = {}
     for planned in todo:
         if planned.pretrain is not None and not (planned.pretrain / "stage.json").exists():
             sharing.setdefault(planned.pretrain, []).append(planned)
@@ -66,7 +66,7 @@ class Launcher(ABC):
         processes: number of processes that share a job.
     """
 
-    waits_itself = False
+    handles_dependencies = False
     """Whether the launcher itself holds a job back until the job that it needs has ended."""
 
     def __init__(self, notes: Path, processes: int) -> None:

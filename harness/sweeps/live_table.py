@@ -9,14 +9,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from harness.runs.status import where
+from harness.runs.status import stage_and_step
 from harness.sweeps import job, schedule
-from harness.sweeps.cells import Outcome, Planned, SweepCell
+from harness.sweeps.cells import Outcome, PlannedCell, SweepCell
 
 SHOWN = 30  # rows of the live table
 
 
-def watch(todo: Sequence[Planned], launcher: job.Launcher) -> list[Outcome]:
+def watch(todo: Sequence[PlannedCell], launcher: job.Launcher) -> list[Outcome]:
     """Run the cells and return their outcomes. Prints a line per outcome; a terminal shows a live table as well."""
     outcomes: list[Outcome] = []
     with _live_table(todo, outcomes):
@@ -29,7 +29,7 @@ def watch(todo: Sequence[Planned], launcher: job.Launcher) -> list[Outcome]:
 
 
 @contextmanager
-def _live_table(todo: Sequence[Planned], outcomes: Sequence[Outcome]) -> Iterator[None]:
+def _live_table(todo: Sequence[PlannedCell], outcomes: Sequence[Outcome]) -> Iterator[None]:
     """Show the live table meanwhile; nothing where stderr is not a terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -39,7 +39,7 @@ def _live_table(todo: Sequence[Planned], outcomes: Sequence[Outcome]) -> Iterato
         yield
 
 
-def _table(todo: Sequence[Planned], outcomes: Sequence[Outcome]) -> Table:
+def _table(todo: Sequence[PlannedCell], outcomes: Sequence[Outcome]) -> Table:
     """The table of all cells: first those that run, then those that wait, last those that ended."""
     outcome_of_cell = {outcome.cell: outcome for outcome in outcomes}
     common = set.intersection(*(set(planned.cell.request.settings) for planned in todo))
@@ -61,15 +61,15 @@ def _table(todo: Sequence[Planned], outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
-def progress_of(planned: Planned) -> str:
+def progress_of(planned: PlannedCell) -> str:
     """The progress of a cell in words, read from the files that it has written."""
     pretrain_steps, finetune_steps, cases = planned.lengths
-    stage, count = where(planned.folder)
+    stage, count = stage_and_step(planned.folder)
     if stage == "evaluate":
         return f"evaluating, {count} of {cases} cases"
     if stage == "finetune":
         return f"fine-tuning, step {count} of {finetune_steps}"
     if planned.pretrain is not None and not (planned.pretrain / "stage.json").exists():
-        _, count = where(planned.pretrain)
+        _, count = stage_and_step(planned.pretrain)
         return f"pre-training, step {count} of {pretrain_steps}" if count else "waiting"
     return "waiting"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from harness.sweeps.cells import Outcome, Planned
+from harness.sweeps.cells import Outcome, PlannedCell
 from harness.sweeps.job import POLL, Job, Launcher, make_jobs
 from harness.system.console import say
 from harness.system.files import write_atomic
@@ -17,7 +17,7 @@ from harness.system.status_file import Ending
 ATTEMPTS = 4  # starts of a job that is killed from outside; a job that fails by itself is started once
 
 
-def execute(todo: Sequence[Planned], launcher: Launcher) -> Iterator[Outcome | None]:
+def execute(todo: Sequence[PlannedCell], launcher: Launcher) -> Iterator[Outcome | None]:
     """Run the cells. Yields each outcome when it is there, and None after every check of the running jobs.
 
     A job that was killed from outside is started again and goes on from its checkpoint. For a cell that failed by itself,
@@ -58,7 +58,7 @@ def _ready(
     groups: dict[str, list[Job]] = {}
     for job in waiting:
         ready = job.needs is None or job.needs.name in ended
-        if launcher.waits_itself and job.needs is not None and job.needs.name in running:
+        if launcher.handles_dependencies and job.needs is not None and job.needs.name in running:
             ready = True
         if ready:
             groups.setdefault(job.needs.name if job.needs else "", []).append(job)

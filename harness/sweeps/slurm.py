@@ -30,7 +30,7 @@ class Slurm(Launcher):
         parameters: of submitit, as texts.
     """
 
-    waits_itself = True
+    handles_dependencies = True
 
     def __init__(self, notes: Path, processes: int, jobs: int, parameters: Mapping[str, str]) -> None:
         super().__init__(notes, processes)

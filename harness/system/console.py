@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 
 def progress(
-    items: Iterable[Any] | None, what: str, total: int | None = None, shown: bool = True, initial: int = 0
+    items: Iterable[Any] | None, what: str, total: int | None = None, visible: bool = True, initial: int = 0
 ) -> Any:
     """A `tqdm` progress bar on stderr. It appears after one second, so that short work shows none.
 
@@ -21,7 +21,7 @@ def progress(
         items: the items to iterate over; None if the caller updates the bar.
         what: the text before the bar.
         total: number of items, if it cannot be taken from `items`.
-        shown: whether the bar is shown.
+        visible: whether the bar is shown.
         initial: number of items that were done before.
     """
     return tqdm(
@@ -29,7 +29,7 @@ def progress(
         desc=what,
         total=total,
         initial=initial,
-        disable=not (shown and _is_first_process()),
+        disable=not (visible and _is_first_process()),
         file=sys.stderr,
         mininterval=0.5 if sys.stderr.isatty() else 15,
         leave=True,

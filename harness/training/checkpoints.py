@@ -11,7 +11,7 @@ from harness.system.console import say
 from harness.system.files import digest_chunks, write_atomic
 
 HEAD = b"harness checkpoint 1 "  # first bytes of a checkpoint; the digest follows
-KEPT = 2  # checkpoints of a stage that stay on disk
+NUM_KEPT = 2  # checkpoints of a stage that stay on disk
 
 
 class Checkpoints:
@@ -38,7 +38,7 @@ class Checkpoints:
         content = buffer.getbuffer()
         head = HEAD + digest_chunks([content]).encode() + b"\n"
         write_atomic(self.folder / f"step-{step:09d}.ckpt", head, content)
-        for path in self.all()[KEPT:]:
+        for path in self.all()[NUM_KEPT:]:
             path.unlink(missing_ok=True)
         self.last = time.monotonic()
 

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from harness.compute.memory import is_out_of_memory
 from harness.compute.processes import Processes, SingleProcess
-from harness.config.request import AS_USUAL, Execution
+from harness.config.request import DEFAULT_EXECUTION, Execution
 from harness.config.schema import Training
 from harness.system.console import progress, say
 from harness.system.errors import UserError
@@ -67,7 +67,7 @@ class StageContext:
     """
 
     processes: Processes = field(default_factory=Processes)
-    execution: Execution = AS_USUAL
+    execution: Execution = DEFAULT_EXECUTION
     log: Callable[[Mapping[str, float], int], None] | None = None
     locks: tuple[Lock, ...] = ()
     quiet: bool = False
@@ -141,7 +141,7 @@ class TrainingLoop:
         trainer, clock, began = self.trainer, self.trainer.clock, time.perf_counter() - self.seconds
         loader = trainer.loader(self.data, self.step * trainer.settings.batch_size)
         show_bar = self.main and not self.context.quiet
-        bar = progress(None, self.name, total=self.steps, shown=show_bar, initial=self.step)
+        bar = progress(None, self.name, total=self.steps, visible=show_bar, initial=self.step)
         compilation = compiled(trainer.inner, trainer.settings.compile)
         with deferred(), compilation, bar, self._open_history() as lines, _closing(iter(loader)) as batches:
             while self.step < self.steps:

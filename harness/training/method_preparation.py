@@ -14,7 +14,7 @@ from torch import nn
 from harness.api.method import Method, Source, VolumeSource
 from harness.api.settings import Triple
 from harness.compute.processes import SingleProcess
-from harness.config.request import AS_USUAL, Execution
+from harness.config.request import DEFAULT_EXECUTION, Execution
 from harness.config.schema import Training
 from harness.data.crops import CropDataset
 from harness.system.console import say
@@ -45,7 +45,7 @@ class PreparationContext:
     template: Training
     identity: Any
     folder: Path
-    execution: Execution = AS_USUAL
+    execution: Execution = DEFAULT_EXECUTION
     seconds: float = 0.0
     values: dict[str, Any] = field(default_factory=dict)
     _training_folder: Path | None = None

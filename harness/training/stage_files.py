@@ -7,7 +7,7 @@ from typing import Any
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from harness.data.volumes import Volume, verified
+from harness.data.volumes import Volume, verify_volumes
 from harness.system.errors import UserError
 from harness.system.files import digest_file, read_json, write_atomic
 from harness.training.checkpoints import Checkpoints
@@ -32,7 +32,7 @@ def assert_unchanged(volumes: Sequence[Volume], folder: Path) -> None:
     Raises:
         UserError: a volume was changed or removed.
     """
-    changed = [volume for volume, intact in zip(volumes, verified(volumes), strict=True) if not intact]
+    changed = [volume for volume, intact in zip(volumes, verify_volumes(volumes), strict=True) if not intact]
     if changed:
         Checkpoints(folder / "checkpoints", 0).clear()
         raise UserError(

@@ -78,7 +78,7 @@ class Trainer:
         self.settings, self.accelerator, self.device, self.seed = settings, accelerator, accelerator.device, seed
         self.precision, self.memory_kept = precision(settings.precision, self.device), keep_memory()
         self.inner = prepare_module(module, self.device, settings.channels_last)
-        self.parts = deal(self.inner, settings, accelerator)
+        self.parts = divide_batch(self.inner, settings, accelerator)
         groups = param_groups_weight_decay(module, settings.weight_decay)
         self.fused = self.device.type in ("cuda", "cpu")
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=self.fused)
@@ -153,11 +153,11 @@ class Trainer:
         """
         parts = self.parts
         dropout_seed, method_seed = (_seed_from_numbers(self.seed, number, purpose) for purpose in (0, 1))
-        torch.manual_seed(dropout_seed + parts.mine)
+        torch.manual_seed(dropout_seed + parts.index)
         generator = getattr(self.inner, "generator", None)
         if generator is not None:
-            generator.manual_seed(method_seed + parts.mine)
-        if parts.number > 1:
+            generator.manual_seed(method_seed + parts.index)
+        if parts.num_parts > 1:
             for name, seed in (("dropout", dropout_seed), ("method", method_seed)):
                 stream = parts.streams.setdefault(name, torch.Generator(self.device))
                 stream.manual_seed(seed)
@@ -170,7 +170,7 @@ class Trainer:
         one needed.
         """
         parts = self.parts
-        parts.known = []
+        parts.previous_records = []
         passes = 0
         while parts.micro_batches > 1 and passes != self.passes:
             parts.recorded = []
@@ -179,10 +179,10 @@ class Trainer:
                 self.seed_step(number)
                 with torch.no_grad(), self._autocast():
                     self.inner(batch)
-            if self.passes is None and _equal_tensors(parts.known, parts.recorded):
+            if self.passes is None and _equal_tensors(parts.previous_records, parts.recorded):
                 self.passes = passes
             else:
-                passes, parts.known = passes + 1, parts.recorded
+                passes, parts.previous_records = passes + 1, parts.recorded
 
     def _backward(self, number: int, micro_batch: int, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the forward and backward pass of one micro-batch. Returns its loss terms."""
@@ -207,7 +207,7 @@ class Trainer:
         Args:
             terms_of_parts: per micro-batch of this process.
         """
-        if self.parts.number == 1:
+        if self.parts.num_parts == 1:
             return dict(terms_of_parts[0])
         local_means = torch.stack([torch.stack(list(terms.values())) for terms in terms_of_parts]).mean(dim=0)
         means = self.accelerator.reduce(local_means, reduction="mean")
@@ -258,7 +258,7 @@ class Trainer:
         return on_device.to(memory_format=torch.channels_last_3d) if channels_last else on_device
 
 
-def deal(module: nn.Module, settings: Training, accelerator: Accelerator) -> BatchParts:
+def divide_batch(module: nn.Module, settings: Training, accelerator: Accelerator) -> BatchParts:
     """Divide batches over the processes and micro-batches of an accelerator.
 
     Raises:

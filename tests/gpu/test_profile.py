@@ -6,7 +6,7 @@ import pytest
 
 from harness.config.request import Request
 from harness.costs.profile import measure, summarise
-from harness.costs.trial import TrialResult, measure_apart, resolve_trial
+from harness.costs.trial import TrialResult, measure_in_new_process, resolve_trial
 
 pytestmark = pytest.mark.gpu
 
@@ -35,6 +35,6 @@ def test_small_steps_wait_for_the_host_and_large_ones_for_the_device(gpu, said):
     assert large["device_busy"] > 0.9
     # One process for all cells says what a process of its own says.
     apart = TrialResult(cells[1])
-    measure_apart(apart)
+    measure_in_new_process(apart)
     assert large["device_peak_gib"] == pytest.approx(apart.memory["device_peak_gib"], rel=0.05)
     assert found[1].flops == apart.flops

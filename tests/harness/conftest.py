@@ -123,5 +123,5 @@ def quick_steps(monkeypatch):
         answer = trial._two_steps(each.spec.request, each.spec.stage, torch.get_num_threads())
         each.flops, each.parameters, each.memory = answer
 
-    monkeypatch.setattr(profile, "measure_apart", here)
-    monkeypatch.setattr("harness.costs.estimate.measure_apart", here)
+    monkeypatch.setattr(profile, "measure_in_new_process", here)
+    monkeypatch.setattr("harness.costs.estimate.measure_in_new_process", here)

@@ -1,7 +1,7 @@
 """Sweeps from the text of their files, short ones among them."""
 
 from harness.config.request import Request
-from harness.sweeps.cells import SweepCell, read, sort_out
+from harness.sweeps.cells import SweepCell, read, select_cells
 
 TINY_SWEEP = """
 [defaults]
@@ -41,4 +41,4 @@ def planned(tmp_path, hippocampus_phantom, text, plugin, **more):
     path = tmp_path / "plugin.py"
     path.write_text(plugin)
     given = {"data": hippocampus_phantom, "runs": tmp_path / "runs", "plugins": (str(path),)}
-    return sort_out(cells_of(tmp_path, TINY_SWEEP + text, **given), tmp_path / "notes", **more)
+    return select_cells(cells_of(tmp_path, TINY_SWEEP + text, **given), tmp_path / "notes", **more)

@@ -10,7 +10,7 @@ from scipy import ndimage
 from harness import UserError, cut
 from harness.conformance.fixture import MethodFixture, PhantomVolume
 from methods.models_genesis import paint_in
-from methods.transvw import Instance, Perturb, TransVW, Whole, deform, discover_words, resize
+from methods.transvw import Instance, Perturb, ResizedVolume, TransVW, deform, discover_words, resize
 from tests.methods.parts import image, unet
 
 
@@ -202,7 +202,7 @@ def test_losses_have_the_published_weights(monkeypatch):
 
 def test_whole_volumes_are_resized():
     volume = PhantomVolume(0, 2, (20, 30, 10))
-    sample = Whole(volume).sample((16, 16, 16), np.random.default_rng(0))
+    sample = ResizedVolume(volume).sample((16, 16, 16), np.random.default_rng(0))
     assert sample["image"].shape == (2, 16, 16, 16)
     assert sample["image"].mean() == pytest.approx(volume.image.mean(), rel=0.02)
     assert resize(volume.image, (20, 30, 10)) is volume.image

@@ -34,7 +34,7 @@ def in_micro_batches(loss, number):
             parts.begin(micro_batch, recording=True)
             with torch.no_grad():
                 loss(rows @ weight)
-        parts.known = parts.recorded
+        parts.previous_records = parts.recorded
         for micro_batch, rows in enumerate(ROWS.chunk(number)):
             parts.begin(micro_batch)
             term = loss(rows @ weight)
@@ -100,7 +100,7 @@ def test_the_row_before_is_that_of_the_whole_batch_and_has_no_gradient():
         for micro_batch, rows in enumerate(values.chunk(3)):
             parts.begin(micro_batch, recording=True)
             previous(rows)
-        parts.known = parts.recorded
+        parts.previous_records = parts.recorded
         for micro_batch, rows in enumerate(values.chunk(3)):
             parts.begin(micro_batch)
             found += previous(rows).flatten().tolist()

@@ -53,7 +53,7 @@ def test_parts_have_the_loss_of_the_whole_batch():
         for number in range(3):
             parts.begin(number, recording=True)
             dice_loss(predicted[number : number + 1], target[number : number + 1])
-        parts.known = parts.recorded
+        parts.previous_records = parts.recorded
         for number in range(3):
             parts.begin(number)
             torch.testing.assert_close(dice_loss(predicted[number : number + 1], target[number : number + 1]), whole)

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
     ("extent", "patch", "ratio", "counts"),
     [
         ((96, 96, 96), (16, 16, 16), 0.4, (87, 216)),  # 129.6 kept, rounded down
-        ((5, 1, 1), (1, 1, 1), 0.6, (3, 5)),  # 0.4 * 5 is a little less than 2
+        ((10, 1, 1), (1, 1, 1), 0.9, (9, 10)),  # 10 * (1 - 0.9) is a little less than 1
         ((32, 16, 64), (16, 8, 16), 0.75, (12, 16)),
     ],
 )

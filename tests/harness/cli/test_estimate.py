@@ -46,7 +46,9 @@ def test_estimate_refuses_in_one_line(given, said, capsys, tmp_path, monkeypatch
 
 
 def test_estimate_of_what_does_not_fit_says_so_in_json_too(tmp_path, capsys, monkeypatch, hippocampus_phantom):
-    monkeypatch.setattr("harness.costs.estimate.measure_apart", lambda each: setattr(each, "problem", OUT_OF_MEMORY))
+    monkeypatch.setattr(
+        "harness.costs.estimate.measure_in_new_process", lambda each: setattr(each, "problem", OUT_OF_MEMORY)
+    )
     settings = [word for pair in (*TINY["unet"], *TINY_BUDGET) for word in ("--set", pair)]
     words = [
         "estimate",

@@ -27,7 +27,7 @@ def test_what_does_not_fit_the_memory_is_a_row(monkeypatch, capsys):
     def full(each: TrialResult) -> None:
         each.problem = OUT_OF_MEMORY if each.spec.settings.batch_size == 3 else ""
 
-    monkeypatch.setattr(profile, "measure_apart", full)
+    monkeypatch.setattr(profile, "measure_in_new_process", full)
     cells = [resolve_trial(small_request("simmim", f"pretrain.batch_size={size}")) for size in (2, 3)]
     rows = summarise(*measure(cells, rounds=1))
     assert [row["problem"] for row in rows] == ["", "out of memory"]

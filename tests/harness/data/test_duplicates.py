@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from harness.api.registry import Registry
-from harness.data.duplicates import ALIKE, SAME, same_scans, signature, twins
+from harness.data.duplicates import ALIKE, SAME, duplicate_pairs, same_scans, signature
 from harness.data.geometry import resample
 from harness.data.phantom import make_phantom
 
@@ -53,7 +53,7 @@ def test_a_changed_copy_is_the_same_scan(task, change):
 @pytest.mark.parametrize("task", TASKS)
 def test_different_scans_differ(task):
     known = [signature(volume) for volume in scans(task, 12)]
-    assert twins([one[None] for one in known]) == []
+    assert duplicate_pairs([one[None] for one in known]) == []
     assert same_scans(known, known, ALIKE) == [(i, i) for i in range(12)]
 
 
@@ -61,7 +61,7 @@ def test_a_marker_that_all_scans_have_makes_them_no_copies():
     marked = [volume.copy() for volume in scans("msd_hippocampus")]
     for volume in marked:
         volume[0, 0, 0] = 1e7
-    assert twins([signature(volume)[None] for volume in marked]) == []
+    assert duplicate_pairs([signature(volume)[None] for volume in marked]) == []
 
 
 def test_a_constant_image_is_like_nothing():

@@ -9,7 +9,7 @@ import pytest
 from scipy import ndimage
 
 from harness.api.registry import Registry
-from harness.data.cases import Loaded
+from harness.data.cases import LoadedCase
 from harness.data.geometry import Geometry, resample, resample_label
 from harness.data.preprocessing import preprocess
 
@@ -77,7 +77,7 @@ def test_label_maps_go_there_and_back(axes, flips):
     label = blobs(rng, shape)
     image = rng.uniform(-100, 200, (1, *shape)).astype(np.float32)
     task = replace(Registry().task("btcv"), spacing=None)
-    _, prepared, geometry = preprocess(task, Loaded(image, label, affine), "x")
+    _, prepared, geometry = preprocess(task, LoadedCase(image, label, affine), "x")
     assert prepared is not None
     probabilities = np.stack([prepared == value for value in task.labels]).astype(np.float32)
     masks = geometry.decide(task, probabilities)

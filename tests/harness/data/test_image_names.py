@@ -50,7 +50,8 @@ def test_label_maps_are_recognised(name, ending):
 
 
 @pytest.mark.parametrize(
-    "name", ["imagesTr/x", "x", "segment", "unlabelled/x", "gtx", "masked", "labelled_7", "x_seg_ct"]
+    "name",
+    ["imagesTr/x", "x", "segment", "unlabelled/x", "bigseg", "weight", "gtx", "masked", "labelled_7", "x_seg_ct"],
 )
 def test_scans_are_no_label_maps(name):
     assert not is_named_label(Path(name + ".nii.gz"))

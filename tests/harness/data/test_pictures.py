@@ -5,7 +5,7 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from harness.data.pictures import Panel, Row, colours, grid, numbered, restoration, segmentation
+from harness.data.pictures import Panel, Row, colours, grid, restoration, segmentation, target_numbers
 
 
 @pytest.fixture
@@ -92,8 +92,8 @@ def test_colours_differ(number):
 
 def test_of_targets_that_overlap_the_innermost_is_shown():
     masks = np.array([[[1, 1, 1, 0]], [[0, 1, 1, 0]], [[0, 0, 1, 0]]], dtype=bool)
-    assert numbered(masks).tolist() == [[1, 2, 3, 0]]
-    assert numbered(masks).dtype == np.uint8
+    assert target_numbers(masks).tolist() == [[1, 2, 3, 0]]
+    assert target_numbers(masks).dtype == np.uint8
 
 
 @pytest.mark.xfail(

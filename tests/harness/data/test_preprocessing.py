@@ -10,7 +10,7 @@ import pytest
 
 from harness import Percentiles, UserError, Window
 from harness.api.registry import Registry
-from harness.data.cases import Loaded
+from harness.data.cases import LoadedCase
 from harness.data.preprocessing import normalise, preprocess
 from tests.harness.commands import harness, last_error
 
@@ -34,7 +34,7 @@ def test_native_round_trip_in_every_orientation(axes, flips):
     for axis, (world, flip) in enumerate(zip(axes, flips, strict=True)):
         affine[world, axis] = flip
     affine[:, 3] = [7, -3, 2, 1]
-    prepared, prepared_label, geometry = preprocess(TASK, Loaded(image, label, affine), "x")
+    prepared, prepared_label, geometry = preprocess(TASK, LoadedCase(image, label, affine), "x")
     assert prepared.shape[1:] == prepared_label.shape
     probabilities = np.stack([prepared_label == value for value in (0, 1, 2)]).astype(np.float32)
     back = geometry.decide(TASK, probabilities)
@@ -46,8 +46,8 @@ def test_prepared_orientation_is_canonical():
     turned = nib.orientations.apply_orientation(image[0], [[1, -1], [0, 1], [2, -1]])
     turned_label = nib.orientations.apply_orientation(label, [[1, -1], [0, 1], [2, -1]])
     affine = nib.orientations.inv_ornt_aff(np.array([[1, -1], [0, 1], [2, -1]]), image.shape[1:])
-    straight, *_ = preprocess(TASK, Loaded(image, label, np.eye(4)), "x")
-    other, *_ = preprocess(TASK, Loaded(turned[None], turned_label, affine), "x")
+    straight, *_ = preprocess(TASK, LoadedCase(image, label, np.eye(4)), "x")
+    other, *_ = preprocess(TASK, LoadedCase(turned[None], turned_label, affine), "x")
     # The inverse affine belongs to the turned array, so both describe the same anatomy.
     assert np.allclose(straight, other)
 
@@ -60,7 +60,7 @@ def test_resampled_round_trip_keeps_the_structures():
     )
     label = (r < 9).astype(np.uint8) + (r < 5).astype(np.uint8)
     image = (100 + 50 * label + np.random.default_rng(0).uniform(0, 5, label.shape)).astype(np.float32)[None]
-    prepared, prepared_label, geometry = preprocess(task, Loaded(image, label, np.diag([1, 1, 2, 1])), "x")
+    prepared, prepared_label, geometry = preprocess(task, LoadedCase(image, label, np.diag([1, 1, 2, 1])), "x")
     assert prepared.shape == (1, 30, 40, 48)
     probabilities = np.stack([prepared_label == value for value in (0, 1, 2)]).astype(np.float32)
     back = geometry.decide(task, probabilities)
@@ -70,7 +70,7 @@ def test_resampled_round_trip_keeps_the_structures():
 
 def test_foreground_is_cropped_and_scaled_to_the_unit_interval():
     image, label = anatomy()
-    prepared, _, geometry = preprocess(TASK, Loaded(image, label, np.eye(4)), "x")
+    prepared, _, geometry = preprocess(TASK, LoadedCase(image, label, np.eye(4)), "x")
     assert geometry.box == ((3, 20), (0, 22), (0, 16))
     assert prepared.min() >= 0.001
     assert prepared.max() == 1

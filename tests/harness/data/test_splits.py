@@ -7,7 +7,7 @@ import pytest
 
 from harness.api.registry import Registry
 from harness.api.task import Case
-from harness.data.splits import check_how, split_cases
+from harness.data.splits import check_split, split_cases
 from harness.system.errors import UserError
 
 TASK = replace(Registry().task("msd_hippocampus"), test_ids=None)
@@ -80,7 +80,7 @@ def test_same_is_a_plumbing_check():
 @pytest.mark.parametrize("how", ["0/5", "6/5", "1/1", "5", "a/b", "-1/5", "", "80/20"])
 def test_wrong_words(how):
     with pytest.raises(UserError, match=r"give fixed \(80/20\), K/N"):
-        check_how(how)
+        check_split(how)
 
 
 def test_too_few_cases():

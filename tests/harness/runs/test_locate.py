@@ -8,7 +8,7 @@ import pytest
 from harness import UserError
 from harness.config.request import Request
 from harness.data.phantom import is_phantom
-from harness.runs.locate import locate, writable
+from harness.runs.locate import locate, writable_folder
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(UserError, match=r"cannot be written .*: give another with --runs or HARNESS_RUNS"):
-            writable(place)
+            writable_folder(place)
     assert (tmp_path / "file").read_text() == "mine"
-    assert writable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert writable_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert not list((tmp_path / "a" / "b").iterdir())

@@ -6,7 +6,7 @@ import pytest
 
 from harness import UserError
 from harness.config.request import Request
-from harness.sweeps.cells import read, sort_out
+from harness.sweeps.cells import read, select_cells
 from tests.harness.sweep_files import cells_of
 
 
@@ -124,7 +124,7 @@ def test_shipped_sweeps_can_run(path, runs):
     assert found
     # One per method and backbone: plugins, settings and fit are what a typing error would break.
     once = {(c.request.method, c.request.backbone, c.request.settings): c for c in found if c.request.preset == "demo"}
-    todo, known = sort_out(list(once.values())[:12], runs)
+    todo, known = select_cells(list(once.values())[:12], runs)
     assert not [outcome.problem for outcome in known]
     assert len(todo) == min(12, len(once))
 

@@ -7,13 +7,13 @@ import pytest
 from harness.cli import run
 from harness.cli.options import Parser, request_of
 from harness.config.request import Execution, Request
-from harness.sweeps.cells import Planned, SweepCell
+from harness.sweeps.cells import PlannedCell, SweepCell
 from harness.sweeps.job import Job, job_environment, make_jobs
 
 
-def planned(tmp_path, method, shared="", **changes) -> Planned:
+def planned(tmp_path, method, shared="", **changes) -> PlannedCell:
     request = Request(method=method, task="brats", runs=tmp_path, **changes)
-    return Planned(SweepCell(request), tmp_path / method, tmp_path / shared if shared else None, (1, 1, 1))
+    return PlannedCell(SweepCell(request), tmp_path / method, tmp_path / shared if shared else None, (1, 1, 1))
 
 
 def parsed(words) -> Request:

@@ -3,7 +3,7 @@
 import json
 
 from harness.config.request import Request
-from harness.sweeps.cells import Planned, SweepCell
+from harness.sweeps.cells import PlannedCell, SweepCell
 from harness.sweeps.job import Launcher
 from harness.sweeps.live_table import progress_of, watch
 from tests.harness.sweep_files import DYING, planned
@@ -52,7 +52,7 @@ class Instant(Launcher):
 
 def test_every_outcome_is_a_line_as_it_comes(tmp_path, capsys):
     todo = [
-        Planned(SweepCell(Request(method=method, task="brats", runs=tmp_path)), tmp_path / method, None, (0, 1, 1))
+        PlannedCell(SweepCell(Request(method=method, task="brats", runs=tmp_path)), tmp_path / method, None, (0, 1, 1))
         for method in ("scratch", "voco", "mae")
     ]
     found = watch(todo, Instant(tmp_path / "notes", 1))

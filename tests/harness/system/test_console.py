@@ -46,5 +46,5 @@ def test_a_bar_that_takes_longer_is_seen_on_stderr_by_the_first_process_only(mon
     assert "4/4" in err
     monkeypatch.setenv("RANK", "1")
     list(progress(range(4), "squares"))
-    list(progress(range(4), "squares", shown=False))
+    list(progress(range(4), "squares", visible=False))
     assert capsys.readouterr() == ("", "")

@@ -57,6 +57,16 @@ def test_any_change_below_a_folder_changes_its_digest(change, tmp_path):
     assert files.digest_tree(root) != before
 
 
+def test_each_folder_is_walked_once_through_links_and_circles(tmp_path):
+    (tmp_path / "a" / "__pycache__").mkdir(parents=True)
+    for name in ("a/one", "a/__pycache__/no", "two"):
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    found = list(files.walk(tmp_path))
+    assert sorted(os.path.basename(path) for path in found) == ["one", "two"]  # noqa: PTH119
+
+
 def test_a_write_that_breaks_off_leaves_what_was_there(tmp_path):
     place = tmp_path / "new" / "file"
     files.write_atomic(place, "a", b"b", memoryview(b"c"))

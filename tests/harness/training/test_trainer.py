@@ -10,7 +10,7 @@ from torch import nn
 from harness import UserError, gather, rand
 from harness.compute.processes import SingleProcess
 from harness.config.schema import Training
-from harness.training.trainer import FINITE, Trainer, deal
+from harness.training.trainer import FINITE, Trainer, divide_batch
 
 CPU = torch.device("cpu")
 STEPS, WARMUP, LR = 7, 3, 0.05
@@ -170,7 +170,7 @@ def test_each_process_reads_its_rows_in_their_order(module):
     ]
     trainer = new(module, micro_batches=2)
     assert [rows.tolist() for rows in trainer.loader(Numbers(), start=16)] == [[16, 17], [18, 19], [20, 21]]
-    trainer.parts = deal(module, trainer.settings, SecondOfTwo(CPU, 2))
+    trainer.parts = divide_batch(module, trainer.settings, SecondOfTwo(CPU, 2))
     assert [rows.tolist() for rows in trainer.loader(Numbers(), start=8)] == [[9], [11], [13], [15], [17], [19], [21]]
 
 
@@ -190,9 +190,9 @@ def settings(batch_size):
 
 
 def test_batches_that_cannot_be_dealt_out_evenly():
-    parts = deal(torch.nn.Linear(1, 1), settings(8), Two())
-    assert (parts.number, parts.mine) == (4, 1)
+    parts = divide_batch(torch.nn.Linear(1, 1), settings(8), Two())
+    assert (parts.num_parts, parts.index) == (4, 1)
     parts.begin(1)
-    assert parts.mine == 3
+    assert parts.index == 3
     with pytest.raises(UserError, match="multiples of 4"):
-        deal(torch.nn.Linear(1, 1), settings(6), Two())
+        divide_batch(torch.nn.Linear(1, 1), settings(6), Two())
