@@ -238,11 +238,12 @@ class Task(ImageSet, ABC):
             numbering: `Case.numbering`, to write the label map with the values of that case's label file.
         """
         file_values = {task_value: file_value for file_value, task_value in numbering}
-        label = np.zeros(masks.shape[1:], dtype=np.uint8)
         if not self.overlapping:
+            label = np.full(masks.shape[1:], file_values.get(0, 0), dtype=np.uint8)
             for mask, values in zip(masks, self.targets.values(), strict=True):
                 label[mask] = file_values.get(values[0], values[0])
             return label
+        label = np.zeros(masks.shape[1:], dtype=np.uint8)
         fewest = np.full(masks.shape[1:], 255, dtype=np.uint8)
         for value in self.labels:
             differs = np.zeros(masks.shape[1:], dtype=np.uint8)

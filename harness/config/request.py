@@ -76,6 +76,23 @@ def _option(default: Any, flag: str, text: str, **more: Any) -> Any:
     return field(default=default, metadata={"option": Option(flag, text, **more)})
 
 
+def options(kind: "type[Request] | type[Execution]") -> Iterator[tuple[str, Option]]:
+    """The names of the fields that have an option, with their options, in the order of declaration."""
+    for declared in fields(kind):
+        if "option" in declared.metadata:
+            yield declared.name, declared.metadata["option"]
+
+
+def _check_choices(request: "Request | Execution") -> None:
+    """Raises UserError where a field has none of the values that its option allows."""
+    defaults = {each.name: each.default for each in fields(request)}
+    for name, option in options(type(request)):
+        value, allowed = getattr(request, name), (*option.choices, defaults[name])
+        for item in value if isinstance(value, tuple) else (value,):
+            if option.choices and item not in allowed:
+                raise unknown(f"value of {option.flag}", str(item), option.choices)
+
+
 @dataclass(frozen=True)
 class Execution:
     """Options that change how a run is executed but not its result. A run may be resumed with other values.
@@ -119,6 +136,9 @@ class Execution:
     until: Literal["", "pretrain"] = _option(
         "", "--until", "leave after that stage; runs that share it use its result", choices=("pretrain",)
     )
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
 
 
 DEFAULT_EXECUTION = Execution()
@@ -254,17 +274,7 @@ class Request:
     def __post_init__(self) -> None:
         if not 0 < self.label_fraction <= 1:
             raise UserError(f"--label-fraction {self.label_fraction:g} is not in 0..1: give for instance 0.1")
-        for name, option in options(Request):
-            value = getattr(self, name)
-            if option.choices and value not in option.choices:
-                raise unknown(f"value of {option.flag}", str(value), option.choices)
-
-
-def options(kind: type[Request] | type[Execution]) -> Iterator[tuple[str, Option]]:
-    """The names of the fields that have an option, with their options, in the order of declaration."""
-    for declared in fields(kind):
-        if "option" in declared.metadata:
-            yield declared.name, declared.metadata["option"]
+        _check_choices(self)
 
 
 def field_of(name: str) -> Field[Any]:
@@ -288,12 +298,23 @@ def _arguments(declared: Field[Any], value: Any) -> list[str]:
     """The command line arguments that give `value` to a field; none for a default that need not be stated."""
     option: Option = declared.metadata["option"]
     if isinstance(value, tuple):
-        return [argument for item in value for argument in (option.flag, item)]
+        return [word for text in value for word in _words(option.flag, text)]
     if isinstance(value, bool):
         return [option.flag] if value else []
     if value == declared.default and not option.always:
         return []
-    return [option.flag, f"{value:g}" if isinstance(value, float) else str(value)]
+    return _words(option.flag, _digits(value) if isinstance(value, float) else str(value))
+
+
+def _words(flag: str, text: str) -> list[str]:
+    """A flag and its value. A value that begins with a dash must stand in the same word, or it is taken for a flag."""
+    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+
+
+def _digits(value: float) -> str:
+    """The fewest digits that give the same number again."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def recorded_fields(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Corpora: unlabelled scans for pre-training in `generic` mode. A corpus has a registered name, or is any folder."""
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -34,7 +35,9 @@ class Corpus(ImageSet):
         Raises:
             UserError: none of these folders holds an image of the corpus.
         """
-        folders = [data / name for name in self.folders] + [data.parent / name for name in self.folders] + [data]
+        # pathlib says that "." is its own parent.
+        beside = Path(os.path.abspath(data)).parent  # noqa: PTH100 - `resolve` would leave a folder that is a link
+        folders = [data / name for name in self.folders] + [beside / name for name in self.folders] + [data]
         for folder in folders:
             if folder.is_dir() and any(not label for _, label in self._matching(folder)):
                 return folder

@@ -71,7 +71,7 @@ def segmentation(task: Task, panels: Sequence[Panel], path: Path, title: str) ->
     for row, (rank, panel) in zip(axes, selected.items(), strict=True):
         for axis, overlay in zip(row, (None, panel.reference, panel.prediction), strict=True):
             _draw(axis, panel, overlay, len(task.targets))
-        row[0].set_ylabel(f"{rank}: {panel.case}\nmean Dice {panel.dice:.3f}", fontsize=9)
+        row[0].set_ylabel(f"{rank}: {_escape(panel.case)}\nmean Dice {panel.dice:.3f}", fontsize=9)
     for axis, heading in zip(axes[0], ("image", "reference", "prediction"), strict=True):
         axis.set_title(heading)
     figure.suptitle(_escape(title))

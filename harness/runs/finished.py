@@ -1,5 +1,6 @@
 """Finds the finished run that answered the same request before. It does not import torch, so the answer comes at once."""
 
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -51,7 +52,8 @@ def digest_request(request: Request, registry: Registry, roots: Sequence[Path]) 
         "execution": None,
     }
     paths = [Path(pair.partition("=")[2]) for pair in request.settings]
-    fields["files"] = [digest_file(path) for path in paths if path.is_file()]
+    # `Path.is_file` raises for text that is too long for a name.
+    fields["files"] = [digest_file(path) for path in paths if os.path.isfile(path)]  # noqa: PTH113
     sources = [digest_tree(ENGINE), registry.digest_sources(), [digest_tree(root) for root in roots]]
     return digest([fields, *sources, platform.node()])
 

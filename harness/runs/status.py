@@ -18,6 +18,7 @@ def find_run(name: str, runs: Path) -> Path:
         return Path(name)
     folders = sorted(path.parent for path in runs.glob("*/record.json"))
     matches = [folder for folder in folders if folder.name.startswith(name)]
+    matches = [folder for folder in matches if folder.name == name] or matches
     if not matches:
         raise unknown(f"run in {runs}", name, [folder.name for folder in folders])
     if len(matches) > 1:

@@ -30,7 +30,7 @@ class SweepCell:
 
     def __str__(self) -> str:
         request = self.request
-        fraction = f" {request.label_fraction:.0%} of the labels" if request.label_fraction < 1 else ""
+        fraction = f" {100 * request.label_fraction:g}% of the labels" if request.label_fraction < 1 else ""
         settings = f" {{{', '.join(request.settings)}}}" if request.settings else ""
         split = f" split {request.split}" if request.split != "fixed" else ""
         corpora = f" on {'+'.join(request.corpora)}" if request.corpora else ""
@@ -43,7 +43,9 @@ class SweepCell:
         """The cell's name in the names of files."""
         request = self.request
         task = Path(request.task).name
-        return f"{task}-{request.method}-{request.backbone}-{request.preset}-s{request.seed}-{digest(str(self))[:6]}"
+        # Two cells may differ only in their data, or in digits of the label fraction that are not shown.
+        key = digest([str(self), request.label_fraction, str(request.data)])[:6]
+        return f"{task}-{request.method}-{request.backbone}-{request.preset}-s{request.seed}-{key}"
 
 
 @dataclass(frozen=True)

@@ -112,9 +112,6 @@ def test_compose_writes_the_datas_own_numbering():
     assert np.array_equal(msd.compose(msd.masks(theirs)), theirs)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="of tasks whose targets exclude each other the background keeps the task's own number"
-)
 def test_the_background_has_the_number_of_its_file_too(overlapping, exclusive):
     for task in (overlapping, exclusive):
         label = np.zeros((2, 2, 2), dtype=np.uint8)

@@ -99,14 +99,12 @@ def test_each_field_alone_makes_it_to_the_other_side():
         assert parsed(command(request)[1:]) == request
 
 
-@pytest.mark.xfail(strict=True, reason="`command` writes floats with six digits: a sweep's cell runs another fraction")
 @pytest.mark.parametrize("fraction", [1 / 3, 0.1234567])
 def test_a_fraction_keeps_all_its_digits(fraction):
     request = Request(method="mae", task="brats", label_fraction=fraction)
     assert parsed(command(request)[1:]) == request
 
 
-@pytest.mark.xfail(strict=True, reason="an option's value that begins with a dash is another option to argparse")
 def test_a_folder_whose_name_begins_with_a_dash_is_a_folder():
     request = Request(method="mae", task="brats", data=Path("-scans"))
     assert parsed(command(request)[1:]) == request

@@ -132,7 +132,6 @@ def test_names_of_label_maps_are_no_scans(tmp_path, capsys):
     assert "8 cases" in capsys.readouterr().out
 
 
-@pytest.mark.xfail(strict=True, reason='the parent of "." is "." to pathlib: what lies beside is not looked at')
 def test_a_corpus_beside_the_folder_that_one_is_in_is_found(tmp_path, folder, monkeypatch):
     corpus = replace(folder_corpus(folder), name="known", folders=(folder.name,))
     (tmp_path / "data").mkdir()

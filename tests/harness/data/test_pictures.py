@@ -96,9 +96,6 @@ def test_of_targets_that_overlap_the_innermost_is_shown():
     assert target_numbers(masks).dtype == np.uint8
 
 
-@pytest.mark.xfail(
-    strict=True, reason="`segmentation` hands a case's name to matplotlib as it is: dollar signs are a formula"
-)
 @pytest.mark.parametrize("case", ["patient_$7_$8", "a$^$b"])
 def test_a_case_whose_name_looks_like_a_formula_is_drawn(case, registry, tmp_path):
     segmentation(registry.task("msd_hippocampus"), [panel(case, 0.5)], tmp_path / "x.png", "")

@@ -200,7 +200,6 @@ def test_a_damaged_record_is_named(content, hippocampus_phantom, finished_simmim
     assert "record.json is damaged: remove the folder" in last_error(capsys)
 
 
-@pytest.mark.xfail(strict=True, reason="every value is looked for as a file: one of 255 characters can be no name")
 def test_a_long_value_of_a_setting_is_no_file(registry):
     request = Request(method="mae", task="brats", settings=("method.x=" + "1," * 150,))
     assert digest_request(request, registry, []) != digest_request(replace(request, seed=1), registry, [])

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from harness import UserError
-from harness.runs.status import find_run, where
+from harness.runs.status import find_run, stage_and_step
 
 
 @pytest.fixture
@@ -41,31 +41,30 @@ def line(stage, step):
 
 def test_where_a_run_is_says_its_last_whole_line(tmp_path):
     history = tmp_path / "history.jsonl"
-    assert where(tmp_path) == ("", 0)
+    assert stage_and_step(tmp_path) == ("", 0)
     history.touch()
-    assert where(tmp_path) == ("", 0)
+    assert stage_and_step(tmp_path) == ("", 0)
     history.write_text(line("pretrain", 1))
-    assert where(tmp_path) == ("pretrain", 1)
+    assert stage_and_step(tmp_path) == ("pretrain", 1)
     # Many more bytes than are read, and a line that is being written.
     whole = "".join(line("pretrain", step) for step in range(1, 200)) + line("finetune", 1)
     history.write_text(whole + line("finetune", 2)[:20])
-    assert where(tmp_path) == ("finetune", 1)
+    assert stage_and_step(tmp_path) == ("finetune", 1)
     for damaged in ("no json\n", "[1]\n", '{"stage": "x"}\n', '{"stage": "x", "step": null}\n'):
         history.write_text(whole + damaged)
-        assert where(tmp_path) == ("", 0)
+        assert stage_and_step(tmp_path) == ("", 0)
 
 
 def test_a_fine_tuned_run_is_evaluated_case_by_case(tmp_path):
     (tmp_path / "history.jsonl").write_text(line("finetune", 9))
     (tmp_path / "finetune.json").write_text("{}")
-    assert where(tmp_path) == ("evaluate", 0)
+    assert stage_and_step(tmp_path) == ("evaluate", 0)
     (tmp_path / "evaluation" / "p").mkdir(parents=True)
     for name in ("a.npz", "p/b.npz", ".c.npz.host-1-2.partial"):
         (tmp_path / "evaluation" / name).touch()
-    assert where(tmp_path) == ("evaluate", 2)
+    assert stage_and_step(tmp_path) == ("evaluate", 2)
 
 
-@pytest.mark.xfail(strict=True, reason="a whole id counts as a beginning like any other")
 def test_a_whole_id_is_that_run_although_another_begins_so(runs):
     (runs / "brats-voco-s0-ccc-copy").mkdir()
     (runs / "brats-voco-s0-ccc-copy" / "record.json").write_text("{}")

@@ -93,9 +93,6 @@ def test_the_environment_of_a_job_is_that_of_the_sweep_without_what_its_words_sa
     assert found == {kept: "x", "HARNESS_STATUS_FILE": str(tmp_path / "notes" / "a.status.json")}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="names leave out the data, and write fractions in whole percent: two jobs, one log"
-)
 @pytest.mark.parametrize(
     ("first", "second"),
     [({"label_fraction": 0.001}, {"label_fraction": 0.002}), ({"data": Path("/a")}, {"data": Path("/b")})],
