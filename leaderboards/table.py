@@ -19,7 +19,7 @@ COLUMNS = [
     *("pretrain_seconds", "source", "run_ids", "n_test_seen"),
     *("surface_dice", "surface_dice_ci_low", "surface_dice_ci_high", "surface_tolerance_mm", "metric_policy", "note"),
 ]
-"""The columns of the CSV, in the order of design.md; new columns are added only at the end."""
+"""The columns of the CSV, in an order that is a contract (docs/leaderboards.md); new columns are added only at the end."""
 
 EXACT = ("label_fraction", "surface_tolerance_mm")
 """Columns whose numbers tell rows apart, so that they are written with every digit."""

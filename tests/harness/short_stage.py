@@ -1,7 +1,7 @@
 """Training stages made small: their settings, their plan, and augmentation that is off but for what is asked for."""
 
 from harness.config.schema import Finetune, Training
-from harness.training.finetune import Augment
+from harness.training.augmentation import Augment
 from harness.training.loop import StagePlan
 
 

@@ -1,43 +1,69 @@
-"""Augmentation: image and target alike, as often as the paper says."""
+"""Fine-tuning: what its crops are, and what it leaves in a folder."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from harness.config.schema import Finetune
-from tests.harness.short_stage import augment
-
-
-def test_augmentation_turns_image_and_target_alike():
-    rng = np.random.default_rng(0)
-    image = rng.random((1, 8, 8, 8), np.float32)
-    for index in range(20):
-        turned = augment(flip=0.5, rotate=1)({"image": image, "target": image.copy()}, np.random.default_rng(index))
-        assert np.array_equal(turned["image"], turned["target"])
-        assert sorted(turned["image"].ravel()) == sorted(image.ravel())
-
-
-def test_intensity_changes_leave_the_target_alone():
-    image = np.full((1, 8, 8, 8), 0.5, np.float32)
-    made = augment(scale=1, shift=1)({"image": image, "target": image.copy()}, np.random.default_rng(1))
-    assert np.array_equal(made["target"], image)
-    assert 0.5 * 0.9 - 0.1 <= made["image"].min() == made["image"].max() <= 0.5 * 1.1 + 0.1
-    assert made["image"].dtype == np.float32
+from harness import Task
+from harness.config.request import Request
+from harness.config.resolve import resolve
+from harness.data.inventory import digest_cases
+from harness.data.volumes import preprocess_cases
+from harness.training.finetune import finetune, finetune_data
+from harness.training.loop import StageContext
+from harness.training.models import Plugins
+from tests.conftest import TINY, TINY_BUDGET
 
 
-def test_rotation_keeps_the_shape_of_a_crop_that_is_no_cube():
-    sample = {"image": np.zeros((1, 8, 12, 8), np.float32), "target": np.zeros((1, 8, 12, 8), np.int64)}
-    for index in range(10):
-        assert augment(rotate=1)(sample, np.random.default_rng(index))["image"].shape == (1, 8, 12, 8)
+@pytest.fixture
+def stage(registry, hippocampus_phantom, tmp_path):
+    """Configuration, plugins, task and preprocessed volumes of a short fine-tuning."""
+    task: Task = registry.task("msd_hippocampus")
+    cases = task.cases(hippocampus_phantom)
+    digests, bad = digest_cases(cases, tmp_path / "cache")
+    assert not bad
+    volumes = preprocess_cases(task, cases, digests, tmp_path / "cache")
+    settings = (*TINY["unet"], *TINY_BUDGET, "finetune.foreground=1")
+    config = resolve(Request(method="scratch", task=task.name, settings=settings), registry, task)
+    plugins = Plugins(registry.load("method", "scratch"), registry.load("backbone", "unet"))
+    return config, plugins, task, volumes
 
 
-def test_probabilities_are_the_papers():
-    settings = Finetune(steps=1, crop=(8, 8, 8), batch_size=1, lr=1, weight_decay=0)
-    assert (settings.flip, settings.rotate, settings.scale, settings.shift) == (0.2, 0.2, 0.1, 0.1)
-    image = np.random.default_rng(0).random((1, 6, 6, 6), np.float32)
-    changed = [
-        not np.array_equal(
-            augment(flip=0.2)({"image": image, "target": image}, np.random.default_rng(i))["image"], image
-        )
-        for i in range(2000)
-    ]
-    assert np.mean(changed) == pytest.approx(1 - 0.8**3, abs=0.04)
+def test_crops_are_labelled_the_same_for_one_seed_and_others_for_another(stage):
+    config, _, task, volumes = stage
+    first, again, other = (finetune_data(config, task, volumes, 8, seed) for seed in (1, 1, 2))
+    assert len(first) == 8
+    for index in range(8):
+        sample = first[index]
+        assert sample["image"].shape == (1, 32, 32, 32)
+        # `finetune.foreground=1`: every crop is centred on a labelled voxel.
+        assert sample["target"].max() > 0
+        assert all(np.array_equal(sample[name], again[index][name]) for name in ("image", "target"))
+    assert any(not np.array_equal(first[index]["image"], other[index]["image"]) for index in range(8))
+
+
+def test_it_leaves_weights_history_and_a_report_and_starts_from_what_it_is_given(stage, tmp_path):
+    config, plugins, task, volumes = stage
+    torch.manual_seed(7)
+    pretrained = plugins.new_backbone(config, 1).part_weights(("encoder",))
+    finals = {}
+    for name, weights in (("pretrained", pretrained), ("scratch", {})):
+        folder: Path = tmp_path / name
+        folder.mkdir()
+        finetune(config, plugins, task, volumes, weights, folder, StageContext(), pretraining_history='{"step": 0}\n')
+        lines = (folder / "history.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+        report = json.loads((folder / "finetune.json").read_text())
+        assert report["trained"]["steps"] == 2
+        finals[name] = load_file(folder / "weights.safetensors")
+    reports = [json.loads((tmp_path / name / "finetune.json").read_text())["transfer"] for name in finals]
+    assert reports[0]["loaded"] == len(pretrained)
+    assert reports[1]["loaded"] == 0
+    # Two steps at a small learning rate keep the weights near where they began.
+    key = next(key for key, value in pretrained.items() if value.ndim == 5)
+    near, far = ((finals[name][key] - pretrained[key]).abs().mean() for name in ("pretrained", "scratch"))
+    assert near < 0.1 * far
