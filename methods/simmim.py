@@ -1,6 +1,7 @@
 """SimMIM: predict masked voxels from the deepest features with one layer (Xie et al. 2022)."""
 
 from math import prod
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -9,7 +10,34 @@ from torch import Tensor, nn
 from harness import Backbone, Batch, Method, Settings, Size3, Triple, UserError, num_masked, random_patches, to_voxels
 
 
-class SimMIM(Method):
+class MaskedReconstruction(Method):
+    """What methods share that predict masked voxels from the rest: L1 over the masked voxels.
+
+    A subclass has the settings `patch` and `mask_ratio`, and implements `restore`.
+    """
+
+    config: Any
+
+    def check(self, crop: Triple, batch_size: int) -> None:
+        """Raise UserError if the patches do not fit the crop or the backbone's tokens."""
+        check_patches(self.backbone, crop, self.config.patch, self.config.mask_ratio)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """`image` (N, C, x, y, z) -> `reconstruction`, L1 over the masked voxels."""
+        mask, restored = self.restore(batch["image"])
+        return {"reconstruction": masked_mean((restored - batch["image"]).abs(), mask)}
+
+    def restore(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Image (N, C, x, y, z) -> mask (N, 1, x, y, z) bool, and the predicted image."""
+        raise NotImplementedError(f"{type(self).__name__} must implement restore(image)")
+
+    def show(self, batch: Batch) -> dict[str, Tensor]:
+        """The image, the masked image, and the predicted image."""
+        mask, restored = self.restore(batch["image"])
+        return {"image": batch["image"], "what it sees": batch["image"] * ~mask, "what it restores": restored}
+
+
+class SimMIM(MaskedReconstruction):
     """Masked image modelling with a mask token, a one-layer head and L1 on the masked voxels.
 
     Source: Xie, Zhang, Cao, Lin, Bao, Yao, Dai, Hu, "SimMIM: A Simple Framework for Masked Image Modeling", CVPR 2022,
@@ -41,25 +69,11 @@ class SimMIM(Method):
         self.token = new_token(backbone)
         self.predict = VoxelHead(backbone)
 
-    def check(self, crop: Triple, batch_size: int) -> None:
-        """Raise UserError if the patches do not fit the crop or the backbone's tokens."""
-        check_patches(self.backbone, crop, self.config.patch, self.config.mask_ratio)
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`image` (N, C, x, y, z) -> `reconstruction`, L1 over the masked voxels."""
-        mask, restored = self.restore(batch["image"])
-        return {"reconstruction": masked_mean((restored - batch["image"]).abs(), mask)}
-
     def restore(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Image (N, C, x, y, z) -> mask (N, 1, x, y, z) bool, and the predicted image."""
         patch = self.config.patch
         mask = to_voxels(random_patches(image, patch, self.config.mask_ratio, self.generator), patch)
         return mask, self.predict(self.backbone.encode_masked(image, mask, self.token)[-1])
-
-    def show(self, batch: Batch) -> dict[str, Tensor]:
-        """The image, the masked image, and the predicted image."""
-        mask, restored = self.restore(batch["image"])
-        return {"image": batch["image"], "what it sees": batch["image"] * ~mask, "what it restores": restored}
 
 
 class VoxelHead(nn.Module):

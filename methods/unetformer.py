@@ -3,11 +3,11 @@
 from pydantic import Field
 from torch import Tensor, nn
 
-from harness import Backbone, Batch, Method, Settings, Size3, Triple, random_patches, to_voxels
-from methods.simmim import VoxelHead, check_patches, masked_mean, new_token
+from harness import Backbone, Settings, Size3, random_patches, to_voxels
+from methods.simmim import MaskedReconstruction, VoxelHead, new_token
 
 
-class UNetFormer(Method):
+class UNetFormer(MaskedReconstruction):
     """Predict randomly masked volumetric tokens from the visible ones, through encoder and decoder.
 
     Source: Hatamizadeh, Xu, Yang, Li, Roth, Xu, "UNetFormer: A Unified Vision Transformer Model and Pre-Training
@@ -48,15 +48,6 @@ class UNetFormer(Method):
         else:
             self.predict = nn.Conv3d(backbone.width, backbone.in_channels, kernel_size=1)
 
-    def check(self, crop: Triple, batch_size: int) -> None:
-        """Raise UserError if the patches do not fit the crop or the backbone's tokens."""
-        check_patches(self.backbone, crop, self.config.patch, self.config.mask_ratio)
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`image` (N, C, x, y, z) -> `reconstruction`, L1 over the masked voxels."""
-        mask, restored = self.restore(batch["image"])
-        return {"reconstruction": masked_mean((restored - batch["image"]).abs(), mask)}
-
     def restore(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Image (N, C, x, y, z) -> mask (N, 1, x, y, z) bool, and the predicted image."""
         patch = self.config.patch
@@ -64,8 +55,3 @@ class UNetFormer(Method):
         pyramid = self.backbone.encode_masked(image, mask, self.token)
         features = pyramid[-1] if self.config.encoder_only else self.backbone.decode(pyramid)
         return mask, self.predict(features).float()
-
-    def show(self, batch: Batch) -> dict[str, Tensor]:
-        """The image, the masked image, and the predicted image."""
-        mask, restored = self.restore(batch["image"])
-        return {"image": batch["image"], "what it sees": batch["image"] * ~mask, "what it restores": restored}

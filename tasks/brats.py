@@ -1,9 +1,7 @@
 """BraTS 2020, 2021 and 2023: four MR modalities, and three tumour targets that overlap because they are nested."""
 
-import json
 import re
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from numpy.typing import NDArray
 
 import harness
 from harness import Case, Percentiles, PhantomShape, Task, UserError
+from tasks.case_lists import read_test_ids
 
 ODD_LABEL = "W39_1998.09.19_Segm.nii"  # name of the label map of case 355 in the release of 2020
 
@@ -109,11 +108,6 @@ def _volume(folder: Path, release: Release, kind: str) -> Path:
     )
 
 
-def _shipped_test_ids() -> frozenset[str]:
-    """The test cases in `splits/brats2020.json`."""
-    return frozenset(json.loads((resources.files("tasks") / "splits" / "brats2020.json").read_text())["test"])
-
-
 brats = BraTSTask(
     name="brats",
     version="2",
@@ -152,5 +146,5 @@ brats = BraTSTask(
         PhantomShape(4, (0.33, 0.12, 0.02), (0.18, 0.17, 0.19), (0.3, 0.05, 0.9, 0.1), inside=1),
     ),
     phantom_size=(72, 80, 64),
-    test_ids=_shipped_test_ids(),
+    test_ids=read_test_ids("brats2020"),
 )

@@ -1,13 +1,12 @@
 """The ten tasks of the Medical Segmentation Decathlon, and its brain tumours with the targets of BraTS."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from harness import Archive, Percentiles, PhantomShape, Window
+from tasks.case_lists import read_test_ids
 from tasks.folders import FolderTask, crops
 
 REFERENCE = "Antonelli et al. 2022, The Medical Segmentation Decathlon, Nat. Commun. 13:4128"
@@ -82,11 +81,6 @@ def _layout(folder: str) -> str:
     return f"{folder}/ with dataset.json, imagesTr/ and labelsTr/"
 
 
-def _shipped_test_ids(name: str) -> frozenset[str]:
-    """The test cases in `splits/NAME.json`."""
-    return frozenset(json.loads((resources.files("tasks") / "splits" / f"{name}.json").read_text())["test"])
-
-
 hippocampus = _mr(
     "msd_hippocampus",
     "Task04_Hippocampus",
@@ -103,7 +97,7 @@ hippocampus = _mr(
         PhantomShape(2, (0.05, -0.3, 0.05), (0.25, 0.42, 0.28), (-0.38,)),
     ),
     phantom_size=(36, 52, 36),
-    test_ids=_shipped_test_ids("msd_hippocampus"),
+    test_ids=read_test_ids("msd_hippocampus"),
 )
 
 brain_tumour = _mr(
