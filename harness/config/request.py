@@ -273,7 +273,9 @@ class Request:
 
     def __post_init__(self) -> None:
         if not 0 < self.label_fraction <= 1:
-            raise UserError(f"--label-fraction {self.label_fraction:g} is not in 0..1: give for instance 0.1")
+            raise UserError(
+                f"--label-fraction {self.label_fraction:g} is not a share of the labels: give a number above 0 and at most 1"
+            )
         _check_choices(self)
 
 

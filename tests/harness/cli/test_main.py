@@ -35,7 +35,7 @@ def test_help_and_list_import_no_torch(words):
         (("data", "phantom", "brats", "--out", "x", "--seed", "-1"), "not a whole number"),
         (("data", "phantom", "brats", "--out", "x", "--cases", "1"), "at least 2 cases"),
         (("data", "phantom", "brats", "--out", "/dev/null/x"), "/dev/null is no folder"),
-        ((*HYBRIDMIM, "--label-fraction", "0"), "not in 0..1"),
+        ((*HYBRIDMIM, "--label-fraction", "0"), "is not a share of the labels"),
         ((*HYBRIDMIM, "--plugin", "nowhere.py"), "no such file"),
         ((*HYBRIDMIM, "--data", "nowhere"), "not a folder"),
         (("data", "check", "brats", "--data", "nowhere"), "not a folder"),

@@ -170,9 +170,9 @@ def test_the_axes_of_a_sweep_are_the_fields_with_an_axis(tmp_path):
     [
         ({"mode": "generc"}, "unknown value of --mode 'generc': did you mean 'generic'? known: generic, task-specific"),
         ({"protocol": "Linear"}, "unknown value of --protocol 'Linear': did you mean 'linear'"),
-        ({"label_fraction": 0.0}, "--label-fraction 0 is not in 0..1"),
-        ({"label_fraction": 1.5}, "--label-fraction 1.5 is not in 0..1"),
-        ({"label_fraction": float("nan")}, "--label-fraction nan is not in 0..1"),
+        ({"label_fraction": 0.0}, "--label-fraction 0 is not a share of the labels"),
+        ({"label_fraction": 1.5}, "--label-fraction 1.5 is not a share of the labels"),
+        ({"label_fraction": float("nan")}, "--label-fraction nan is not a share of the labels"),
     ],
 )
 def test_a_value_that_is_not_allowed_is_refused_with_near_matches(changes, says):
