@@ -130,6 +130,10 @@ def disturbed(folder, text, cells, pretrainings, seconds):
     sweep.start()
     try:
         number, name = sweep.wait_for(pretrain=True)
+        # A job that is cancelled while it still imports has begun no pre-training.
+        log = sweep.notes / f"{name}.log"
+        while not log.exists() or "pre-training into" not in log.read_text():
+            time.sleep(0.05)
         print(f"-- scancel {number} ({name})", flush=True)
         subprocess.run(["scancel", number], check=True)
         number, name = sweep.wait_for(pretrain=False)
