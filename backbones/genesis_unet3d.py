@@ -35,7 +35,7 @@ class GenesisUNet3D(Backbone):
         norm: str = Field(
             "batch", pattern="^(batch|running)$", description="statistics in evaluation; published: batch"
         )
-        dropout: float = Field(0.1, ge=0, lt=1, description="on the deepest features, after the trunk; SimCSE's 0.1")
+        dropout: float = Field(0.0, ge=0, lt=1, description="on the deepest features, after the trunk, in every stage")
 
     def __init__(self, config: Config, in_channels: int) -> None:
         super().__init__(config, in_channels, dropout=config.dropout)

@@ -36,7 +36,7 @@ class SegResNet(Backbone):
         """Settings of the network: channels and dropout."""
 
         init_filters: int = Field(32, gt=0, multiple_of=8, description="channels of the first level; the paper's 32")
-        dropout: float = Field(0.1, ge=0, lt=1, description="on the deepest features, after the trunk; SimCSE's 0.1")
+        dropout: float = Field(0.0, ge=0, lt=1, description="on the deepest features, after the trunk, in every stage")
 
     config: Config
 

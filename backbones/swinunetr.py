@@ -90,7 +90,7 @@ class SwinUNETR(Backbone):
         window_size: PositiveInt = Field(7, description="attention window in tokens; the paper's 7")
         depths: Stages = Field((2, 2, 2, 2), description="blocks per stage; the paper's 2")
         num_heads: Stages = Field((3, 6, 12, 24), description="attention heads per stage; the paper's")
-        dropout: float = Field(0.1, ge=0, lt=1, description="on the deepest features, after the trunk; SimCSE's 0.1")
+        dropout: float = Field(0.0, ge=0, lt=1, description="on the deepest features, after the trunk, in every stage")
         drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth inside the trunk; MONAI's 0")
         checkpoint: bool = Field(
             False,

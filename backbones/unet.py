@@ -17,9 +17,7 @@ class UNet(Backbone):
     """Five-level 3D U-Net (MONAI BasicUNet's blocks and keys), stride 16.
 
     Child modules have BasicUNet's names, so that its state dicts load unchanged. The default widths are those of
-    HybridMIM's released network. That network defines a dropout layer but never calls it (its only dropout is inside the
-    convolution blocks), and its last pooling keeps the size. Here dropout acts on the deepest features in training, and
-    every level halves the size.
+    HybridMIM's released network. The last pooling of that network keeps the size. Here every level halves it.
     """
 
     name = "unet"
@@ -43,7 +41,7 @@ class UNet(Backbone):
             (64, 64, 128, 256, 512),
             description="channels of the five levels, fine to coarse; HybridMIM's released UNet",
         )
-        dropout: float = Field(0.1, ge=0, lt=1, description="on the deepest features, after the trunk; SimCSE's 0.1")
+        dropout: float = Field(0.0, ge=0, lt=1, description="on the deepest features, after the trunk, in every stage")
         block_dropout: float = Field(0.0, ge=0, lt=1, description="inside every convolution block; BasicUNet's 0")
 
     config: Config

@@ -78,7 +78,7 @@ class UNETR(Backbone):
         hidden_size: PositiveInt = Field(768, description="channels of a token; the paper's 768")
         mlp_dim: PositiveInt = Field(3072, description="of the transformer's feed-forward layers; the paper's 3072")
         num_heads: PositiveInt = Field(12, description="attention heads; the paper's 12")
-        dropout: float = Field(0.1, ge=0, lt=1, description="on the deepest features, after the trunk; SimCSE's 0.1")
+        dropout: float = Field(0.0, ge=0, lt=1, description="on the deepest features, after the trunk, in every stage")
 
         @model_validator(mode="after")
         def _sizes_fit(self) -> "UNETR.Config":

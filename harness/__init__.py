@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from harness.api.backbone import Backbone, Pyramid, crop, inflate
-    from harness.api.global_batch import gather, previous, rand, randn, total
+    from harness.api.global_batch import Dropout, gather, previous, rand, randn, total
     from harness.api.losses import dice_loss
     from harness.api.masks import any_box, inside_boxes, num_masked, random_integers, random_patches, to_voxels
     from harness.api.method import Batch, Method, Preparation, Source, Transform, VolumeSource
@@ -29,6 +29,7 @@ _HOME = {
     "Batch": "harness.api.method",
     "Case": "harness.api.task",
     "Corpus": "harness.data.corpus",
+    "Dropout": "harness.api.global_batch",
     "ImageSet": "harness.api.task",
     "Method": "harness.api.method",
     "Percentiles": "harness.api.task",
@@ -72,6 +73,7 @@ __all__ = [
     "Batch",
     "Case",
     "Corpus",
+    "Dropout",
     "ImageSet",
     "Method",
     "Percentiles",

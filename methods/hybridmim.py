@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from harness import (
     Backbone,
     Batch,
+    Dropout,
     Method,
     Settings,
     Size3,
@@ -86,11 +87,22 @@ class HybridMIM(Method):
         location: float = Field(0.1, ge=0, description="weight of L_Loc, 0 switches it off; equation 7")
         consistency: float = Field(0.01, ge=0, description="weight of L_Con, 0 switches it off; equation 7")
         contrastive: float = Field(0.1, ge=0, description="weight of L_CL, 0 switches it off; equation 7")
-        distance: Literal["norm", "mse"] = Field("norm", description="norm: equation 1; mse: released code")
+        distance: Literal["mse", "norm"] = Field("mse", description="mse: released code; norm: equation 1")
         consistency_on: Literal["probabilities", "bits"] = Field(
             "probabilities", description="what equation 5 sums; probabilities: the paper, bits: released code"
         )
         temperature: float = Field(0.5, gt=0, description="of the contrast; released code")
+        contrast_on: Literal["features", "before-norm"] = Field(
+            "features",
+            description="whose spatial mean is contrasted; features: the deepest ones, as in the released code; before-norm: "
+            "the input of the encoder's last instance norm",
+        )
+        dropout: float = Field(
+            0.1,
+            ge=0,
+            lt=1,
+            description="of the contrasted features, in pre-training only; SimCSE's 0.1; 0: the backbone's own",
+        )
         projection: int = Field(384, gt=0, description="dimensions of the contrasted code; released code")
 
     config: Config
@@ -111,6 +123,9 @@ class HybridMIM(Method):
             self.locate = nn.Linear(deepest, self.num_patches)
         if config.contrastive:
             self.project = nn.Linear(deepest, config.projection)
+            if config.dropout:
+                # In pre-training only: fine-tuning builds a new network, the same for every method and for scratch.
+                backbone.dropout = Dropout(config.dropout)
 
     def check(self, crop: Triple, batch_size: int) -> None:
         """Raise UserError unless sub-volumes, patches, region, weights, batch size and dropout fit."""
@@ -145,7 +160,7 @@ class HybridMIM(Method):
         if config.contrastive and not self.backbone.dropout_inside and self.backbone.dropout.p == 0:
             raise UserError(
                 "hybridmim's contrastive term needs dropout, without it the two encodings are the same: "
-                "set backbone.dropout=0.1, or method.contrastive=0"
+                "set method.dropout=0.1, or method.contrastive=0"
             )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

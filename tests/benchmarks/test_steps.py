@@ -98,7 +98,7 @@ image = torch.rand(1, 1, 96, 96, 96)
 if which == "monai":
     network = Monai(in_channels=1, out_channels=2, feature_size=size)
 else:
-    network = SwinUNETR(SwinUNETR.Config(feature_size=size, dropout=0.0), 1)
+    network = SwinUNETR(SwinUNETR.Config(feature_size=size), 1)
     network.set_head(2)
     network, image = prepare_module(network, torch.device("cpu"), True), image.to(memory_format=torch.channels_last_3d)
 times = []

@@ -10,18 +10,18 @@ from backbones.unetr import UNETR
 
 def unet(channels=1) -> UNet:
     torch.manual_seed(0)
-    return UNet(UNet.Config(features=(4, 4, 8, 8, 16), dropout=0.0), in_channels=channels)
+    return UNet(UNet.Config(features=(4, 4, 8, 8, 16)), in_channels=channels)
 
 
 def swin(channels=1) -> SwinUNETR:
     torch.manual_seed(0)
-    config = SwinUNETR.Config(feature_size=12, window_size=4, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), dropout=0.0)
+    config = SwinUNETR.Config(feature_size=12, window_size=4, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
     return SwinUNETR(config, in_channels=channels)
 
 
 def unetr(channels=1) -> UNETR:
     torch.manual_seed(0)
-    config = UNETR.Config(image_size=(32, 64, 32), feature_size=4, hidden_size=24, mlp_dim=48, num_heads=3, dropout=0.0)
+    config = UNETR.Config(image_size=(32, 64, 32), feature_size=4, hidden_size=24, mlp_dim=48, num_heads=3)
     return UNETR(config, in_channels=channels)
 
 

@@ -265,7 +265,7 @@ def test_the_rows_of_table_4_are_configurations():
         assert set(method(**row, **SMALL)({"image": images()})) == set(TERMS[:number])
 
 
-@pytest.mark.parametrize("settings", [{}, {"block_dropout": 0.1}])
+@pytest.mark.parametrize("settings", [{"dropout": 0.1}, {"block_dropout": 0.1}])
 def test_the_second_encoding_differs_under_dropout_and_not_in_evaluation(settings):
     backbone = unet(**settings)
     first, second = backbone.encode_twice(images())
@@ -275,7 +275,7 @@ def test_the_second_encoding_differs_under_dropout_and_not_in_evaluation(setting
     torch.testing.assert_close(first[-1], second[-1])
 
 
-@pytest.mark.parametrize(("settings", "passes"), [({}, [2]), ({"block_dropout": 0.1}, [4])])
+@pytest.mark.parametrize(("settings", "passes"), [({"dropout": 0.1}, [2]), ({"block_dropout": 0.1}, [4])])
 def test_two_encodings_cost_one_pass_where_dropout_comes_after_the_trunk(settings, passes):
     backbone = unet(**settings)
     seen = []
@@ -327,7 +327,7 @@ def test_settings_that_do_not_fit_are_refused(settings, crop, batch, words):
 
 def test_contrast_without_dropout_is_refused():
     with pytest.raises(UserError, match="needs dropout"):
-        method(unet(dropout=0.0)).check((64, 64, 64), 2)
+        method(dropout=0).check((64, 64, 64), 2)
 
 
 @pytest.mark.parametrize(
