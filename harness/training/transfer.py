@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from harness.api.backbone import Backbone, inflate
+from harness.config.request import TransferParts
+from harness.system.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,24 @@ def _named(keys: list[str], most: int = 4) -> str:
     """The number of keys, and the first `most` of them."""
     first = ", ".join(keys[:most]) + (", ..." if len(keys) > most else "")
     return f"{len(keys)} ({first})" if keys else "0"
+
+
+def select_parts(backbone: Backbone, weights: Mapping[str, Tensor], parts: TransferParts) -> dict[str, Tensor]:
+    """The pre-trained tensors that fine-tuning starts from.
+
+    Args:
+        parts: "encoder": those of the encoder only; "method" and "all": all that the method passes on.
+
+    Raises:
+        UserError: "encoder" leaves nothing to start from.
+    """
+    if parts != "encoder":
+        return dict(weights)
+    owned = set(backbone.state_dict())
+    chosen = {key: value for key, value in weights.items() if key in owned and backbone.part_of(key) == "encoder"}
+    if not chosen:
+        raise UserError("--transfer encoder leaves nothing to transfer: no pre-trained tensor belongs to the encoder")
+    return chosen
 
 
 def transfer(backbone: Backbone, weights: Mapping[str, Tensor], repeat_stem: bool = False) -> Transfer:
