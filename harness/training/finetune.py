@@ -24,7 +24,6 @@ from harness.training.segmenter import Segmenter
 from harness.training.stage_files import assert_unchanged, first_gradient_norms, write_weights
 from harness.training.transfer import select_parts, transfer
 
-
 PROBES = 2
 """Number of fine-tuning crops on which the effective rank of the features is measured."""
 

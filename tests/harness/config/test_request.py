@@ -155,7 +155,12 @@ def test_the_axes_of_a_sweep_are_the_fields_with_an_axis(tmp_path):
     assert all(
         f"{name}," in read.__doc__.replace("\n", " ").replace("label_fraction", "label_fraction,") for name in AXES
     )
-    values = {"mode": ["task-specific", "generic"], "protocol": ["finetune", "linear"], "seed": [0, 1]}
+    values = {
+        "mode": ["task-specific", "generic"],
+        "protocol": ["finetune", "linear"],
+        "transfer": ["method", "encoder"],
+        "seed": [0, 1],
+    }
     values |= {"label_fraction": [0.5, 1.0]}
     for name in AXES:
         (tmp_path / "s.toml").write_text(f"[[matrix]]\n{name} = {json.dumps(values.get(name, ['a', 'b']))}\n")
