@@ -313,7 +313,7 @@ def _free_position(
     rng: np.random.Generator,
 ) -> list[float] | None:
     """Relative position of a random crop that is not background and `distance` voxels from those `taken`, or None."""
-    room = np.array(reference.shape) - extent
+    room: NDArray[np.int64] = np.array(reference.shape, dtype=np.int64) - np.array(extent, dtype=np.int64)
     others = np.array(taken).reshape(-1, 3) * room
     for _ in range(ATTEMPTS):
         coordinate = rng.integers(0, room + 1)

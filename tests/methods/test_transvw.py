@@ -1,9 +1,7 @@
 """TransVW: words are corresponding coordinates in different volumes, found among those whose codes are near."""
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from types import SimpleNamespace
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -348,7 +346,7 @@ def test_one_volume_is_an_error():
 
 def test_words_that_no_two_volumes_hold_are_an_error():
     made = TransVW(TransVW.Config(extent=(32, 32, 32)), unet())
-    with pytest.raises(UserError, match="set a smaller method.extent"):
+    with pytest.raises(UserError, match=r"set a smaller method\.extent"):
         made.prepare([Coordinates(0, (20, 20, 20)), Coordinates(1, (20, 20, 20))], Services())
 
 
