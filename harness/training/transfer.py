@@ -32,8 +32,12 @@ class Transfer:
     random_stem: list[str] = field(default_factory=list)
 
     def as_record(self) -> dict[str, Any]:
-        """Counts and names for the record. Loaded names are only counted; they are all of the backbone's but `reinitialised`."""
-        return asdict(self) | {"loaded": len(self.loaded), "num_tensors": len(self.loaded) + len(self.reinitialised)}
+        """Counts and names for the record. Loaded names are only counted; they are all of the backbone's but `reinitialised`.
+
+        `random_stem` is there only if it is not empty.
+        """
+        names = {key: value for key, value in asdict(self).items() if key != "random_stem" or value}
+        return names | {"loaded": len(self.loaded), "num_tensors": len(self.loaded) + len(self.reinitialised)}
 
     def __str__(self) -> str:
         inflated = f" ({_named(self.inflated)} repeated from one channel)" if self.inflated else ""

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader
 
-from harness import Batch, Method
+from harness import Batch, Method, VolumeSource
 from harness.compute.devices import new_accelerator
 from harness.config.request import Request
 from harness.config.schema import RunConfig
@@ -87,6 +87,14 @@ def learn(root: Path, folder: Path, name: str, backbone: str, steps: int, settin
     )
     curves = pd.DataFrame(list(pd.read_json(history, lines=True)["terms"]))
     return Learned(method, before, terms_on(method, crops), curves, crops)
+
+
+def real_volumes(root: Path, folder: Path, number: int) -> Sequence[VolumeSource]:
+    """Preprocessed volumes of the first `number` training cases of MSD Hippocampus; `folder` is for the cache."""
+    request = Request(method="scratch", backbone="unet", task="msd_hippocampus", preset="demo", data=root, runs=folder)
+    run_plan = plan(request, *locate(request))
+    cases = run_plan.train[:number]
+    return preprocess_cases(run_plan.task, cases, run_plan.data.inventory.digests, folder / "cache")
 
 
 def held_out_sources(volumes: Sequence[Any], sources: Sequence[Any]) -> Sequence[Any]:

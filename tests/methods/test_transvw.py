@@ -12,7 +12,10 @@ from scipy import ndimage
 from scipy.stats import chisquare, ks_2samp, kstest
 
 from harness import UserError, cut
-from harness.conformance.fixture import MethodFixture, PhantomVolume
+from harness.api.settings import build
+from harness.config.schema import Training
+from harness.conformance.fixture import BUDGET, CPU, MethodFixture, PhantomVolume
+from harness.training.method_preparation import PreparationContext
 from methods.models_genesis import paint_in
 from methods.transvw import (
     Autoencoder,
@@ -24,9 +27,11 @@ from methods.transvw import (
     deform,
     discover_words,
     num_members,
+    origin_at,
     resize,
 )
 from tests.methods.parts import image, images, swin, unet
+from tests.methods.pretext import learn, real_volumes, row
 
 CUBE = (42, 42, 42)
 
@@ -268,7 +273,7 @@ def test_words_follow_the_codes_of_the_trained_autoencoder():
     ((module, whole, settings),) = services.trained
     assert isinstance(module, Autoencoder)
     assert [source.volume for source in whole] == volumes
-    assert (settings["steps"], settings["size"]) == (7, (32, 32, 32))
+    assert settings == {"size": (32, 32, 32), "steps": 7, "batch_size": 4, "lr": 1e-3}
     codes = expected_codes(module, volumes, (32, 32, 32))
     assert codes.shape == (12, 512)
     extent = tuple(services.values["extent"])
@@ -651,3 +656,79 @@ def test_the_picture_shows_the_target_the_input_and_the_restoration():
     assert torch.equal(shown["image"], batch["target"])
     assert torch.equal(shown["what it sees"], batch["image"])
     torch.testing.assert_close(shown["what it restores"], restored)
+
+
+# On real data
+
+
+def share_touched(volume, boxes):
+    """Share of a volume's voxels that lie in at least one of the boxes, given as (origin, extent)."""
+    touched = np.zeros(volume.shape, bool)
+    for origin, extent in boxes:
+        touched[tuple(slice(a, a + n) for a, n in zip(origin, extent, strict=True))] = True
+    return touched.mean()
+
+
+@pytest.mark.slow
+def test_words_on_real_volumes_depend_on_codes_and_reach_all_of_a_volume(real_hippocampus, tmp_path, monkeypatch):
+    """Prints how many of 44 words change when the codes are shuffled, and how much of a volume words touch."""
+    volumes = real_volumes(real_hippocampus, tmp_path, 176)
+    budget = build(Training, {**BUDGET, "crop": (64, 64, 64), "batch_size": 4}, "pretrain")
+    preparation = PreparationContext(0, CPU, budget.crop, budget, ["words"], tmp_path)
+    computed, compute = [], Autoencoder.codes
+    monkeypatch.setattr(Autoencoder, "codes", lambda *arguments: computed.append(compute(*arguments)) or computed[0])
+    made = TransVW(TransVW.Config(autoencoder_steps=60), unet())
+    sources = made.prepare(volumes, preparation)
+    (codes,), extent = computed, sources[0].extent
+    shuffled = np.random.default_rng(1).permutation(codes)
+    shapes = np.array([volume.shape for volume in volumes])
+    print(f"\n{len(volumes)} hippocampi, {shapes.min(axis=0)} to {shapes.max(axis=0)} voxels; words of {extent}")
+    for share in (1.0, 0.32):
+        real, other = (discover(volumes, c, extent, words=44, instances=share) for c in (codes, shuffled))
+        pairs = [(set(a["volumes"]), set(b["volumes"])) for a, b in zip(real, other, strict=True)]
+        differ, common = sum(a != b for a, b in pairs), np.mean([len(a & b) for a, b in pairs])
+        members = len(real[0]["volumes"])
+        print(
+            f"instances={share:g}: {members} volumes a word; with shuffled codes {differ} of {len(real)} words differ, "
+        )
+        print(f"  {common:.1f} of {members} volumes stay (by chance {members**2 / len(volumes):.1f})")
+        assert len(real) == 44
+        assert differ == (44 if share < 1 else 0)
+        assert share == 1 or common < 0.6 * members
+    assert {(s.word, s.position) for s in sources} == {(n, tuple(w["position"])) for n, w in enumerate(real)}
+    smallest = shapes.min(axis=0)  # before version 2: from corner 0, and not beyond the end of the smallest volume
+    before, after, possible = [], [], []
+    for volume in volumes:
+        possible.append(np.prod(smallest / volume.shape))
+        before.append(share_touched(volume, [(origin_at(w["position"], smallest, extent), extent) for w in real]))
+        after.append(share_touched(volume, [(origin_at(w["position"], volume.shape, extent), extent) for w in real]))
+    print(f"before: words can touch {np.mean(possible):.1%} of a volume, 44 words touch {np.mean(before):.1%}")
+    print(f"after: words can touch 100 % of a volume, 44 words touch {np.mean(after):.1%} (least {np.min(after):.1%})")
+    assert np.mean(possible) < 0.6
+    assert np.min(after) > 0.65
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["unet", "swinunetr"])
+def test_both_terms_are_learned_on_real_crops(backbone, real_hippocampus, tmp_path):
+    """On held-out volumes: words are told apart better than by chance, crops are restored better than by their input."""
+    steps, weight = 400, TransVW.Config().classification
+    settings = ("pretrain.crop=32,32,32", "pretrain.batch_size=4", "method.words=12")
+    learned = learn(real_hippocampus, tmp_path, "transvw", backbone, steps, settings)
+    classes = learned.method.classify.linear.out_features
+    images, targets, words = (torch.cat([batch[key] for batch in learned.crops]) for key in ("image", "target", "word"))
+    with torch.no_grad():
+        right = [
+            learned.method.classify(learned.method.backbone.encode(batch["image"])[-1]).argmax(dim=1) == batch["word"]
+            for batch in learned.crops
+        ]
+    accuracy = float(torch.cat(right).float().mean())
+    guesses = (images, targets.mean(), targets.median())
+    restoration = min(float((targets - guess).square().mean()) for guess in guesses)
+    classification = weight * float(np.log(classes))
+    print("\n" + row("transvw", backbone, steps, "accuracy", 1 / classes, float("nan"), accuracy))
+    for term, prior in [("classification", classification), ("restoration", restoration)]:
+        print(row("transvw", backbone, steps, term, prior, learned.before[term], learned.after[term]))
+        assert learned.after[term] < 0.9 * prior
+    assert len(words) == 64
+    assert accuracy > 2.5 / classes
