@@ -20,6 +20,7 @@ from harness.runs.plan import plan
 from harness.training.loop import StageContext, StagePlan, train
 from harness.training.method_preparation import PreparationContext
 from harness.training.models import seed_for
+from methods.voco import WholeVolume
 
 TRAIN, HELD_OUT = 40, 16  # cases
 
@@ -91,6 +92,8 @@ def learn(root: Path, folder: Path, name: str, backbone: str, steps: int, settin
 
 def held_out_sources(volumes: Sequence[Any], sources: Sequence[Any]) -> Sequence[Any]:
     """The held-out volumes. A method whose samples come from sources of its own (TransVW's words) is held to those."""
+    if isinstance(sources[0], WholeVolume):
+        return [WholeVolume(volume) for volume in volumes]
     return volumes if type(sources[0]) is type(volumes[0]) else sources
 
 
