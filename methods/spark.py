@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, PositiveInt
@@ -101,6 +102,11 @@ class Spark(Method):
     def check(self, crop: Triple, batch_size: int) -> None:
         """Raise UserError if patches do not fit the crop or the deepest level, or a layer cannot be computed sparsely."""
         config, stride, name = self.config, self.backbone.stride, self.backbone.name
+        if self.encoder.unsuitable:
+            raise UserError(
+                f"spark cannot compute {self.encoder.unsuitable[0]} of backbone {name!r} at visible voxels only: choose "
+                "another --backbone"
+            )
         if any(edge % step for edge, step in zip(self.patch, stride, strict=True)):
             raise UserError(
                 f"method.patch={_text(self.patch)} is not a multiple of the deepest stride {_text(stride)} of backbone "
@@ -113,15 +119,10 @@ class Spark(Method):
                 f"{name!r} in the crop {_text(crop)}, which cannot be normalised: set a lower ratio or a larger pretrain.crop"
             )
         halvings = 2 ** (len(self.backbone.channels) - 1)
-        if config.width is not None and config.width % halvings:
+        if config.decoder == "light" and self.light.width % halvings:
             raise UserError(
-                f"method.width={config.width} cannot be halved at each of the {len(self.backbone.channels)} levels of "
-                f"backbone {name!r}: set it to a multiple of {halvings}"
-            )
-        if self.encoder.unsuitable:
-            raise UserError(
-                f"spark cannot compute {self.encoder.unsuitable[0]} of backbone {name!r} at visible voxels only: choose "
-                "another --backbone"
+                f"the light decoder of {self.light.width} channels cannot be halved at each of the "
+                f"{len(self.backbone.channels)} levels of backbone {name!r}: set method.width to a multiple of {halvings}"
             )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -227,6 +228,7 @@ class LightDecoder(nn.Module):
 
     def __init__(self, backbone: Backbone, width: int) -> None:
         super().__init__()
+        self.width = width
         widths = [width // 2**depth for depth in range(len(backbone.channels))]
         deepest, *finer = reversed(backbone.channels)
         self.project = nn.ModuleList([nn.Identity() if deepest == width else nn.Conv3d(deepest, width, kernel_size=1)])
@@ -234,10 +236,7 @@ class LightDecoder(nn.Module):
             nn.Conv3d(channels, out, kernel_size=3, padding=1) for channels, out in zip(finer, widths[1:], strict=True)
         )
         strides = list(reversed(backbone.strides))
-        steps = [
-            tuple(coarse // fine for coarse, fine in zip(*pair, strict=True))
-            for pair in zip(strides[:-1], strides[1:], strict=True)
-        ]
+        steps = [(a // x, b // y, c // z) for (a, b, c), (x, y, z) in pairwise(strides)]
         self.blocks = nn.ModuleList(
             _up_block(wide, narrow, step) for wide, narrow, step in zip(widths[:-1], widths[1:], steps, strict=True)
         )
@@ -261,12 +260,13 @@ class LightDecoder(nn.Module):
         return restored
 
 
-def _up_block(wide: int, narrow: int, step: Sequence[int]) -> nn.Sequential:
+def _up_block(wide: int, narrow: int, step: Triple) -> nn.Sequential:
     """(N, wide, x, y, z) -> (N, narrow, x * step[0], y * step[1], z * step[2])."""
     # These extents multiply the size by `step` exactly; for a step of 2 they are the published kernel of 4 and padding of 1.
-    kernel, padding = tuple(s + s // 2 * 2 for s in step), tuple(s // 2 for s in step)
+    x, y, z = padding = (step[0] // 2, step[1] // 2, step[2] // 2)
+    kernel = (step[0] + 2 * x, step[1] + 2 * y, step[2] + 2 * z)
     return nn.Sequential(
-        nn.ConvTranspose3d(wide, wide, kernel_size=kernel, stride=tuple(step), padding=padding),
+        nn.ConvTranspose3d(wide, wide, kernel_size=kernel, stride=step, padding=padding),
         nn.Conv3d(wide, wide, kernel_size=3, padding=1, bias=False),
         nn.InstanceNorm3d(wide, affine=True),
         nn.ReLU6(inplace=True),
@@ -288,7 +288,7 @@ def _masked_norm(layer: nn.Module, encoder: SparseEncoder, features: Tensor) -> 
     return sparse_norm(layer, features, ~encoder.mask(features))
 
 
-def sparse_norm(layer: nn.Module, features: Tensor, visible: Tensor) -> Tensor:
+def sparse_norm(layer: Any, features: Tensor, visible: Tensor) -> Tensor:
     """A batch, instance or group norm of visible positions; masked positions become 0 and do not count.
 
     Batch norm uses the moments of the global batch, in evaluation too: a pretext task is evaluated on whole batches. In training
@@ -345,7 +345,9 @@ def _is_instance_norm(layer: nn.Module) -> bool:
 
 def at_resolution(hidden: Tensor, features: Tensor) -> Tensor:
     """Patch mask (N, x, y, z) -> the mask (N, 1, x', y', z') at the resolution of `features` (N, C, x', y', z')."""
-    return to_voxels(hidden, [size // patches for size, patches in zip(features.shape[2:], hidden.shape[1:], strict=True)])
+    return to_voxels(
+        hidden, [size // patches for size, patches in zip(features.shape[2:], hidden.shape[1:], strict=True)]
+    )
 
 
 def to_patches(image: Tensor, patch: Triple) -> Tensor:
