@@ -229,7 +229,8 @@ class LightDecoder(nn.Module):
     def __init__(self, backbone: Backbone, width: int) -> None:
         super().__init__()
         self.width = width
-        widths = [width // 2**depth for depth in range(len(backbone.channels))]
+        # `Spark.check` refuses a width that cannot be halved so often, but a decoder is built before that.
+        widths = [max(1, width // 2**depth) for depth in range(len(backbone.channels))]
         deepest, *finer = reversed(backbone.channels)
         self.project = nn.ModuleList([nn.Identity() if deepest == width else nn.Conv3d(deepest, width, kernel_size=1)])
         self.project.extend(
