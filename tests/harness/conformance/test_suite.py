@@ -24,6 +24,11 @@ def test_built_in_methods_pass_every_check_on_unet(method):
 @pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != "unet"])
 @pytest.mark.parametrize("method", METHODS)
 def test_built_in_methods_serve_every_backbone(method, backbone):
+    lacking = Registry().load("method", method).needs - Registry().load("backbone", backbone).abilities
+    if lacking:
+        (result,) = check_method(method, backbones=[backbone], checks=QUICK)
+        assert (result.status, result.detail) == ("refused", f"it needs {', '.join(sorted(lacking))}")
+        return
     assert_conforms(method, backbones=[backbone], checks=QUICK)
 
 
