@@ -1,7 +1,7 @@
 """Trains a method's own pretext task on real hippocampi, for the slow tests which show that it is learned."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,12 @@ def learn(root: Path, folder: Path, name: str, backbone: str, steps: int, settin
 
 
 def held_out_sources(volumes: Sequence[Any], sources: Sequence[Any]) -> Sequence[Any]:
-    """The held-out volumes. A method whose samples come from sources of its own (TransVW's words) is held to those."""
+    """The held-out volumes, as the method's sources draw from volumes.
+
+    A method whose samples come from sources of its own (TransVW's words) is held to those.
+    """
+    if len(sources) == TRAIN and is_dataclass(sources[0]) and "volume" in vars(sources[0]):
+        return [replace(sources[0], volume=volume) for volume in volumes]
     return volumes if type(sources[0]) is type(volumes[0]) else sources
 
 
