@@ -30,6 +30,7 @@ from methods.simclr import (
     adjust_gamma,
     allowed,
     blur,
+    check_probabilities,
     check_range,
     flip,
     jitter,
@@ -50,7 +51,7 @@ class DINO(Method):
     al., "A generalizable 3D framework and model for self-supervised learning in medical imaging" (3DINO), 2025,
     arXiv:2501.11755, which has the objective of DINOv2 (Oquab et al. 2023, arXiv:2304.07193). Two global and several local
     crops of a region are augmented. The student encodes all of them, the teacher the global ones. Both end in a head whose
-    outputs are cosines with K prototypes. The teacher's outputs are centred (or balanced by Sinkhorn-Knopp) and sharpened.
+    outputs are cosines with K prototypes. The teacher's outputs are balanced by Sinkhorn-Knopp (or centred) and sharpened.
     The loss is the cross-entropy of each teacher output with each student output of another crop of the same volume. The
     centre and the loss are those of the global batch. Only the encoder is trained and transferred.
 
@@ -67,10 +68,10 @@ class DINO(Method):
       * 100 % is a random region of the extent of the pre-training crop, at the resolution of fine-tuning; 3DINO's is the
         whole volume. The share is one of volume. Global crops are resized to that extent, local ones to half of it.
       * Codes are averages of all levels that are coarser than the image, as convolutional networks have no class token.
-      * Distortions: flips along the three axes, jitter of brightness and contrast, gamma (3DINO), blur. There is no
+      * Distortions: flips along the first axis, jitter of brightness and contrast, gamma (3DINO), blur. There is no
         saturation, hue, grey value and solarisation; no quarter turn, sharpening, histogram shift, Gibbs and Gaussian noise.
-      * The centre starts as the mean of the first batch, in the paper as 0. The averaged features of instance-normalised
-        networks are nearly alike in all crops, so that with 0 the training begins in a collapse.
+      * Codes get batch norm before the head, over the global batch, each kind of crop by itself. The averages of
+        instance-normalised features are nearly alike in all crops, and without it the teacher ends at log K.
       * The temperature rises by steps, in the papers by epochs. The last layer is trained from the first step, in the paper
         from the second epoch on. Weight decay does not change, and the optimizer's settings are those of all methods here.
       * DINOv2 and 3DINO add masked patch prediction (iBOT) and KoLeo. Here is the image-level objective only.
@@ -106,6 +107,10 @@ class DINO(Method):
             "all",
             description="which levels are averaged to a code: all that are coarser than the image, or the deepest; here",
         )
+        batch_norm: bool = Field(
+            True,
+            description="batch norm of the codes before the head, over the global batch; here (released: none by default)",
+        )
         local_crops: NonNegativeInt = Field(8, description="local crops of each sample; section 3.1, released code")
         global_share: tuple[float, float] = Field(
             (0.4, 1.0), description="least and largest share of the region that a global crop covers; released code"
@@ -120,7 +125,7 @@ class DINO(Method):
             "up to whole strides",
         )
         centring: Literal["centre", "sinkhorn"] = Field(
-            "centre", description="what keeps the teacher from collapse; centre: DINO, sinkhorn: DINOv2 and 3DINO"
+            "sinkhorn", description="what keeps the teacher from collapse; centre: DINO, sinkhorn: DINOv2 and 3DINO"
         )
         centre_momentum: float = Field(0.9, ge=0, lt=1, description="of the centre; section 3.1, released code")
         student_temperature: float = Field(0.1, gt=0, description="section 3.2")
@@ -134,12 +139,14 @@ class DINO(Method):
             le=1,
             description="share of the training in which it rises; section 3.2: 30 epochs, of 100 in 3DINO",
         )
-        momentum: float = Field(0.996, ge=0, le=1, description="of the teacher at the first step; section 3.2")
-        last_momentum: float = Field(1.0, ge=0, le=1, description="of the teacher at the end; section 3.2")
+        momentum: float = Field(0.996, ge=0, le=1, description="of the teacher at the first step; section 3.1")
+        last_momentum: float = Field(1.0, ge=0, le=1, description="of the teacher at the end; section 3.1")
         transfer: Literal["teacher", "student"] = Field(
             "teacher", description="whose encoder is handed over; the teacher in the released code"
         )
-        flip: float = Field(0.5, ge=0, le=1, description="probability of a flip along each axis; released code")
+        flip: tuple[float, float, float] = Field(
+            (0.5, 0.0, 0.0), description="probability of a flip along each axis; released code: 0.5, left-right"
+        )
         jitter: float = Field(0.8, ge=0, le=1, description="probability of jitter; released code")
         strength: float = Field(0.4, ge=0, le=1, description="of jitter: largest change of its factors; released code")
         gamma: float = Field(0.3, ge=0, le=1, description="probability of a gamma; 3DINO: 0.8 of a third")
@@ -177,13 +184,18 @@ class DINO(Method):
     def check(self, crop: Triple, batch_size: int) -> None:
         """Raise UserError if a range is empty, there is nothing to compare, or the backbone cannot encode local views."""
         config = self.config
+        if config.batch_norm and batch_size < 2:
+            raise UserError(
+                f"dino's batch norm has one volume only in a batch of {batch_size}: set pretrain.batch_size=2 or more, or "
+                "method.batch_norm=false"
+            )
         for name in ("global_share", "local_share", "gamma_range", "sigma_range"):
             check_range(name, getattr(config, name))
         for name in ("global_share", "local_share"):
             if getattr(config, name)[1] > 1:
                 raise UserError(f"method.{name} ends with {getattr(config, name)[1]:g}: set it to a share, at most 1")
-        if any(not 0 <= probability <= 1 for probability in config.blur):
-            raise UserError(f"method.blur={_text(config.blur)} must be three probabilities: set them within 0 to 1")
+        check_probabilities("flip", config.flip)
+        check_probabilities("blur", config.blur)
         if config.momentum > config.last_momentum:
             raise UserError(
                 f"method.momentum={config.momentum:g} must not exceed method.last_momentum={config.last_momentum:g}: "
@@ -229,17 +241,16 @@ class DINO(Method):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`image` and `second` (N, C, x, y, z), `local` (N, L, C, *view) -> `entropy` and `divergence`."""
-        views, local = self.global_views(batch), self.local_views(batch)
-        number = len(batch["image"])
-        student = self.head(self.pooled(self.backbone, views)).view(number, 2, -1)
+        config, views, local = self.config, self.global_views(batch), self.local_views(batch)
+        student = self.head(self.pooled(self.backbone, views)).unflatten(0, (-1, 2))
         if local is not None:
-            outputs = self.head(self.pooled(self.backbone, local)).view(number, self.config.local_crops, -1)
+            outputs = self.head(self.pooled(self.backbone, local)).unflatten(0, (-1, config.local_crops))
             student = torch.cat([student, outputs], dim=1)
         with torch.no_grad():
-            teacher = gather(self.teacher_head(self.pooled(self.teacher_backbone, views)).view(number, 2, -1))
+            teacher = self.teacher_head(self.pooled(self.teacher_backbone, views)).unflatten(0, (-1, 2))
             self.teacher_mean = teacher.mean(dim=(0, 1))
             targets = self.targets(teacher)
-        return distillation(targets, gather(student), self.config.student_temperature)
+        return distillation(targets, student, config.student_temperature)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
@@ -256,8 +267,7 @@ class DINO(Method):
         for key, buffer in self.teacher_backbone.named_buffers():
             buffer.copy_(buffers[key])
         if self.teacher_mean is not None:
-            mean = self.teacher_mean
-            moved = torch.where(self.step == 0, mean, self.centre.lerp(mean, 1 - config.centre_momentum))
+            moved = self.centre.lerp(self.teacher_mean, 1 - config.centre_momentum)
             # A step that is not finite is left out, and must not spoil the centre.
             self.centre.copy_(torch.where(moved.isfinite().all(), moved, self.centre))
             self.teacher_mean = None
@@ -286,16 +296,19 @@ class DINO(Method):
         return self._augment(batch["local"].flatten(0, 1), self.config.blur[2]) if self.config.local_crops else None
 
     def pooled(self, backbone: Backbone, views: Tensor) -> Tensor:
-        """Views (N, C, x, y, z) -> spatial means of the levels that `pool` names, (N, channels)."""
-        return pooled_features(backbone, views, self.config.pool, self.centre.dtype)
+        """Views (N, C, x, y, z) of this part -> codes of all such views of the global batch, (N * parts, channels).
+
+        A code consists of the spatial means of the levels that `pool` names, with batch norm if `batch_norm` is set.
+        """
+        pooled = gather(pooled_features(backbone, views, self.config.pool, self.centre.dtype))
+        return F.batch_norm(pooled, None, None, training=True) if self.config.batch_norm else pooled
 
     def targets(self, teacher: Tensor) -> Tensor:
         """Teacher outputs of the global batch, (N, 2, K) cosines -> probabilities."""
         temperature = self.temperature()
         if self.config.centring == "sinkhorn":
             return sinkhorn(teacher.flatten(0, 1), temperature).view_as(teacher)
-        centre = torch.where(self.step == 0, teacher.mean(dim=(0, 1)), self.centre)
-        return ((teacher - centre) / temperature).softmax(dim=-1)
+        return ((teacher - self.centre) / temperature).softmax(dim=-1)
 
     def temperature(self) -> Tensor:
         """Temperature of the teacher after `step` steps: it rises linearly, then stays."""
@@ -354,7 +367,7 @@ class Head(nn.Module):
         """Pooled features -> codes of length 1, (N, bottleneck)."""
         with torch.autocast(pooled.device.type, enabled=False):
             first, second, last = self.layers
-            return F.normalize(last(F.gelu(second(F.gelu(first(pooled))))), dim=1)
+            return F.normalize(last(F.gelu(second(F.gelu(first(pooled))))), dim=-1)
 
 
 def distillation(targets: Tensor, student: Tensor, temperature: float) -> dict[str, Tensor]:

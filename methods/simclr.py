@@ -45,7 +45,7 @@ class SimCLR(Method):
       * The two crops overlap by at least half of what they could (`overlap`; MIC-DKFZ/nnssl has overlapping crops too).
         In the paper both lie in one image, and need not overlap. A volume may be far larger than a crop.
       * A volume smaller than a crop is padded with zeros, as everywhere here.
-      * Flips are along each of the three axes. The paper flips left and right only.
+      * Flips are along the first axis, which is left-right, as volumes are in RAS order here.
       * Jitter changes brightness and contrast, in this order. The paper also has saturation, hue and grey values, which a
         scan lacks, and draws the order. Gamma and noise (as nnU-Net) take their place.
       * Batch norm in the projector has the moments of the global batch, and no running ones, which nothing would read. The
@@ -80,7 +80,9 @@ class SimCLR(Method):
         overlap: float = Field(
             0.5, ge=0, le=1, description="least share of their largest possible overlap that two crops have; nnssl"
         )
-        flip: float = Field(0.5, ge=0, le=1, description="probability of a flip along each axis; appendix A")
+        flip: tuple[float, float, float] = Field(
+            (0.5, 0.0, 0.0), description="probability of a flip along each axis; appendix A: 0.5, left-right"
+        )
         jitter: float = Field(0.8, ge=0, le=1, description="probability of jitter; appendix A")
         strength: float = Field(
             0.5,
@@ -113,6 +115,7 @@ class SimCLR(Method):
             raise UserError(
                 f"method.smallest={config.smallest:g} must not exceed method.largest={config.largest:g}: set it lower"
             )
+        check_probabilities("flip", config.flip)
         check_range("gamma_range", config.gamma_range)
         check_range("sigma_range", config.sigma_range)
 
@@ -275,6 +278,13 @@ def check_range(name: str, bounds: tuple[float, float]) -> None:
         raise UserError(f"method.{name}={low:g},{high:g} is no range of positive numbers: give the lower one first")
 
 
+def check_probabilities(name: str, values: Sequence[float]) -> None:
+    """Raise UserError unless all values of the setting `name` are probabilities."""
+    if any(not 0 <= value <= 1 for value in values):
+        given = ",".join(f"{value:g}" for value in values)
+        raise UserError(f"method.{name}={given} must be three probabilities: set them within 0 to 1")
+
+
 def chosen(views: Tensor, probability: float | Tensor, generator: torch.Generator | None) -> Tensor:
     """Which views a distortion acts on, (N, 1, 1, 1, 1) bool.
 
@@ -289,9 +299,9 @@ def _uniform(views: Tensor, low: float, high: float, generator: torch.Generator 
     return low + (high - low) * rand((len(views), 1, 1, 1, 1), views.device, generator)
 
 
-def flip(views: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
-    """Flip each view (N, C, x, y, z) along each axis with this probability, independently."""
-    for axis in (2, 3, 4):
+def flip(views: Tensor, probabilities: Sequence[float], generator: torch.Generator | None) -> Tensor:
+    """Flip each view (N, C, x, y, z) along each of the three axes with that axis' probability, independently."""
+    for axis, probability in enumerate(probabilities, start=2):
         views = torch.where(chosen(views, probability, generator), views.flip(axis), views)
     return views
 

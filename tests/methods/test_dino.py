@@ -17,7 +17,7 @@ from tests.methods.pretext import learn
 from tests.methods.test_simclr import Ramp
 
 SMALL = {"local_crops": 3, "hidden": 16, "bottleneck": 8, "prototypes": 12, "local_view": (16, 32, 16)}
-OFF = {"flip": 0, "jitter": 0, "gamma": 0, "blur": (0, 0, 0)}
+OFF = {"flip": (0, 0, 0), "jitter": 0, "gamma": 0, "blur": (0, 0, 0)}
 GLOBAL, LOCAL = (0.4, 1.0), (0.05, 0.4)
 
 
@@ -124,19 +124,15 @@ def test_targets_are_centred_and_sharpened(centring):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_the_first_centre_is_the_mean_of_the_first_batch():
-    made = make()
+def test_the_first_centre_is_zero():
+    made = make(centring="centre")
     outputs = torch.rand(3, 2, 12, generator=generator(3)) * 2 - 1
-    mean = outputs.double().numpy().mean(axis=(0, 1))
-    expected = softmax((outputs.double().numpy() - mean) / 0.04)
+    expected = softmax(outputs.double().numpy() / 0.04)
     np.testing.assert_allclose(made.targets(outputs).numpy(), expected, rtol=1e-3, atol=1e-5)
-    made.teacher_mean = outputs.mean(dim=(0, 1))
-    made.after_step(1)
-    np.testing.assert_allclose(made.centre.numpy(), mean, rtol=1e-4)
 
 
 def test_the_centre_follows_the_batch_once_a_step():
-    made, batch = make(centre_momentum=0.9, **OFF), crops()
+    made, batch = make(centring="centre", centre_momentum=0.9, **OFF), crops()
     different(made.teacher_head)
     made.step.fill_(7)
     made.centre.fill_(0.5)
@@ -208,26 +204,29 @@ def test_the_head_is_the_published_one():
     np.testing.assert_allclose(head(x).detach().numpy(), z @ prototypes.T, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("local", [0, 3])
-def test_terms_are_those_of_teacher_and_student(local):
+@pytest.mark.parametrize(("local", "batch_norm"), [(0, True), (3, True), (3, False)])
+def test_terms_are_those_of_teacher_and_student(local, batch_norm):
     """The whole step again: the student sees all crops, the teacher the global ones, and both their own weights."""
-    made, batch = make(local_crops=local, **OFF), crops()
+    made, batch = make(local_crops=local, batch_norm=batch_norm, centring="centre", **OFF), crops(3)
     different(made.teacher_head)
     different(made.teacher_backbone, 0.05)
     made.step.fill_(20)
     made.centre.copy_(torch.rand(12, generator=generator(2)) * 0.2)
     terms = made(batch)
 
-    def outputs(backbone, head, views):
-        return head(torch.cat([level.mean(dim=(2, 3, 4)) for level in backbone.trunk(views)[1:]], dim=1))
+    def outputs(backbone, head, *kinds):
+        """Crops of one kind, normalised together -> outputs (N, crops, K)."""
+        codes = [torch.cat([level.mean(dim=(2, 3, 4)) for level in backbone.trunk(x)[1:]], dim=1) for x in kinds]
+        rows = torch.stack(codes, dim=1).detach().double().numpy()
+        if batch_norm:
+            rows = (rows - rows.mean(axis=(0, 1))) / np.sqrt(rows.var(axis=(0, 1)) + 1e-5)
+        return head(torch.from_numpy(rows).float()).detach().double().numpy()
 
-    teacher, student = [], []
-    for name in ("image", "second"):
-        teacher.append(outputs(made.teacher_backbone, made.teacher_head, batch[name]))
-        student.append(outputs(made.backbone, made.head, batch[name]))
-    for k in range(local):
-        student.append(outputs(made.backbone, made.head, batch["local"][:, k]))
-    teacher, student = (torch.stack(rows, dim=1).detach().double().numpy() for rows in (teacher, student))
+    teacher = outputs(made.teacher_backbone, made.teacher_head, batch["image"], batch["second"])
+    student = outputs(made.backbone, made.head, batch["image"], batch["second"])
+    if local:
+        small = outputs(made.backbone, made.head, *(batch["local"][:, k] for k in range(local)))
+        student = np.concatenate([student, small], axis=1)
     targets = softmax((teacher - made.centre.double().numpy()) / 0.06)
     assert terms["entropy"].item() == pytest.approx(-(targets * np.log(targets)).sum(axis=-1).mean(), rel=1e-3)
     assert sum(terms.values()).item() == pytest.approx(numpy_loss(targets, student, 0.1), rel=1e-3)
@@ -269,7 +268,7 @@ def test_blur_depends_on_the_crop():
     assert changed(local, batch["local"].flatten(0, 1)) == pytest.approx(0.5, abs=0.06)
 
 
-@pytest.mark.parametrize("setting", [{"flip": 1}, {"jitter": 1}, {"gamma": 1, "gamma_range": (2.0, 2.0)}])
+@pytest.mark.parametrize("setting", [{"flip": (1, 1, 1)}, {"jitter": 1}, {"gamma": 1, "gamma_range": (2.0, 2.0)}])
 def test_every_setting_switches_its_own_distortion(setting):
     made, batch = make(**OFF | setting), crops()
     plain = make(**OFF)
@@ -335,12 +334,12 @@ def test_a_gradient_reaches_each_crop_of_the_student():
 
 def test_all_levels_but_the_images_own_are_averaged():
     for backbone in (unet, swin):
-        made = make(backbone)
+        made = make(backbone, batch_norm=False)
         views = images(2)
         levels = made.backbone.trunk(views)
         found = made.pooled(made.backbone, views)
         torch.testing.assert_close(found, torch.cat([level.mean(dim=(2, 3, 4)) for level in levels[1:]], dim=1))
-        deepest = make(backbone, pool="deepest")
+        deepest = make(backbone, pool="deepest", batch_norm=False)
         torch.testing.assert_close(deepest.pooled(made.backbone, views), levels[-1].mean(dim=(2, 3, 4)))
         assert deepest.head.layers[0].in_features == made.backbone.channels[-1]
 
@@ -450,13 +449,14 @@ def test_published_defaults():
     assert (config.momentum, config.last_momentum, config.centre_momentum) == (0.996, 1.0, 0.9)
     assert (config.hidden, config.bottleneck, config.prototypes, config.local_crops) == (2048, 256, 256, 8)
     assert (config.global_share, config.local_share) == (GLOBAL, LOCAL)
-    assert (config.flip, config.jitter, config.strength, config.blur) == (0.5, 0.8, 0.4, (1.0, 0.1, 0.5))
-    assert (config.centring, config.pool, config.temperature_warmup) == ("centre", "all", 0.3)
+    assert (config.flip, config.jitter, config.strength, config.blur) == ((0.5, 0, 0), 0.8, 0.4, (1.0, 0.1, 0.5))
+    assert (config.centring, config.pool, config.temperature_warmup) == ("sinkhorn", "all", 0.3)
+    assert config.batch_norm
     assert config.aspect == pytest.approx(4 / 3)
 
 
 def test_the_picture_shows_crops_and_views():
-    made, batch = make(**OFF | {"flip": 1}), crops()
+    made, batch = make(**OFF | {"flip": (1, 1, 1)}), crops()
     shown = made.show(batch)
     assert torch.equal(shown["first crop"], batch["image"])
     assert torch.equal(shown["second crop"], batch["second"])
@@ -471,6 +471,7 @@ def test_the_picture_shows_crops_and_views():
         ({"local_share": (0.0, 0.4)}, "local_share=0,0.4 is no range"),
         ({"global_share": (0.4, 1.5)}, "global_share ends with 1.5"),
         ({"gamma_range": (2.0, 0.5)}, "gamma_range=2,0.5 is no range"),
+        ({"flip": (0.5, 1.5, 0)}, "flip=0.5,1.5,0 must be three probabilities"),
         ({"blur": (1.0, 2.0, 0.5)}, "blur=1,2,0.5 must be three probabilities"),
         ({"momentum": 0.9, "last_momentum": 0.8}, "must not exceed method.last_momentum"),
         ({"local_view": (16, 16, 24)}, "must be a multiple of the deepest stride"),
@@ -481,7 +482,13 @@ def test_the_picture_shows_crops_and_views():
 def test_settings_that_do_not_fit_are_refused(settings, says):
     with pytest.raises(UserError, match=says):
         make(**settings).check((32, 64, 32), 2)
-    make().check((32, 64, 32), 1)
+
+
+def test_batch_norm_needs_two_volumes():
+    with pytest.raises(UserError, match="one volume only in a batch of 1"):
+        make().check((32, 64, 32), 1)
+    make().check((32, 64, 32), 2)
+    make(batch_norm=False).check((32, 64, 32), 1)
 
 
 @torch.no_grad()
@@ -495,7 +502,7 @@ def measure(made, held_out):
     for batch in held_out:
         pooled = made.pooled(made.teacher_backbone, made.global_views(batch))
         outputs = made.teacher_head(pooled)
-        targets.append(made.targets(outputs.view(len(batch["image"]), 2, -1)).flatten(0, 1))
+        targets.append(made.targets(outputs.unflatten(0, (-1, 2))).flatten(0, 1))
         codes.append(made.teacher_head.bottleneck(pooled))
     p, scale = torch.cat(targets).double(), np.log(made.config.prototypes)
     each = torch.special.entr(p).sum(dim=1).mean().item() / scale
