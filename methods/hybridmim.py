@@ -33,24 +33,30 @@ class HybridMIM(Method):
     Source: Xing, Zhu, Yu, Xing, Wan, "HybridMIM: A Hybrid Masked Image Modeling Framework for 3D Medical Image
     Segmentation", sections III and IV-C. Equation numbers are those of the paper. Repository: ge-xing/HybridMIM.
 
-    The paper is the default where the released code differs from it. The differences are:
+    Unless said otherwise, the paper is the default where the released code differs from it. The differences are:
       * Labels. The code groups 8 consecutive patches in raster order, but predicts from features pooled over 2x2x2
         blocks. Here bit k of sub-volume r stands for patch k inside that sub-volume (section III-C).
       * Reconstruction. Equation 1 is the unsquared L2 norm per sub-volume. The code uses the mean squared error over
-        all masked voxels. `distance` offers both. Both use a sigmoid output and only the masked voxels of the region.
-      * Region. The paper's region lies around the centre, the code's region in a corner.
+        all masked voxels. `distance` offers both. The squared error is the default, because the weights of equation 7
+        belong to it: the gradient of an unsquared norm has a constant size, which drowns the other terms on a U-Net
+        (`docs/methods/hybridmim.md` has the measurements). Both use a sigmoid output and only the masked voxels of the
+        region.
+      * Region. The paper's region is a set of sub-volumes around the centre, the code's region lies in a corner. Here
+        it begins on the grid of sub-volumes, as near the centre as that allows.
       * Consistency. The paper's squared error uses probabilities and trains the location head. The code thresholds
         first, so that half of the term has no gradient. `consistency_on` offers both.
       * Location. Equation 4 sums the binary cross-entropy over the bits of a sub-volume. The code averages it.
       * Contrast. The code detaches the second view. Here both views have gradients. For SwinUNETR the code contrasts
         one token. Here the spatial mean is contrasted, as for UNet.
+        On a U-Net, spatial means of instance-normalised features are nearly alike for all samples, in the code as
+        here. `contrast_on=before-norm` contrasts the means before that norm, which differ.
       * Dropout. The code draws it inside the networks (`block_dropout` and `drop_path` are closest to that). Here it
-        acts after the trunk, so that two encodings cost one pass.
+        acts after the trunk, so that two encodings cost one pass. It acts in pre-training only.
     The paper leaves these points open:
       * Equation 5 sums over sub-volumes, while equations 2 and 4 average. Here all three average, so that the weights
         do not depend on the crop.
-      * Equation 1 sums over whole sub-volumes. A region on the stride's grid may cut them (region 64 in a crop of 96
-        with stride 16). Each piece then counts as one sub-volume.
+      * Equation 1 sums over whole sub-volumes. A region that is no multiple of them cuts some (region 48 with
+        sub-volumes of 32). Each piece then counts as one sub-volume.
       * Equation 3 says that p = 0 is masked. Here 1 is masked, as equation 5 and the code need.
       * Equation 6 leaves the positive out of the denominator, but its text does not. Here it is in the denominator, as
         in the text and the code.
