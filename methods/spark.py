@@ -81,7 +81,7 @@ class Spark(Method):
         width: PositiveInt | None = Field(
             None,
             description="channels of the light decoder at the deepest level, halved at each finer one; none: those of the "
-            "encoder's deepest level; released code: 768",
+            "encoder's deepest level, or the next number that can be halved so often; released code: 768",
         )
 
     config: Config
@@ -92,7 +92,8 @@ class Spark(Method):
         self.encoder = SparseEncoder(backbone)
         self.tokens = nn.ParameterList(_new_embedding(width) for width in backbone.channels)
         if config.decoder == "light":
-            self.light = LightDecoder(backbone, config.width or backbone.channels[-1])
+            halvings = 2 ** (len(backbone.channels) - 1)
+            self.light = LightDecoder(backbone, config.width or -(-backbone.channels[-1] // halvings) * halvings)
             # The released code normalises a level before it fills it. The network's own decoder gets the features as they are.
             self.norms = nn.ModuleList(nn.InstanceNorm3d(width, affine=True) for width in backbone.channels)
         else:
@@ -119,10 +120,10 @@ class Spark(Method):
                 f"{name!r} in the crop {_text(crop)}, which cannot be normalised: set a lower ratio or a larger pretrain.crop"
             )
         halvings = 2 ** (len(self.backbone.channels) - 1)
-        if config.decoder == "light" and self.light.width % halvings:
+        if config.width is not None and config.width % halvings:
             raise UserError(
-                f"the light decoder of {self.light.width} channels cannot be halved at each of the "
-                f"{len(self.backbone.channels)} levels of backbone {name!r}: set method.width to a multiple of {halvings}"
+                f"method.width={config.width} cannot be halved at each of the {len(self.backbone.channels)} levels of "
+                f"backbone {name!r}: set it to a multiple of {halvings}"
             )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -228,7 +229,6 @@ class LightDecoder(nn.Module):
 
     def __init__(self, backbone: Backbone, width: int) -> None:
         super().__init__()
-        self.width = width
         # `Spark.check` refuses a width that cannot be halved so often, but a decoder is built before that.
         widths = [max(1, width // 2**depth) for depth in range(len(backbone.channels))]
         deepest, *finer = reversed(backbone.channels)

@@ -342,8 +342,7 @@ def test_masks_come_from_the_methods_own_generator():
         (unet, {}, (32, 64, 40), "patch=16,16,16 does not divide the crop 32,64,40"),
         (unet, {"mask_ratio": 0.99}, (32, 64, 32), "masks 16 of the 16 patches"),
         (unet, {"mask_ratio": 0.9}, (32, 64, 32), "leaves one visible voxel of the deepest features"),
-        (unet, {"width": 24}, (32, 64, 32), "decoder of 24 channels cannot be halved at each of the 5 levels"),
-        (narrow, {}, (32, 64, 32), "decoder of 8 channels .* set method.width to a multiple of 16"),
+        (unet, {"width": 24}, (32, 64, 32), "method.width=24 cannot be halved at each of the 5 levels"),
         (swin, {}, (64, 64, 64), "spark cannot compute .* of backbone 'swinunetr' at visible voxels only"),
     ],
 )
@@ -357,7 +356,9 @@ def test_settings_that_fit_are_not():
     make(patch=32, mask_ratio=0.5).check((32, 64, 32), 1)
     make(segresnet, width=24).check((32, 64, 32), 1)
     make(genesis).check((16, 32, 32), 1)
-    Spark(Spark.Config(decoder="backbone"), narrow()).check((32, 64, 32), 1)
+    method = Spark(Spark.Config(), narrow())
+    method.check((32, 64, 32), 1)
+    assert method.light.predict.in_channels == 1, "8 channels cannot be halved four times, so the decoder has 16"
 
 
 def test_transformers_are_refused_before_data_is_read(capsys):
