@@ -246,6 +246,39 @@ def test_every_term_can_be_switched_off_and_leaves_no_dead_parameters(off):
     assert all(p.grad is not None for n, p in made.named_parameters() if not n.startswith("backbone"))
 
 
+@pytest.mark.parametrize("term", ["inpainting", "rotation", "contrastive"])
+def test_every_term_alone_trains_the_encoder(term):
+    made = make(**{other: 0 for other in ("inpainting", "rotation", "contrastive") if other != term})
+    (value,) = made({"image": images()}).values()
+    value.backward()
+    weights = [
+        p for name, p in made.backbone.named_parameters() if name.startswith("down_3") and name.endswith("weight")
+    ]
+    assert weights
+    assert all(p.grad is not None and p.grad.any() for p in weights)
+
+
+def test_both_views_get_a_gradient_from_the_contrast(monkeypatch):
+    made = make(inpainting=0, rotation=0)
+    codes = torch.randn(4, 8, generator=generator()).requires_grad_()
+    monkeypatch.setattr(made.project, "forward", lambda read: codes)
+    made({"image": images()})["contrastive"].backward()
+    assert codes.grad is not None
+    assert codes.grad.abs().amax(dim=1).min() > 0.01
+
+
+def test_the_picture_shows_a_turned_view_its_boxes_and_what_is_restored():
+    made, image = make(), images()
+    turns = next_turns(made, 2)
+    shown = made.show({"image": image})
+    assert list(shown) == ["image", "what it sees", "what it restores"]
+    np.testing.assert_array_equal(shown["image"], np.stack([np.rot90(image[n], turns[n], (1, 3)) for n in range(2)]))
+    assert 0.2 < (shown["image"] != shown["what it sees"]).float().mean() < 0.4
+    restored = made.restore(made.backbone.encode(shown["what it sees"])[-1])
+    torch.testing.assert_close(shown["what it restores"], restored)
+    assert list(make(inpainting=0).show({"image": image})) == ["image", "what it sees"]
+
+
 def test_published_weights_and_sizes():
     config = SwinUNETRSSL.Config()
     assert (config.inpainting, config.rotation, config.contrastive, config.temperature) == (1, 1, 1, 0.5)
@@ -306,7 +339,8 @@ def measure(method, crops) -> dict[str, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backbone", "steps"), [("unet", 300), ("swinunetr", 300)])
+@pytest.mark.timeout(1200)  # two to four minutes on a core of its own
+@pytest.mark.parametrize(("backbone", "steps"), [("unet", 200), ("swinunetr", 120)])
 def test_the_three_tasks_are_learned_on_real_crops(real_hippocampus, tmp_path, backbone, steps):
     learned = learn(real_hippocampus, tmp_path, "swinunetr_ssl", backbone, steps)
     codes = 2 * len(learned.crops[0]["image"])
