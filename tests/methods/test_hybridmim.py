@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -357,3 +358,113 @@ def test_loss_falls(backbone):
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+
+
+def entropy_of(logits, labels):
+    """Mean cross-entropy in NumPy."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return -log_probabilities[np.arange(len(labels)), labels].mean()
+
+
+def nt_xent(one, two, temperature):
+    """Equation 6 in NumPy, code by code."""
+    codes = np.concatenate([one, two])
+    codes /= np.linalg.norm(codes, axis=1, keepdims=True)
+    number, losses = len(one), []
+    for i in range(2 * number):
+        likeness = np.exp(codes @ codes[i] / temperature)
+        losses.append(-np.log(likeness[(i + number) % (2 * number)] / (likeness.sum() - likeness[i])))
+    return np.mean(losses)
+
+
+@torch.no_grad()
+def test_all_terms_equal_a_second_computation():
+    """From the same masks and the same draws of dropout, every weighted term in NumPy."""
+    made, image = method(**SMALL, region=(32, 32, 32)), images(3)
+    torch.manual_seed(5)
+    terms = {name: float(term) for name, term in made({"image": image}).items()}
+    made.generator.manual_seed(0)
+    mask = made.draw_mask(image)
+    hidden = to_voxels(mask, (8, 8, 8))
+    torch.manual_seed(5)
+    first, second = made.backbone.encode_twice(torch.where(hidden, 0.0, image))
+    assert not torch.equal(first[-1], second[-1])
+    cropped = [
+        level[..., : 32 // s, : 32 // s, : 32 // s] for level, (s, *_) in zip(first, made.backbone.strides, strict=True)
+    ]
+    restored = torch.sigmoid(made.reconstruct(made.backbone.decode(cropped))).numpy()
+    region, inside = image[..., :32, :32, :32].numpy(), hidden[..., :32, :32, :32].numpy()
+    wanted = {"reconstruction": np.mean((restored - region)[inside] ** 2)}
+    # The deepest stride is a sub-volume, so each voxel of the deepest features belongs to one.
+    features = first[-1].flatten(2).transpose(1, 2)
+    count, locate = (head(features).double().numpy() for head in (made.count, made.locate))
+    bits = np.array([[[mask[n, 2 * x + a, 2 * y + b, 2 * z + c] for a in (0, 1) for b in (0, 1) for c in (0, 1)]
+                      for x in range(3) for y in range(3) for z in range(3)] for n in range(3)])  # fmt: skip
+    wanted["number"] = 0.1 * entropy_of(count.reshape(-1, 9), bits.sum(axis=2).ravel())
+    probability = 1 / (1 + np.exp(-locate))
+    chosen = np.where(bits, probability, 1 - probability)
+    wanted["location"] = 0.1 * -np.log(chosen).sum(axis=2).mean()
+    follows = entropy_of(count.reshape(-1, 9), (probability > 0.5).sum(axis=2).ravel())
+    squares = (probability.sum(axis=2) - count.argmax(axis=2)) ** 2
+    wanted["consistency"] = 0.01 * (follows + squares.mean()) / 2
+    one, two = (made.project(view[-1].mean(dim=(2, 3, 4))).double().numpy() for view in (first, second))
+    wanted["contrastive"] = 0.1 * nt_xent(one, two, 0.5)
+    assert terms == pytest.approx(wanted, rel=1e-4)
+
+
+def test_both_views_of_the_contrast_have_gradients(monkeypatch):
+    made = method(**SMALL, reconstruction=0, number=0, location=0, consistency=0)
+    views = []
+
+    def encode_twice(image):
+        pyramids = [[torch.rand(len(image), 16, 3, 3, 3, requires_grad=True)] for _ in range(2)]
+        views.extend(pyramid[-1] for pyramid in pyramids)
+        return pyramids
+
+    monkeypatch.setattr(made.backbone, "encode_twice", encode_twice)
+    made({"image": images(3)})["contrastive"].backward()
+    slopes = [view.grad for view in views]
+    assert all(slope is not None and slope.abs().max() > 0 for slope in slopes)
+    # The loss is symmetric: exchanging the views exchanges their gradients.
+    other = method(**SMALL, reconstruction=0, number=0, location=0, consistency=0)
+    other.load_state_dict(made.state_dict())
+    swapped = [[views[1].detach().clone().requires_grad_()], [views[0].detach().clone().requires_grad_()]]
+    monkeypatch.setattr(other.backbone, "encode_twice", lambda image: swapped)
+    other({"image": images(3)})["contrastive"].backward()
+    torch.testing.assert_close(swapped[0][0].grad, slopes[1])
+    torch.testing.assert_close(swapped[1][0].grad, slopes[0])
+
+
+@pytest.mark.parametrize("settings", [{"dropout": 0.3}, {"dropout": 0}])
+def test_codes_before_the_norm_are_means_of_its_input(settings):
+    made = method(
+        unet(block_dropout=0.2 if not settings["dropout"] else 0.0), **SMALL, contrast_on="before-norm", **settings
+    )
+    seen = []
+    made.backbone.down_4.convs.conv_1.conv.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    first, second = made.backbone.encode_twice(images(2))
+    torch.manual_seed(3)
+    one, two = made.codes(first, second)
+    torch.manual_seed(3)
+    halves = seen[0].chunk(2) if made.backbone.dropout_inside else (seen[0], seen[0])
+    for code, half in zip((one, two), halves, strict=True):
+        torch.testing.assert_close(code, made.backbone.dropout(half).mean(dim=(2, 3, 4)))
+    assert not torch.equal(one, two)
+    terms = made({"image": images(2)})
+    terms["contrastive"].backward()
+    assert made.backbone.conv_0.conv_0.conv.weight.grad.abs().max() > 0
+
+
+def test_codes_before_the_norm_need_an_instance_norm():
+    with pytest.raises(UserError, match="contrast_on=before-norm needs an encoder that ends in an instance norm"):
+        method(swin(), contrast_on="before-norm").check((64, 64, 64), 2)
+    method(swin(), contrast_on="before-norm", contrastive=0).check((64, 64, 64), 2)
+    method(contrast_on="before-norm").check((64, 64, 64), 2)
+
+
+def test_dropout_is_the_methods_own_and_leaves_the_backbones_where_it_is_off():
+    assert method(unet(dropout=0.4)).backbone.dropout.p == 0.1
+    assert method(unet(dropout=0.4), dropout=0).backbone.dropout.p == 0.4
+    assert method(unet(dropout=0.4), contrastive=0).backbone.dropout.p == 0.4
+    assert unet().dropout.p == 0
