@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from backbones.genesis_unet3d import GenesisUNet3D
 from harness import UserError
 from harness.api.settings import build
-from tests.backbones.parts import make
+from tests.backbones.parts import check_dropout, check_levels_and_parts, make
 
 
 def test_genesis_unet3d_uses_the_batchs_statistics_in_evaluation():
@@ -78,3 +78,36 @@ def test_running_statistics_are_those_of_the_batches_and_used_if_asked():
 def test_another_norm_is_refused():
     with pytest.raises(UserError, match=r"backbone\.norm"):
         build(GenesisUNet3D.Config, {"norm": "batches"}, "backbone")
+
+
+def test_the_published_keys_and_shapes():
+    """Names and shapes of `Genesis_Chest_CT.pt`, from the published network's description."""
+    network = GenesisUNet3D(GenesisUNet3D.Config(), 1)
+    network.set_head(1)
+    state = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    for level, (first, second, before) in {
+        "down_tr64": (32, 64, 1),
+        "down_tr128": (64, 128, 64),
+        "down_tr256": (128, 256, 128),
+        "down_tr512": (256, 512, 256),
+        "up_tr256": (256, 256, 512 + 256),
+        "up_tr128": (128, 128, 256 + 128),
+        "up_tr64": (64, 64, 128 + 64),
+    }.items():
+        assert state[f"{level}.ops.0.conv1.weight"] == (first, before, 3, 3, 3)
+        assert state[f"{level}.ops.1.conv1.weight"] == (second, first, 3, 3, 3)
+        for block, width in (("0", first), ("1", second)):
+            for name in ("bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var", "conv1.bias"):
+                assert state[f"{level}.ops.{block}.{name}"] == (width,)
+    for level, width in {"up_tr256": 512, "up_tr128": 256, "up_tr64": 128}.items():
+        assert state[f"{level}.up_conv.weight"] == (width, width, 2, 2, 2)
+    assert state["out_tr.final_conv.weight"] == (1, 64, 1, 1, 1)
+    assert len(state) == 7 * 2 * 7 + 3 * 2 + 2
+
+
+def test_levels_and_parts():
+    check_levels_and_parts("genesis_unet3d", channels=(8, 16, 32, 64), edges=(32, 16, 8, 4), width=8)
+
+
+def test_dropout_acts_on_the_deepest_features_alone():
+    check_dropout("genesis_unet3d")

@@ -8,6 +8,7 @@ from monai.networks.nets import SegResNet as MonaiSegResNet
 from backbones.segresnet import SegResNet
 from harness import UserError
 from harness.api.settings import build
+from tests.backbones.parts import check_dropout, check_levels_and_parts
 
 
 def test_segresnet_equals_monai_for_monais_state_dict():
@@ -66,3 +67,11 @@ def test_the_pyramid_is_what_monais_encoder_gives():
 def test_filters_that_eight_groups_do_not_divide_are_refused(number):
     with pytest.raises(UserError, match=r"backbone\.init_filters"):
         build(SegResNet.Config, {"init_filters": number}, "backbone")
+
+
+def test_levels_and_parts():
+    check_levels_and_parts("segresnet", channels=(8, 16, 32, 64), edges=(32, 16, 8, 4), width=8)
+
+
+def test_dropout_acts_on_the_deepest_features_alone():
+    check_dropout("segresnet")

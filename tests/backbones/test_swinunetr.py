@@ -7,7 +7,7 @@ from monai.networks.nets import SwinUNETR as MonaiSwinUNETR
 from backbones.swinunetr import SwinUNETR
 from harness import UserError
 from harness.api.settings import build
-from tests.backbones.parts import make
+from tests.backbones.parts import check_dropout, check_levels_and_parts, check_tokens, make
 
 
 def test_swinunetr_equals_monai_for_monais_state_dict():
@@ -86,3 +86,15 @@ def test_the_pyramid_is_the_image_and_the_states_of_monais_transformer():
 def test_sizes_that_do_not_fit_are_refused(settings, says):
     with pytest.raises(UserError, match=says):
         build(SwinUNETR.Config, settings, "backbone")
+
+
+def test_levels_and_parts():
+    check_levels_and_parts("swinunetr", (2, 12, 24, 48, 96, 192), edges=(32, 16, 8, 4, 2, 1), width=12)
+
+
+def test_dropout_acts_on_the_deepest_features_alone():
+    check_dropout("swinunetr")
+
+
+def test_the_token_takes_the_place_of_embedded_patches():
+    check_tokens("swinunetr", lambda backbone: backbone.swinViT.patch_embed.proj)

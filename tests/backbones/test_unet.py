@@ -8,6 +8,7 @@ from monai.networks.nets import BasicUNet
 from backbones.unet import UNet
 from harness import UserError
 from harness.api.settings import build
+from tests.backbones.parts import check_dropout, check_levels_and_parts
 
 
 def test_unet_equals_basicunet_for_its_state_dict():
@@ -74,3 +75,11 @@ def test_dropout_inside_the_blocks_makes_every_level_random():
 def test_there_are_five_widths_and_none_is_0(features):
     with pytest.raises(UserError, match=r"backbone\.features"):
         build(UNet.Config, {"features": features}, "backbone")
+
+
+def test_levels_and_parts():
+    check_levels_and_parts("unet", channels=(4, 4, 8, 8, 16), edges=(32, 16, 8, 4, 2), width=4)
+
+
+def test_dropout_acts_on_the_deepest_features_alone():
+    check_dropout("unet")

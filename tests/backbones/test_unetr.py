@@ -9,7 +9,7 @@ from scipy import ndimage
 from backbones.unetr import UNETR
 from harness import UserError
 from harness.api.settings import build
-from tests.backbones.parts import make
+from tests.backbones.parts import check_dropout, check_levels_and_parts, check_tokens, make
 
 
 def test_unetr_equals_monai_for_monais_state_dict():
@@ -102,3 +102,15 @@ def test_only_positions_tell_one_place_from_another():
 def test_sizes_that_do_not_fit_are_refused(settings, says):
     with pytest.raises(UserError, match=says):
         build(UNETR.Config, settings, "backbone")
+
+
+def test_levels_and_parts():
+    check_levels_and_parts("unetr", channels=(2, 24, 24, 24, 24), edges=(32, 2, 2, 2, 2), width=4)
+
+
+def test_dropout_acts_on_the_deepest_features_alone():
+    check_dropout("unetr")
+
+
+def test_the_token_takes_the_place_of_embedded_patches():
+    check_tokens("unetr", lambda backbone: backbone.vit.patch_embedding.patch_embeddings)

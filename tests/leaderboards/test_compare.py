@@ -129,3 +129,49 @@ def test_of_many_cases_the_five_that_lose_most_and_that_win_most_are_shown(tmp_p
     average = found.cases[found.cases["target"] == "average"].set_index("case")["difference"].sort_values()
     shown = str(found).partition("win most:\n")[2].partition("\n\n")[0].splitlines()[1:]
     assert [line.split()[0] for line in shown] == [*average.index[:5], *average.index[-5:]]
+
+
+def test_ties_are_counted_apart_and_nan_is_none_of_the_three(tmp_path):
+    """By hand: of eight cases, a is better in three, equal in four and worse in one; b is empty in the first case."""
+    for method, dice in (("better", [0.9, 0.9, 0.9, 0.5, 0.5, 0.5, 0.5, 0.2]), ("scratch", [0.5] * 7 + [0.3])):
+        place = write_run(tmp_path, method)
+        frame = pd.read_csv(place / "cases.csv")
+        frame.loc[frame["target"] == "a", "dice"] = dice
+        frame.to_csv(place / "cases.csv", index=False)
+    (found,) = compare.compare_methods(tables(tmp_path), "better", "scratch")
+    summary = found.summary.set_index("target")
+    assert summary.loc["a", ["wins", "ties", "losses"]].tolist() == [3, 4, 1]
+    assert summary.loc["b", ["wins", "ties", "losses"]].tolist() == [0, 7, 0]
+    assert summary.loc["average", ["wins", "ties", "losses"]].tolist() == [3, 4, 1]
+
+
+def test_methods_are_compared_on_each_backbone_that_both_have_and_never_across(tmp_path):
+    for method, backbone, dice in (
+        ("better", "unet", 0.85),
+        ("better", "unetr", 0.75),
+        ("scratch", "unet", 0.8),
+        ("scratch", "unetr", 0.6),
+        ("scratch", "segresnet", 0.9),
+    ):
+        write_run(tmp_path, method, dice=dice, backbone=backbone)
+    found = compare.compare_methods(tables(tmp_path), "better", "scratch")
+    assert [each.names for each in found] == [
+        ("better (unet)", "scratch (unet)"),
+        ("better (unetr)", "scratch (unetr)"),
+    ]
+    differences = [each.summary.set_index("target").loc["a", "difference"] for each in found]
+    assert differences == [pytest.approx(0.05), pytest.approx(0.15)]
+    assert [each.title.rpartition("backbone ")[2] for each in found] == ["unet", "unetr"]
+
+
+def test_the_text_says_which_is_which(tmp_path):
+    """A is the first; differences are A minus B."""
+    for seed in (0, 1):
+        write_run(tmp_path, "better", seed, dice=0.9)
+        write_run(tmp_path, "scratch", seed, dice=0.8)
+    (found,) = compare.compare_methods(tables(tmp_path), "better", "scratch")
+    text = str(found)
+    assert "A = better (unet)\nB = scratch (unet)\nseeds 0, 1" in text
+    (row,) = (line.split() for line in text.splitlines() if line.split()[:1] == ["a"])
+    assert [float(value) for value in row[1:5]] == pytest.approx([0.9, 0.8, 2.0, 2.0], abs=0.03)
+    assert float(row[5]) == pytest.approx(0.1)

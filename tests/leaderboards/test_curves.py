@@ -74,3 +74,19 @@ def test_the_largest_area_stands_first_and_what_is_missing_is_a_dash(tmp_path):
 def test_no_fraction_no_curve(tmp_path):
     write_run(tmp_path, "m")
     assert curves.find(tables(tmp_path)) == []
+
+
+def test_the_table_shows_the_average_over_targets_at_each_fraction_and_the_best_curve_first(runs):
+    (found,) = curves.find(tables(runs))
+    lines = str(found).splitlines()
+    assert lines[1].split()[:3] == ["10%", "50%", "100%"]
+    for line, method, first, slope in ((lines[2], "better", 0.7, 0.15), (lines[3], "scratch", 0.6, 0.2)):
+        name, _, *numbers = line.split()
+        assert name == method
+        frame = pd.read_csv(next(runs.glob(f"*-{method}-*")) / "cases.csv")
+        noise = frame[frame["target"] == "a"]["dice"].mean() - frame[frame["target"] == "a"]["dice"].round(1).mean()
+        # Target b has a Dice of 0.5 in all cases that have it.
+        expected = [(first + slope * fraction + 0.5) / 2 for fraction in (0.1, 0.5, 1.0)]
+        assert [float(number) for number in numbers[:3]] == pytest.approx(expected, abs=0.01 + abs(noise))
+        area = np.trapezoid([float(number) for number in numbers[:3]], [0.1, 0.5, 1.0]) / 0.9
+        assert float(numbers[3]) == pytest.approx(area, abs=1e-3)

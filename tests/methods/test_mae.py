@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from methods.mae import MAE
-from tests.methods.masked import hidden_by, keep, keep_argument, make
-from tests.methods.parts import images, unet
+from tests.methods.masked import check_loss, check_mask, check_refusals, hidden_by, keep, keep_argument, make
+from tests.methods.parts import images, swin, unet
 
 
 def test_mae_densified_hides_every_level_behind_its_token():
@@ -29,14 +29,44 @@ def test_mae_normalised_targets_have_mean_0_and_deviation_1_per_patch():
     assert patch.std().item() == pytest.approx(1, abs=1e-2)
 
 
-def test_masked_voxels_are_zero_for_the_encoder(monkeypatch):
-    made, image = make(MAE, unet), images(2) + 1
-    mask = hidden_by(made, image)
-    seen = []
-    monkeypatch.setattr(made.backbone, "trunk", keep_argument(made.backbone.trunk, seen))
-    made({"image": image})
-    assert (seen[0][mask] == 0).all()
-    assert torch.equal(seen[0][~mask], image[~mask])
+def test_three_quarters_of_the_patches_are_masked():
+    check_mask(make(MAE, unet), images(2), masked=12)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_the_loss_is_the_squared_error_of_the_masked_voxels(channels):
+    """The network gets 0 where it is masked. Intensities beyond 1 show that nothing limits what it restores."""
+    made, image = make(MAE, lambda: unet(channels=channels)), images(2, channels) * 4 - 1
+    mask, network = hidden_by(made, image), made.backbone
+    restored = made.predict(network.decode(network.encode(torch.where(mask, 0, image))))
+    check_loss(made, image, restored, np.square)
+    assert torch.equal(made.show({"image": image})["image"], image)
+
+
+def test_settings_that_do_not_fit_are_refused():
+    check_refusals(
+        MAE,
+        swin,
+        [
+            ({"patch": (12, 16, 16)}, "does not divide the crop"),
+            ({"mask_ratio": 0.99}, "masks 16 of the 16 patches"),
+            ({"densify": True}, "multiple of the deepest stride 32,32,32 .* it is 16,16,16"),
+        ],
+    )
+    make(MAE, swin, densify=True, patch=(32, 32, 32), mask_ratio=0.5).check((32, 64, 32), 2)
+
+
+def test_densified_the_network_learns_from_the_same_loss():
+    made, image = make(MAE, lambda: unet(channels=2), densify=True), images(2, 2) * 4 - 1
+    mask, network = hidden_by(made, image), made.backbone
+    pyramid = [
+        torch.where(mask[:, :, :: 2**level, :: 2**level, :: 2**level], token.view(1, -1, 1, 1, 1), features)
+        for level, (features, token) in enumerate(
+            zip(network.encode(torch.where(mask, 0, image)), made.tokens, strict=True)
+        )
+    ]
+    check_loss(made, image, made.predict(network.decode(pyramid)), np.square)
+    assert [len(token) for token in made.tokens] == [4, 4, 8, 8, 16]
 
 
 @pytest.mark.parametrize("channels", [1, 2])

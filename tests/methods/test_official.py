@@ -2,6 +2,7 @@
 
 import pickle
 import zipfile
+from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,36 +41,24 @@ def load(backbone, content, tmp_path, **settings):
     return transfer(backbone, method.weights())
 
 
-def test_genesis_unet3d_has_the_published_keys_and_shapes():
-    """Names and shapes of `Genesis_Chest_CT.pt`, from the published network's description."""
-    network = genesis_unet3d.GenesisUNet3D(genesis_unet3d.GenesisUNet3D.Config(), 1)
-    network.set_head(1)
-    state = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    for level, (first, second, before) in {
-        "down_tr64": (32, 64, 1),
-        "down_tr128": (64, 128, 64),
-        "down_tr256": (128, 256, 128),
-        "down_tr512": (256, 512, 256),
-        "up_tr256": (256, 256, 512 + 256),
-        "up_tr128": (128, 128, 256 + 128),
-        "up_tr64": (64, 64, 128 + 64),
-    }.items():
-        assert state[f"{level}.ops.0.conv1.weight"] == (first, before, 3, 3, 3)
-        assert state[f"{level}.ops.1.conv1.weight"] == (second, first, 3, 3, 3)
-        for block, width in (("0", first), ("1", second)):
-            for name in ("bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var", "conv1.bias"):
-                assert state[f"{level}.ops.{block}.{name}"] == (width,)
-    for level, width in {"up_tr256": 512, "up_tr128": 256, "up_tr64": 128}.items():
-        assert state[f"{level}.up_conv.weight"] == (width, width, 2, 2, 2)
-    assert state["out_tr.final_conv.weight"] == (1, 64, 1, 1, 1)
-    assert len(state) == 7 * 2 * 7 + 3 * 2 + 2
-
-
-@pytest.mark.parametrize("container", [None, "state_dict"])
-def test_a_published_unet3d_is_loaded_whole(container, tmp_path):
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda weights: weights,
+        lambda weights: {"epoch": 3, "state_dict": weights},
+        lambda weights: {"model": weights, "net": 1},
+        lambda weights: {"model_state_dict": weights},
+        lambda weights: {"epoch": 3, "network_weights": weights},
+        lambda weights: {"net": {"step": 1, "state_dict": {"model": weights}}},
+        lambda weights: {f"model.{key}": value for key, value in weights.items()},
+        lambda weights: {f"module.backbone.{key}": value for key, value in weights.items()},
+    ],
+)
+def test_a_published_unet3d_is_loaded_whole(wrap, tmp_path):
+    """However a trainer wrapped the file or the network."""
     weights = published_genesis()
     backbone = genesis()
-    report = load(backbone, {container: weights, "epoch": 3} if container else weights, tmp_path)
+    report = load(backbone, wrap(weights), tmp_path)
     assert report.encoder_fraction == 1
     assert report.reinitialised == []
     assert report.skipped == ["out_tr.final_conv.bias", "out_tr.final_conv.weight"]
@@ -134,6 +123,33 @@ def test_half_missing_is_refused_with_the_first_keys(tmp_path):
     kept = {key: value for key, value in weights.items() if "down_tr256" not in key and "down_tr512" not in key}
     with pytest.raises(UserError, match=r"at least 50% are needed: down_tr256\.ops\.0\.conv1\.weight is not there"):
         load(genesis(), kept, tmp_path)
+
+
+@pytest.mark.parametrize("levels", [c for n in range(4) for c in combinations((64, 128, 256, 512), n)])
+def test_it_refuses_what_gives_less_than_half_of_the_encoders_parameters(levels, tmp_path):
+    """Counted by hand for 4 channels: convolutions of 27 weights with a bias and a norm. The decoder does not count."""
+    numbers = {}
+    for level, before, first in ((64, 1, 4), (128, 8, 8), (256, 16, 16), (512, 32, 32)):
+        numbers[level] = 27 * first * (before + 2 * first) + 3 * (first + 2 * first)
+    share = sum(numbers[level] for level in levels) / sum(numbers.values())
+    names = [f"module.down_tr{level}." for level in levels] + ["module.up_"]
+    weights = {key: value for key, value in published_genesis().items() if key.startswith(tuple(names))}
+    if share < 0.5:
+        with pytest.raises(UserError, match=f"gives {share:.0%} of the encoder of backbone 'genesis_unet3d'"):
+            load(genesis(), weights, tmp_path)
+    else:
+        report = load(genesis(), weights, tmp_path)
+        assert report.encoder_fraction == pytest.approx(share)
+        assert not any(key.startswith("up_") for key in report.reinitialised)
+
+
+def test_the_refusal_says_that_a_stem_could_be_repeated_only_where_it_could(tmp_path):
+    weights = {key: value for key, value in published_genesis().items() if "down_tr512" not in key}
+    with pytest.raises(UserError, match=r"needed.*method\.inflate_stem=true repeats a stem of one channel"):
+        load(genesis(channels=4), weights, tmp_path)
+    with pytest.raises(UserError) as refused:
+        load(genesis(), weights, tmp_path)
+    assert "inflate_stem" not in str(refused.value)
 
 
 def test_weights_of_another_width_are_refused_with_both_shapes(tmp_path):

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from methods.simmim import SimMIM, VoxelHead, masked_mean, new_token
-from tests.methods.masked import hidden_by, keep_argument, make
-from tests.methods.parts import images, swin, unet
+from tests.methods.masked import check_loss, check_mask, check_refusals, hidden_by, keep_argument, make
+from tests.methods.parts import images, swin, unet, unetr
 
 
 def test_masked_mean_has_no_gradient_at_visible_voxels():
@@ -32,24 +32,41 @@ def test_voxel_head_puts_each_cells_values_into_its_cell():
     assert (restored == 0).all()
 
 
-def test_the_loss_is_equation_1_in_numpy():
-    """L1 summed over the masked voxels of all channels, divided by their number."""
-    made, image = make(SimMIM, lambda: unet(channels=2)), images(2, channels=2)
-    mask = np.broadcast_to(hidden_by(made, image).numpy(), image.shape)
-    shown = made.show({"image": image})
+@pytest.mark.parametrize("channels", [1, 2])
+def test_the_loss_is_equation_1_in_numpy(channels):
+    """L1 summed over the masked voxels of all channels, divided by their number; one layer on the deepest features."""
+    made, image = make(SimMIM, lambda: unet(channels=channels)), images(2, channels) * 4 - 1
+    deepest = made.backbone.encode_masked(image, hidden_by(made, image), made.token)[-1]
+    check_loss(made, image, made.predict(deepest), np.abs)
     made.generator.manual_seed(0)
-    (loss,) = made({"image": image}).values()
-    restored = shown["what it restores"].detach().numpy().astype(np.float64)
-    assert loss.item() == pytest.approx(np.abs(restored - image.numpy())[mask].sum() / mask.sum(), rel=1e-5)
+    shown = made.show({"image": image})
+    assert torch.equal(shown["image"], image)
+    made.generator.manual_seed(0)
+    assert torch.equal(shown["what it restores"], made.restore(image)[1])
 
 
-def test_what_it_sees_is_the_image_with_zeros_where_it_is_masked():
-    made, image = make(SimMIM, unet), images()
-    mask = hidden_by(made, image).numpy()
-    seen = made.show({"image": image})["what it sees"].numpy()
-    np.testing.assert_array_equal(seen[~mask], image.numpy()[~mask])
-    assert not seen[mask].any()
-    assert mask.mean() == pytest.approx(10 / 16)
+def test_six_patches_in_ten_are_masked():
+    check_mask(make(SimMIM, unet), images(2), masked=10)
+
+
+@pytest.mark.parametrize("backbone", [swin, unetr])
+def test_a_transformer_learns_its_token_which_is_as_wide_as_an_embedding(backbone):
+    made = make(SimMIM, backbone)
+    made({"image": images()})["reconstruction"].backward()
+    assert made.token.shape == (made.backbone.token_width,)
+    assert made.token.grad.abs().sum() > 0
+
+
+def test_settings_that_do_not_fit_are_refused():
+    check_refusals(
+        SimMIM,
+        unetr,
+        [
+            ({"patch": (12, 16, 16)}, "does not divide the crop"),
+            ({"patch": (32, 64, 32)}, "masks 1 of the 1 patches"),
+            ({"patch": (16, 16, 8)}, "16,16,8 is not a multiple of the 16 voxels"),
+        ],
+    )
 
 
 def test_a_convolutional_network_gets_the_token_in_the_place_of_masked_voxels(monkeypatch):

@@ -75,11 +75,14 @@ class Mutant:
 
 
 def read_mutants(folder: Path = MUTANTS) -> list[Mutant]:
-    """All mutants of a folder of lists, in the order of the sources and of the lists."""
+    """All mutants of a folder of lists, in the order of the sources and of the lists. Raises ValueError for a broken list."""
     mutants = []
     for path in sorted(folder.rglob("*.toml")):
         source = path.relative_to(folder).with_suffix(".py").as_posix()
-        mutants += [Mutant(source, **entry) for entry in tomllib.loads(path.read_text())["mutant"]]
+        try:
+            mutants += [Mutant(source, **entry) for entry in tomllib.loads(path.read_text())["mutant"]]
+        except (tomllib.TOMLDecodeError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is no list of mutants with `breaks`, `old` and `new`: {error}") from None
     return mutants
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from harness.api.registry import Registry
+from harness.api.task import Case
 from harness.config.schema import Evaluate
 from harness.data.pictures import Panel
 from harness.evaluation import evaluate as stage
@@ -199,3 +200,55 @@ def test_saved_predictions_are_what_was_scored(corpus_runs, data_folders):
         for target, scored in zip(task.targets, metrics.score(mine, theirs, (1, 1, 1)), strict=True):
             row = rows[(rows["case"] == case.id) & (rows["target"] == target)].iloc[0]
             assert scored.dice == pytest.approx(row["dice"], abs=1e-6)
+
+
+def test_a_summary_averages_cases_then_targets_and_counts_the_rest(registry):
+    """By hand; a score without a value is left out, and the average is that of the targets' means."""
+    task = registry.task("msd_hippocampus")
+    first, second = task.targets
+
+    def row(case, target, status, dice, hd95, surface):
+        return dict(
+            zip(("case", "target", "status", "dice", "hd95_mm", "surface_dice"), locals().values(), strict=True)
+        )
+
+    rows = [
+        row("x", first, "scored", 0.5, 2.0, 0.4),
+        row("y", first, "missed", 0.0, None, 0.0),
+        row("z", first, "scored", 1.0, 4.0, 0.8),
+        row("x", second, "scored", 0.9, 1.0, 1.0),
+        row("y", second, "empty", None, None, None),
+        row("z", second, "spurious", 0.0, 30.0, 0.0),
+    ]
+    found = stage.summarise(task, rows)
+    counts = {"n_missed": 1, "n_spurious": 0, "n_empty": 0}
+    assert found[first] == {"dice": 0.5, "hd95": 3.0, "surface_dice": pytest.approx(0.4), "n_cases": 3} | counts
+    counts = {"n_missed": 0, "n_spurious": 1, "n_empty": 1}
+    assert found[second] == {"dice": 0.45, "hd95": 15.5, "surface_dice": 0.5, "n_cases": 2} | counts
+    assert found["average"] == {
+        "dice": pytest.approx(0.475),
+        "hd95": pytest.approx(9.25),
+        "surface_dice": pytest.approx(0.45),
+    }
+    nothing = stage.summarise(task, [row("x", name, "empty", None, None, None) for name in task.targets])
+    assert nothing["average"] == {"dice": None, "hd95": None, "surface_dice": None}
+
+
+def test_the_reference_is_read_on_its_own_grid_in_mm(registry, tmp_path):
+    """The spacing is that of the affine's columns, however the axes are turned."""
+    task = registry.task("msd_hippocampus")
+    label = np.zeros((4, 5, 6), np.uint8)
+    label[1, 2, 3], label[2] = 1, 2
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[0, -2.0, 0], [0.7, 0, 0], [0, 0, 3.0]])
+    nib.save(nib.Nifti1Image(label, affine), tmp_path / "a.nii.gz")
+    case = Case("a", (tmp_path / "a.nii.gz",), tmp_path / "a.nii.gz")
+    masks, spacing = stage.read_reference(task, case)
+    assert spacing == pytest.approx([0.7, 2.0, 3.0])
+    assert [mask.sum() for mask in masks] == [1, 30]
+
+
+def test_the_definitions_are_the_settings():
+    settings = Evaluate(hd95="pooled", empty="perfect", tolerance=2.5)
+    assert stage.new_scoring(settings) == metrics.Scoring(hd95="pooled", empty="perfect", tolerance=2.5)
+    assert stage.new_scoring(Evaluate()) == metrics.Scoring()

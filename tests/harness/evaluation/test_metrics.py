@@ -257,3 +257,32 @@ def test_labels_beyond_eight_bits_are_told_apart():
 def test_hd95_of_nothing_is_refused():
     with pytest.raises(ValueError, match="not empty"):
         hausdorff95(np.zeros((3, 3, 3), bool), np.ones((3, 3, 3), bool), (1, 1, 1))
+
+
+def test_a_label_may_belong_to_several_targets():
+    """As the regions of BraTS: each is scored as the mask of its labels, in whatever order they are listed."""
+    rng = np.random.default_rng(5)
+    label = [rng.integers(0, 4, (9, 8, 7)) for _ in range(2)]
+    targets = {"whole": (1, 2, 3), "core": (1, 3), "enhancing": (3,), "rest": (2, 1)}
+    for names in (list(targets), list(targets)[::-1]):
+        found = score_labels(*label, {name: targets[name] for name in names}, (1, 2, 3))
+        for name, got in zip(names, found, strict=True):
+            masks = [np.isin(each, targets[name]) for each in label]
+            assert got.dice == pytest.approx(2 * (masks[0] & masks[1]).sum() / (masks[0].sum() + masks[1].sum()))
+            assert got == score(masks[0][None], masks[1][None], (1, 2, 3))[0]
+
+
+@pytest.mark.parametrize("definition", ["max-directed", "pooled", "area-weighted"])
+def test_a_score_does_not_depend_on_which_mask_is_the_reference(definition):
+    rng = np.random.default_rng(8)
+    a, b = blob(rng), blob(rng)
+    one, other = (single(*pair, (0.7, 1.3, 2.5), hd95=definition, tolerance=1.5) for pair in ((a, b), (b, a)))
+    assert one == other
+
+
+def test_a_distance_of_exactly_the_tolerance_is_within_it():
+    a, b = np.zeros((12, 4, 4), bool), np.zeros((12, 4, 4), bool)
+    a[2], b[5] = True, True
+    for spacing in (0.1, 0.7, 1.0):
+        for tolerance, share in ((3 * spacing, 1.0), (2.9 * spacing, 0.0)):
+            assert single(a, b, (spacing, 1, 1), tolerance=tolerance).surface_dice == share

@@ -64,3 +64,27 @@ def test_the_precision_and_the_layout_are_those_of_the_training(registry):
     np.testing.assert_allclose(same, exact, atol=1e-6)
     assert 1e-5 < np.abs(rough - exact).max() < 1e-2
     assert rough.dtype == np.float32
+
+
+class Ramp(nn.Module):
+    """Logits that say where in its window a voxel lies along x, in each of three targets."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def forward(self, image):
+        along = torch.arange(float(image.shape[2])).view(1, 1, -1, 1, 1) / 4
+        return along.expand(len(image), 3, -1, *image.shape[3:]).contiguous()
+
+
+def test_where_windows_overlap_their_middles_count_more(registry):
+    """By hand: two windows of 8, the second 4 further, weighted by a Gaussian of an eighth of the window (Isensee 2021)."""
+    task = registry.task("msd_brats")
+    image = np.zeros((len(task.channels), 12, 8, 8), np.float32)
+    found = predict(task, Ramp(), image, trained((8, 8, 8)), Evaluate(overlap=0.5))[0, :, 3, 3]
+    place = np.arange(8)
+    weight, value = np.exp(-(((place - 3.5) / 1.0) ** 2) / 2), place / 4
+    both = (weight[4:] * value[4:] + weight[:4] * value[:4]) / (weight[4:] + weight[:4])
+    expected = np.concatenate([value[:4], both, value[4:]])
+    np.testing.assert_allclose(np.log(found / (1 - found)), expected, atol=0.03)

@@ -13,6 +13,7 @@ from harness.config.request import Request
 from harness.config.resolve import resolve
 from harness.data.inventory import digest_cases
 from harness.data.volumes import preprocess_cases
+from harness.system.files import digest_file
 from harness.training.finetune import finetune, finetune_data
 from harness.training.loop import StageContext
 from harness.training.models import Plugins
@@ -44,6 +45,72 @@ def test_crops_are_labelled_the_same_for_one_seed_and_others_for_another(stage):
         assert sample["target"].max() > 0
         assert all(np.array_equal(sample[name], again[index][name]) for name in ("image", "target"))
     assert any(not np.array_equal(first[index]["image"], other[index]["image"]) for index in range(8))
+
+
+def with_settings(config, **changed):
+    return config.model_copy(update={"finetune": config.finetune.model_copy(update=changed)})
+
+
+def test_the_share_of_crops_around_a_labelled_voxel_is_the_settings(stage):
+    """Crops of 16 of 36 voxels: their middle is labelled if they are centred, unless the border is too near."""
+    config, _, task, volumes = stage
+    labelled = {}
+    for share in (0.0, 0.5, 1.0):
+        changed = with_settings(config, crop=(16, 16, 16), foreground=share, flip=0, rotate=0)
+        data = finetune_data(changed, task, volumes, 300, seed=3)
+        labelled[share] = np.mean([data[index]["target"][0, 8, 8, 8] > 0 for index in range(300)])
+    assert labelled[1.0] > 0.9
+    assert labelled[0.0] < 0.7 * labelled[1.0]
+    assert labelled[0.5] == pytest.approx((labelled[0.0] + labelled[1.0]) / 2, abs=0.1)
+
+
+def test_crops_are_augmented_as_the_settings_say(stage):
+    config, _, task, volumes = stage
+    off = {"crop": (16, 16, 16), "flip": 0, "rotate": 0, "scale": 0, "shift": 0}
+    plain, flipped, shifted = (
+        finetune_data(with_settings(config, **off | more), task, volumes, 6, seed=3)
+        for more in ({}, {"flip": 1}, {"shift": 1})
+    )
+    for index in range(6):
+        before, turned, brighter = plain[index], flipped[index], shifted[index]
+        for name in ("image", "target"):
+            assert np.array_equal(turned[name], np.flip(before[name], (1, 2, 3)))
+        assert np.ptp(brighter["image"] - before["image"]) < 1e-6
+        assert not np.array_equal(brighter["image"], before["image"])
+
+
+def test_the_result_depends_on_the_seed_and_not_on_what_ran_before(stage, tmp_path):
+    """Otherwise `scratch` would not be a matched control."""
+    config, plugins, task, volumes = stage
+    finals = []
+    for number, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(100 + number)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        seeded = config.model_copy(update={"seed": seed})
+        finetune(seeded, plugins, task, volumes, {}, folder, StageContext())
+        finals.append(load_file(folder / "weights.safetensors"))
+    assert all(torch.equal(finals[0][key], finals[1][key]) for key in finals[0])
+    assert not all(torch.equal(finals[0][key], finals[2][key]) for key in finals[0])
+
+
+@pytest.mark.parametrize("protocol", ["finetune", "frozen"])
+def test_training_changes_what_the_protocol_leaves_to_it(protocol, stage, tmp_path):
+    config, plugins, task, volumes = stage
+    config = with_settings(config.model_copy(update={"protocol": protocol}), lr=0.01)
+    torch.manual_seed(7)
+    pretrained = plugins.new_backbone(config, 1).part_weights(("encoder", "decoder"))
+    finetune(config, plugins, task, volumes, pretrained, tmp_path, StageContext())
+    final = load_file(tmp_path / "weights.safetensors")
+    backbone = plugins.new_backbone(config, 1)
+    changed = {backbone.part_of(key) for key in pretrained if not torch.equal(final[key], pretrained[key])}
+    assert changed == ({"decoder"} if protocol == "frozen" else {"encoder", "decoder"})
+    report = json.loads((tmp_path / "finetune.json").read_text())
+    frozen = report["transfer"]["frozen"]
+    number = sum(backbone.part_of(key) == "encoder" for key in pretrained)
+    assert (frozen is None) if protocol == "finetune" else (frozen["tensors"] == number)
+    assert report["weights"] == digest_file(tmp_path / "weights.safetensors")
+    assert report["trained"]["steps"] == 2
 
 
 def test_it_leaves_weights_history_and_a_report_and_starts_from_what_it_is_given(stage, tmp_path):

@@ -1,6 +1,7 @@
 """The loop: it minimises, writes every step, and stops or goes on where a step is not finite."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,3 +82,52 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, capsys):
     data = [{"image": torch.ones(1, 2, 2, 2)}] * 40
     train(stage_plan(), whole, data, tmp_path / "whole.jsonl", new_accelerator())
     assert 0 < abs(float((again.weight - whole.weight).detach())) < 0.1
+
+
+class Twice(Slope):
+    """Two terms, and the samples that it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, batch):
+        self.seen += batch["image"][:, 0, 0, 0, 0].tolist()
+        (fit,) = super().forward(batch).values()
+        return {"fit": fit, "size": 0.5 * self.weight.abs().sum() + 3}
+
+
+def test_the_history_says_what_was_minimised_and_the_log_the_same(tmp_path):
+    """The sum of the terms; every step takes the next samples in their order."""
+    module, logged = Twice(), []
+    data = [{"image": torch.full((1, 2, 2, 2), float(index))} for index in range(40)]
+    context = StageContext(log=lambda values, step: logged.append((step, values)))
+    train(stage_plan(), module, data, tmp_path / "history.jsonl", new_accelerator(), context)
+    assert module.seen == list(range(40))
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert lines[0]["terms"] == {"fit": pytest.approx(0.25), "size": 3}
+    assert lines[0]["stage"] == "pretrain"
+    for line, (step, values) in zip(lines, logged, strict=True):
+        assert line["loss"] == pytest.approx(sum(line["terms"].values()))
+        assert step == line["step"]
+        expected = {"loss": line["loss"], "lr": line["lr"], **line["terms"]}
+        assert values == {f"pretrain/{name}": value for name, value in expected.items()}
+
+
+def test_a_stage_that_goes_on_ends_as_one_that_was_never_interrupted(tmp_path):
+    """Also where lines were written after the checkpoint, and where the history begins with those of another stage."""
+    plan = replace(stage_plan(), history='{"stage": "before"}\n')
+    data = [{"image": torch.full((1, 2, 2, 2), index / 40)} for index in range(40)]
+    broken = [*data[:12], {"image": torch.full((1, 2, 2, 2), float("nan"))}, *data[13:]]
+    whole, parts, history = Twice(), Twice(), tmp_path / "parts" / "history.jsonl"
+    train(plan, whole, data, tmp_path / "whole" / "history.jsonl", new_accelerator())
+    with pytest.raises(UserError, match="not finite at step 7"):
+        train(plan, Twice(), broken, history, new_accelerator())
+    assert len(history.read_text().splitlines()) == 1 + 6
+    with history.open("a") as lines:
+        lines.write('{"step": 7, "loss": 5.0}\n{"step": 8')
+    done = train(plan, parts, data, history, new_accelerator())
+    assert (done.steps, done.resumed, done.skipped) == (20, 1, [])
+    assert parts.seen == whole.seen[12:]
+    assert torch.equal(parts.weight, whole.weight)
+    assert history.read_text() == (tmp_path / "whole" / "history.jsonl").read_text()
