@@ -27,6 +27,7 @@ class GenesisUNet3D(Backbone):
         "head": ("out_tr",),
     }
     strides = tuple((2**level,) * 3 for level in range(4))
+    abilities = frozenset({"sparse"})
 
     class Config(Settings):
         """Settings of the network: channels, norm, dropout."""

@@ -25,6 +25,7 @@ class SegResNet(Backbone):
         "head": ("conv_final",),
     }
     strides = tuple((2**level,) * 3 for level in range(4))
+    abilities = frozenset({"sparse"})
 
     # MONAI's modules under MONAI's names. `__init__` takes them from MONAI's network.
     convInit: nn.Module  # noqa: N815

@@ -33,6 +33,7 @@ class UNet(Backbone):
         "head": ("final_conv",),
     }
     strides = tuple((2**level,) * 3 for level in range(5))
+    abilities = frozenset({"sparse"})
 
     class Config(Settings):
         """Settings of the network: channels and dropout."""

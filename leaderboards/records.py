@@ -118,6 +118,9 @@ class Run:
         overrides = dict(self.record["overrides"])
         if corpora := self.record["data"].get("corpora"):
             overrides["method.corpus"] = "+".join(f"{corpus['name']}@{corpus['fingerprint']}" for corpus in corpora)
+        requested = self.record.get("transfer", {}).get("requested", "method")
+        if requested != "method":
+            overrides["method.transfer"] = requested
         for field, digest in self.record.get("files", {}).items():
             overrides[f"method.{field}"] = f"{PurePath(overrides.get(f'method.{field}', field)).name}@{digest[:8]}"
         return _label(self.record["method"], overrides, ("method",))

@@ -93,6 +93,12 @@ class Environment(Part):
     git: dict[Name, str | bool | None] = {}
 
 
+class Transferred(Part):
+    """What fine-tuning started from."""
+
+    requested: Literal["method", "encoder", "all"] = "method"
+
+
 class Record(Part):
     """A run record of schema 1."""
 
@@ -115,4 +121,5 @@ class Record(Part):
     metric_definitions: Definitions = Definitions()
     environment: Environment = Environment()
     files: dict[Name, Digest] = {}
+    transfer: Transferred = Transferred()
     finished: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")] | None = None

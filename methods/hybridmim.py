@@ -14,6 +14,7 @@ from harness import (
     Batch,
     Dropout,
     Method,
+    Pyramid,
     Settings,
     Size3,
     Triple,
@@ -32,24 +33,30 @@ class HybridMIM(Method):
     Source: Xing, Zhu, Yu, Xing, Wan, "HybridMIM: A Hybrid Masked Image Modeling Framework for 3D Medical Image
     Segmentation", sections III and IV-C. Equation numbers are those of the paper. Repository: ge-xing/HybridMIM.
 
-    The paper is the default where the released code differs from it. The differences are:
+    Unless said otherwise, the paper is the default where the released code differs from it. The differences are:
       * Labels. The code groups 8 consecutive patches in raster order, but predicts from features pooled over 2x2x2
         blocks. Here bit k of sub-volume r stands for patch k inside that sub-volume (section III-C).
       * Reconstruction. Equation 1 is the unsquared L2 norm per sub-volume. The code uses the mean squared error over
-        all masked voxels. `distance` offers both. Both use a sigmoid output and only the masked voxels of the region.
-      * Region. The paper's region lies around the centre, the code's region in a corner.
+        all masked voxels. `distance` offers both. The squared error is the default, because the weights of equation 7
+        belong to it: the gradient of an unsquared norm has a constant size, which drowns the other terms on a U-Net
+        (`docs/methods/hybridmim.md` has the measurements). Both use a sigmoid output and only the masked voxels of the
+        region.
+      * Region. The paper's region is a set of sub-volumes around the centre, the code's region lies in a corner. Here
+        it begins on the grid of sub-volumes, as near the centre as that allows.
       * Consistency. The paper's squared error uses probabilities and trains the location head. The code thresholds
         first, so that half of the term has no gradient. `consistency_on` offers both.
       * Location. Equation 4 sums the binary cross-entropy over the bits of a sub-volume. The code averages it.
       * Contrast. The code detaches the second view. Here both views have gradients. For SwinUNETR the code contrasts
         one token. Here the spatial mean is contrasted, as for UNet.
+        On a U-Net, spatial means of instance-normalised features are nearly alike for all samples, in the code as
+        here. `contrast_on=before-norm` contrasts the means before that norm, which differ.
       * Dropout. The code draws it inside the networks (`block_dropout` and `drop_path` are closest to that). Here it
-        acts after the trunk, so that two encodings cost one pass.
+        acts after the trunk, so that two encodings cost one pass. It acts in pre-training only.
     The paper leaves these points open:
       * Equation 5 sums over sub-volumes, while equations 2 and 4 average. Here all three average, so that the weights
         do not depend on the crop.
-      * Equation 1 sums over whole sub-volumes. A region on the stride's grid may cut them (region 64 in a crop of 96
-        with stride 16). Each piece then counts as one sub-volume.
+      * Equation 1 sums over whole sub-volumes. A region that is no multiple of them cuts some (region 48 with
+        sub-volumes of 32). Each piece then counts as one sub-volume.
       * Equation 3 says that p = 0 is masked. Here 1 is masked, as equation 5 and the code need.
       * Equation 6 leaves the positive out of the denominator, but its text does not. Here it is in the denominator, as
         in the text and the code.
@@ -106,6 +113,7 @@ class HybridMIM(Method):
         projection: int = Field(384, gt=0, description="dimensions of the contrasted code; released code")
 
     config: Config
+    _norm_input: Tensor | None = None
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(config, backbone)
@@ -126,6 +134,9 @@ class HybridMIM(Method):
             if config.dropout:
                 # In pre-training only: fine-tuning builds a new network, the same for every method and for scratch.
                 backbone.dropout = Dropout(config.dropout)
+            norm = last_instance_norm(backbone)
+            if config.contrast_on == "before-norm" and norm is not None:
+                norm.register_forward_pre_hook(self._remember_input)
 
     def check(self, crop: Triple, batch_size: int) -> None:
         """Raise UserError unless sub-volumes, patches, region, weights, batch size and dropout fit."""
@@ -162,6 +173,11 @@ class HybridMIM(Method):
                 "hybridmim's contrastive term needs dropout, without it the two encodings are the same: "
                 "set method.dropout=0.1, or method.contrastive=0"
             )
+        if config.contrastive and config.contrast_on == "before-norm" and last_instance_norm(self.backbone) is None:
+            raise UserError(
+                f"method.contrast_on=before-norm needs an encoder that ends in an instance norm, as unet does; that of "
+                f"backbone {self.backbone.name!r} does not: set method.contrast_on=features"
+            )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`image` (N, C, x, y, z) -> the weighted terms of equation 7 that are switched on."""
@@ -177,8 +193,8 @@ class HybridMIM(Method):
             terms["reconstruction"] = config.reconstruction * self.reconstruction_loss(first, image, mask)
         terms |= self._region_terms(first[-1], mask)
         if config.contrastive:
-            first_code, second_code = (self.project(view[-1].mean(dim=(2, 3, 4))) for view in (first, second))
-            terms["contrastive"] = config.contrastive * contrastive_loss(first_code, second_code, config.temperature)
+            one, two = (self.project(code) for code in self.codes(first, second))
+            terms["contrastive"] = config.contrastive * contrastive_loss(one, two, config.temperature)
         return terms
 
     def show(self, batch: Batch) -> dict[str, Tensor]:
@@ -224,6 +240,20 @@ class HybridMIM(Method):
         # A sub-volume without a masked voxel has distance 0, and the gradient of the root is infinite there.
         return torch.where(sums > 0, sums.clamp_min(1e-12).sqrt(), 0).mean()
 
+    def codes(self, first: Pyramid, second: Pyramid) -> tuple[Tensor, Tensor]:
+        """The two codes of each sample before projection, (N, channels) each: spatial means under two draws of dropout."""
+        if self.config.contrast_on == "features":
+            return first[-1].mean(dim=(2, 3, 4)), second[-1].mean(dim=(2, 3, 4))
+        features, self._norm_input = self._norm_input, None
+        assert features is not None
+        one, two = features.chunk(2) if self.backbone.dropout_inside else (features, features)
+        drop = self.backbone.dropout
+        return drop(one).mean(dim=(2, 3, 4)), drop(two).mean(dim=(2, 3, 4))
+
+    def _remember_input(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Forward hook of the encoder's last norm: keep its input until `codes` reads it."""
+        self._norm_input = inputs[0]
+
     def _region_terms(self, deepest: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """The weighted terms of equations 2, 4 and 5 that are switched on."""
         config = self.config
@@ -246,7 +276,10 @@ class HybridMIM(Method):
         return terms
 
     def _region(self, extent: Sequence[int]) -> tuple[Triple, Triple]:
-        """Origin and size of the target region, on the grid of the deepest stride and as near the centre as it allows.
+        """Origin and size of the target region, as near the centre as its grid allows.
+
+        Along an axis on which the region's extent is a multiple of the sub-volume's, the region begins on the grid of
+        sub-volumes and cuts none of them. Along the others, it begins on the grid of the deepest stride.
 
         Raises:
             UserError: the region is off that grid, exceeds the crop, or is a single voxel of the deepest features.
@@ -272,7 +305,8 @@ class HybridMIM(Method):
                 f"method.region={_text(size)} is a single voxel of the deepest features of backbone "
                 f"{self.backbone.name!r}, which cannot be normalised: set it to at least twice the stride along one axis"
             )
-        x, y, z = ((length - edge) // 2 // t * t for length, edge, t in zip(extent, size, stride, strict=True))
+        grid = [t if edge % sub else sub for edge, sub, t in zip(size, self.config.sub_volume, stride, strict=True)]
+        x, y, z = ((length - edge) // 2 // step * step for length, edge, step in zip(extent, size, grid, strict=True))
         return (x, y, z), (size[0], size[1], size[2])
 
     def _sum_over_sub_volumes(self, values: Tensor, origin: Triple) -> Tensor:
@@ -284,6 +318,13 @@ class HybridMIM(Method):
             shape = [*values.shape[:axis], touched, *values.shape[axis + 1 :]]
             values = values.new_zeros(shape).index_add(axis, owner, values)
         return values.flatten(1)
+
+
+def last_instance_norm(backbone: Backbone) -> nn.Module | None:
+    """The last norm of the encoder if it is an instance norm, otherwise None."""
+    children = [getattr(backbone, name) for name in backbone.parts["encoder"]]
+    norms = [module for child in children for module in child.modules() if "norm" in type(module).__name__.lower()]
+    return norms[-1] if norms and isinstance(norms[-1], nn.InstanceNorm3d) else None
 
 
 def consistency_loss(count: Tensor, locate: Tensor, on_bits: bool = False) -> Tensor:

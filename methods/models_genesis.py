@@ -28,7 +28,13 @@ class ModelsGenesis(Method):
       * Intensities belong to one modality, so each modality has its own curve and its own noise.
 
     Deviations:
-      * AdamW with the harness's schedule replaces SGD (rate 1, momentum 0.9, halved every 40 epochs).
+      * AdamW with the harness's schedule, batch and fixed length replaces SGD (rate 1, momentum 0.9, no weight decay,
+        halved every 40 epochs, batch 6, at most 10,000 epochs, early stopping after 50 without a better validation).
+      * Every crop is used, from anywhere in the volume. The released generator of cubes (`infinite_generator_3D.py`) is
+        made for lungs in CT: it stores 32 cubes per scan, at least 100 voxels (30 along z) from its border, and rejects
+        a cube if more than 15 % of it is denser than -150 HU. (A voxel counts half if it is not dense, but the next one
+        along z is.) On other organs this rule would reject nearly everything.
+      * The crop has the extent of the preset (released code: 64x64x32).
       * Curves are looked up in a table of 2048 steps. The repository interpolates between 100,000 sorted points.
       * Crops that are too short for the margin of 3 voxels get a smaller margin.
     """

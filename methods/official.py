@@ -15,7 +15,7 @@ from torch import Tensor
 from harness import Backbone, Method, Settings, Triple, UserError, inflate
 
 CONTAINERS = ("state_dict", "model", "model_state_dict", "network_weights", "net")
-PREFIXES = ("module.", "model.", "backbone.")
+PREFIXES = ("module.", "model.", "backbone.", "classficationNet.")  # the last one is TransVW's own spelling
 LONGEST_KEY = 1000  # characters; prefixes are removed one by one, which takes long for longer keys
 # TransVW's checkpoint holds its best loss as a NumPy number, under the former name of NumPy's module. Only numbers are
 # allowed here, because NumPy arrays can hold objects.
@@ -32,14 +32,26 @@ class Official(Method):
 
     Source: HybridMIM, section IV-B ("as ModelGenesis and TransVW officially release their pre-trained model weights, we
     skip the pre-training step"). It reads these files and executes nothing in them:
-      * Models Genesis' `Genesis_Chest_CT.pt` and TransVW's PyTorch checkpoint, for backbone `genesis_unet3d`;
+      * Models Genesis' `Genesis_Chest_CT.pt` and TransVW's `TransVW_chest_ct.pt`, for backbone `genesis_unet3d`;
       * MONAI's self-supervised SwinUNETR encoder (`module.` or `swin_vit.` prefixes, `mlp.fc1` names) and whole
         SwinUNETR state dicts, for backbone `swinunetr`;
       * state dicts of MONAI's BasicUNet, SegResNet and UNETR, for `unet`, `segresnet` and `unetr`;
       * `weights.safetensors` of any run or pre-training of this harness.
 
     Prefixes are removed from key names, and the backbone's `aliases` translate them. Every tensor that is not loaded is
-    reported. It is an error if less than half of the encoder's parameters can be loaded.
+    reported. It is an error if less than half of the encoder's parameters can be loaded. Weights for one channel serve
+    several modalities with `inflate_stem`. Without it their first convolution stays random. That is a thousandth of the
+    parameters, but the other layers then see features that they were not trained on: the transfer says so.
+
+    None of the published files was at hand. Their key names are those of the published networks and loading examples: in
+    TransVW's example (`pytorch/README.md`) keys have the prefix `module.`, some also `classficationNet.` (its spelling),
+    and keys with `projection_head` or `prototypes` are left out, as are all heads here.
+
+    Intensities: published weights expect the range that they were trained on, and no file says which one that is. Models
+    Genesis and TransVW: CT from -1000 to 1000 HU mapped to 0..1. MONAI's self-supervised SwinUNETR: CT from -1000 to
+    1000 HU mapped to 0..1 in its pre-training, -175 to 250 HU in the fine-tuning of BTCV. The harness gives every network
+    intensities in 0..1 under the window of its own task (BTCV: -175 to 250 HU), and MR by percentiles, so the same
+    tissue has another value than in pre-training. Fine-tuning has to adapt to that; the harness does not map it back.
     """
 
     name = "official"

@@ -1,5 +1,8 @@
 """The three pretext tasks of Swin UNETR: inpainting, rotation, contrast (Tang et al. 2022)."""
 
+from math import ceil, log, prod
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveInt
@@ -25,23 +28,30 @@ class SwinUNETRSSL(Method):
 
     Defaults: 30 % of the voxels are cut out (section 4.1), by boxes of 5 % to a quarter of each edge (released code).
     Deviations:
-      * The paper rotates about the z axis. Here the rotation is in the first of the planes xy, xz, yz whose two edges are
-        equal in the crop.
-      * The cut-out share is always 30 %, as the paper says. The released code draws it from 0 to 0.3 for each view.
-      * Boxes are filled with uniform noise. The released code fills them with normal noise scaled to [0, 1], and with
-        pieces of other crops.
-      * The inpainting head is one transposed convolution of kernel and stride 32, the released `large_kernel_deconv`.
-        The released default has five upsampling steps.
-      * Codes are spatial means. In the released code they are a pooled token.
+      * The paper rotates about the z axis, and the released code in the yz plane. Here the rotation is in the first of the
+        planes xy, xz, yz whose two edges are equal in the crop.
+      * A box may begin anywhere that leaves a voxel of it in the crop, and is cut at the border, so that every voxel is as
+        likely to be cut out as any other. Boxes are added until their expected union is `cut_out`: at 96^3 the union of a
+        view is 30.1 % of the voxels on average, with a standard deviation of 1.4 %. In the released code the sum of the
+        boxes' volumes reaches a share that is drawn from 0 to 0.3 for each view, and a box begins inside the crop and is
+        cut at the upper border.
+      * Boxes are filled with uniform noise. The released code fills them with normal noise scaled to [0, 1], and then cuts
+        out again and fills with the same place of another crop of the batch.
+      * The inpainting head is one linear layer from a token to its voxels: the released `large_kernel_deconv`, but for one
+        bias per voxel of the token instead of one per channel. The released default has five upsampling steps.
+      * Codes of rotation and contrast are spatial means of the deepest features, as the paper does not say what they are.
+        The released heads read one token each, the first for rotation and the second for contrast: `codes=tokens`.
       * The target is the crop with its own intensities. The paper has no further augmentation either.
+      * The optimizer is the harness's. Released: AdamW, rate 4e-4, weight decay 0.1, 500 steps of warm-up.
     """
 
     name = "swinunetr_ssl"
+    version = "2"
     reference = "Tang et al. 2022, arXiv:2111.14791; github.com/Project-MONAI/research-contributions"
     trains = ("encoder",)
 
     class Config(Settings):
-        """Settings of Swin UNETR's pretext tasks: weight of each term, cut-out boxes, contrast."""
+        """Settings of Swin UNETR's pretext tasks: weight of each term, cut-out boxes, codes, contrast."""
 
         inpainting: float = Field(1.0, ge=0, description="weight; 0 switches it off; equation 8")
         rotation: float = Field(1.0, ge=0, description="weight; 0 switches it off; equation 8")
@@ -54,6 +64,11 @@ class SwinUNETRSSL(Method):
             0.25, gt=0, le=1, description="longest edge of a box as a share of the crop's; released code"
         )
         boxes: PositiveInt = Field(256, description="most boxes drawn for that share; here")
+        codes: Literal["mean", "tokens"] = Field(
+            "mean",
+            description="what rotation and contrast read of the deepest features: the spatial mean (here), or the first and "
+            "the second token (released code)",
+        )
         temperature: float = Field(0.5, gt=0, description="of the contrast; released code")
         projection: PositiveInt = Field(512, description="dimensions of the contrasted code; section 4.1")
 
@@ -74,8 +89,14 @@ class SwinUNETRSSL(Method):
         """Raise UserError if no plane can be rotated, no term is switched on, or the contrast has no negatives."""
         config = self.config
         plane(crop)
+        self._check_boxes(crop)
         if not (config.inpainting or config.rotation or config.contrastive):
             raise UserError("swinunetr_ssl has every loss term switched off: give at least one method.* weight above 0")
+        if config.codes == "tokens" and prod(n // s for n, s in zip(crop, self.backbone.stride, strict=True)) < 2:
+            raise UserError(
+                f"method.codes=tokens needs two tokens, a crop of {','.join(map(str, crop))} has one on backbone "
+                f"{self.backbone.name!r}: set a larger pretrain.crop, or method.codes=mean"
+            )
         if config.contrastive and batch_size < 2:
             raise UserError(
                 f"swinunetr_ssl's contrast has no negatives in a batch of {batch_size}: set pretrain.batch_size=2 or more, "
@@ -90,17 +111,25 @@ class SwinUNETRSSL(Method):
         turns = random_integers(0, 3, (len(twice),), image.device, self.generator)
         views = rotate(twice, turns)
         deepest = self.backbone.encode(self.hide(views))[-1]
-        codes = deepest.mean(dim=(2, 3, 4))
+        of_turn, of_contrast = self.read_codes(deepest)
         terms: dict[str, Tensor] = {}
         if config.inpainting:
             terms["inpainting"] = config.inpainting * (self.restore(deepest) - views).abs().mean()
         if config.rotation:
-            terms["rotation"] = config.rotation * F.cross_entropy(self.turn(codes).float(), turns)
+            terms["rotation"] = config.rotation * F.cross_entropy(self.turn(of_turn).float(), turns)
         if config.contrastive:
-            projected = self.project(codes)
+            projected = self.project(of_contrast)
             first, second = projected[0::2], projected[1::2]
             terms["contrastive"] = config.contrastive * contrastive_loss(first, second, config.temperature)
         return terms
+
+    def read_codes(self, deepest: Tensor) -> tuple[Tensor, Tensor]:
+        """Deepest features (N, D, x, y, z) -> the codes (N, D) that rotation and contrast read."""
+        if self.config.codes == "tokens":
+            tokens = deepest.flatten(2)
+            return tokens[..., 0], tokens[..., 1]
+        mean = deepest.mean(dim=(2, 3, 4))
+        return mean, mean
 
     def show(self, batch: Batch) -> dict[str, Tensor]:
         """The rotated image, the image with boxes cut out, and the restored image if the inpainting term is on."""
@@ -113,22 +142,34 @@ class SwinUNETRSSL(Method):
         return {**images, "what it restores": self.restore(self.backbone.encode(hidden)[-1])}
 
     def hide(self, views: Tensor) -> Tensor:
-        """Views (N, C, x, y, z) -> the same with boxes of noise. Boxes are added until they cover `cut_out` of the voxels."""
+        """Views (N, C, x, y, z) -> the same with boxes of noise. Boxes are added until their expected union is `cut_out`."""
         config, extent, device = self.config, views.shape[2:], views.device
         shape = (len(views), config.boxes)
         sizes = [random_integers(*self._edges(length), shape, device, self.generator) for length in extent]
         starts = [
-            random_integers(0, length - size, shape, device, self.generator)
+            random_integers(1 - size, length - 1, shape, device, self.generator)
             for length, size in zip(extent, sizes, strict=True)
         ]
         size, start = torch.stack(sizes, dim=-1), torch.stack(starts, dim=-1)
-        volume = size.prod(dim=-1)
-        # Boxes may overlap. The expected cover of boxes at random positions is 1 - product of (1 - share of a box).
-        covered = 1 - (1 - volume / views[0, 0].numel()).cumprod(dim=1)
+        # The probability that a box covers a voxel: of the `length + size - 1` positions along an axis `size` do.
+        share = (size / (size + torch.tensor(extent, device=device) - 1)).prod(dim=-1)
+        # Boxes may overlap. The expected union of boxes at random positions is 1 - product of (1 - share of a box).
+        covered = 1 - (1 - share).cumprod(dim=1)
         needed = torch.cat([torch.ones_like(covered[:, :1]), covered[:, :-1] < config.cut_out], dim=1)
         mask = any_box(start, start + size * needed.long()[..., None], extent)
         noise = rand(views.shape, device, self.generator).to(views.dtype)
         return torch.where(mask, noise, views)
+
+    def _check_boxes(self, crop: Triple) -> None:
+        """Raise UserError if `boxes` boxes of mean size do not cover the share that is to be cut out."""
+        edges = [range(low, high + 1) for low, high in map(self._edges, crop)]
+        share = prod(sum(e / (e + n - 1) for e in sizes) / len(sizes) for sizes, n in zip(edges, crop, strict=True))
+        number = ceil(log(1 - self.config.cut_out) / log(1 - share)) if share < 1 else 1
+        if number > self.config.boxes:
+            raise UserError(
+                f"method.boxes={self.config.boxes} is too few: about {number} boxes cover method.cut_out="
+                f"{self.config.cut_out:g} of a crop, set method.boxes={2 * number}"
+            )
 
     def _edges(self, length: int) -> tuple[int, int]:
         """Shortest and longest edge of a box in voxels, for an axis of this length."""

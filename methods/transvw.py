@@ -31,6 +31,7 @@ from harness import (
 from methods.models_genesis import paint_in, paint_out, remap_intensities, shuffle_locally
 
 Image = NDArray[np.float32]
+Position = tuple[float, float, float]
 ATTEMPTS = 200  # random coordinates tried for a word, as published
 SCALES = 3  # each instance is sampled at its own size and at two larger ones, as published
 
@@ -43,8 +44,9 @@ class TransVW(Method):
     fhaghighi/TransVW.
 
     Discovery: an autoencoder computes a code for each volume. A reference volume is drawn, and the volumes with the
-    nearest codes are added to it. Their crops at one random coordinate are the instances of a word. The coordinate is
-    the class of the word.
+    nearest codes are added to it. Their crops at one random coordinate of the reference are the instances of a word. The
+    coordinate is the class of the word. Discovery matters only if a word leaves volumes out. With `instances=1`, or with
+    two volumes, every volume is a member of every word: then no autoencoder is trained, and the record says so.
 
     Pretext task: elastic deformation, then one of four distortions with probability 0.25 each: shuffling (5 windows),
     non-linear intensities, in-painting (one box), out-painting (one box). The loss is 1 * MSE of the restored and the
@@ -53,23 +55,36 @@ class TransVW(Method):
     Three points of the released code are not copied: a `repeated` flag is never reset, the last instance of each fold is
     lost, and few volumes satisfy its border of 100 voxels.
     Deviations:
-      * Words are crops of `extent` voxels, resized to the training crop. The default extent is at most half of the
-        smallest volume along each axis, so that small volumes have words at all. If fewer coordinates are found, there
-        are fewer words, which is reported.
+      * The number of instances is a share of the volumes. The released code has 200 of them per word, whatever the data;
+        with 200 volumes or fewer that switches discovery off. Its volumes are those of LUNA16, 623 for training and
+        validation together, so 200 are 0.32 of them (0.45 of the 445 in the five folds that its configuration trains on).
+      * A member is cropped at the corresponding coordinate: the origin has the same relative position between the two
+        ends of its range as in the reference. So a member may be smaller than the reference, and words reach all of a
+        volume. The released code crops every member at the reference's voxel coordinate, counted from corner 0.
+      * The distance of two words is measured in the voxels of the later word's reference. Along an axis on which all
+        crops are equal (a volume no longer than the word) there is no distance.
+      * Words are crops of `extent` voxels, resized to the training crop. In the released code words have the extent of the
+        network's input. Here too, along each axis on which the smallest volume is longer than it by four times
+        `distance`, so that words have room. Elsewhere they are smaller, down to half of the smallest volume, and so
+        magnified. (Words of the hippocampus have 15x20x12 voxels, magnified to crops of 64^3, which no volume holds.)
+        If fewer coordinates are found, there are fewer words, which is reported.
       * Larger cubes and jitter are proportional to `extent` (released code: 50..79 and -10..9 voxels of 64, in the
         plane). They are drawn for each sample and moved back into the volume. The released code draws them once, and
         redraws those that leave the volume.
       * A coordinate is used if at least a tenth of the reference's crop is not background. The released code has a rule
-        for lungs.
+        for lungs: it rejects cubes of which more than 15 % are denser than -150 HU.
       * A volume may be a reference again, once all volumes have been one. In the released code discovery ends then.
       * The autoencoder has four strided convolutions to 512 channels, on the volume resized to 64^3. The code is the
         spatial mean of these channels.
-      * AdamW with the harness's schedule replaces Adam.
+      * AdamW with the harness's schedule and batch replaces Adam (rate 1e-3, halved every 40 epochs, batch 12 by the
+        configuration and 64 by the training script, early stopping).
+      * Crops are not validated on 30 further instances per word, because pre-training here has a fixed length.
     Several modalities share deformation, windows and boxes. Each modality has its own intensity curve, as in Models
     Genesis.
     """
 
     name = "transvw"
+    version = "2"
     reference = "Haghighi et al. 2021, doi:10.1109/TMI.2021.3060634; github.com/fhaghighi/TransVW"
     presets = {
         "check": {"method.autoencoder_steps": 2, "method.hidden": 16},
@@ -80,12 +95,17 @@ class TransVW(Method):
         """Settings of TransVW: words and how they are discovered, elastic deformation, weights of the terms."""
 
         words: int = Field(44, ge=2, description="classes sought; released pre-training")
-        instances: int = Field(200, ge=2, description="volumes per word, at most all; released code")
+        instances: float = Field(
+            0.32,
+            gt=0,
+            le=1,
+            description="share of the volumes in a word, at least 2; released code: 200 of LUNA16's 623",
+        )
         distance: float = Field(
             5.0, gt=0, description="least distance of two words' coordinates in voxels; released code"
         )
         extent: Size3 | None = Field(
-            None, description="of a word in voxels; none: the crop, or half the smallest volume"
+            None, description="of a word in voxels; none: the crop as in released code, less where volumes are small"
         )
         autoencoder_steps: PositiveInt = Field(2000, description="of the autoencoder whose codes compare volumes; here")
         code_size: Size3 = Field((64, 64, 64), description="extent to which volumes are resized for it; here")
@@ -138,21 +158,36 @@ class TransVW(Method):
             )
         if len(words) < config.words:
             self.classify = WordHead(self.backbone.channels[-1], config.hidden, len(words))
-        number = sum(len(word["volumes"]) for word in words)
-        preparation.report(
-            f"transvw: {len(words)} words of {config.words} sought, each of {','.join(map(str, extent))} voxels; {number} "
-            f"instances in {len(volumes)} volumes"
-            + ("; no more coordinates were found that keep their distance" if len(words) < config.words else ""),
-            words=len(words),
-            instances=number,
-            extent=list(extent),
-        )
+        self._report(words, extent, volumes, preparation)
         return [
-            Instance(volumes[index], number, tuple(word["coordinate"]), extent, scale)
+            Instance(volumes[index], number, tuple(word["position"]), extent, scale)
             for number, word in enumerate(words)
             for index in word["volumes"]
             for scale in range(SCALES)
         ]
+
+    def _report(
+        self,
+        words: Sequence[dict[str, Any]],
+        extent: Triple,
+        volumes: Sequence[VolumeSource],
+        preparation: Preparation,
+    ) -> None:
+        """Report how many words and instances there are, and whether the codes had any influence on them."""
+        members, able = len(words[0]["volumes"]), len(able_volumes(volumes, extent))
+        discovery = members < able
+        preparation.report(
+            f"transvw: {len(words)} words of {self.config.words} sought, each of {','.join(map(str, extent))} voxels in "
+            f"{members} of the {able} volumes that hold it"
+            + ("; no more coordinates keep their distance" if len(words) < self.config.words else "")
+            + ("" if discovery else "; every volume is in every word, so discovery has no effect and no autoencoder is")
+            + ("" if discovery else " trained: set a smaller method.instances"),
+            words=len(words),
+            instances=sum(len(word["volumes"]) for word in words),
+            volumes_per_word=members,
+            discovery=discovery,
+            extent=list(extent),
+        )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Distorted `image` and `target` (N, C, x, y, z), `word` (N,) -> `restoration` and `classification`."""
@@ -174,24 +209,31 @@ class TransVW(Method):
         return {**images, "what it restores": restored}
 
     def _extent(self, volumes: Sequence[VolumeSource], crop: Triple) -> Triple:
-        """Extent of a word in voxels: the setting, or the crop limited to half of the smallest volume."""
+        """Extent of a word in voxels: the setting, or the crop where the smallest volume has room for different words."""
         if self.config.extent is not None:
             return self.config.extent
         smallest = np.min([volume.shape for volume in volumes], axis=0)
-        x, y, z = (max(1, min(edge, int(least) // 2)) for edge, least in zip(crop, smallest, strict=True))
+        room = round(4 * self.config.distance)
+        x, y, z = (
+            max(1, min(edge, max(int(least) // 2, int(least) - room)))
+            for edge, least in zip(crop, smallest, strict=True)
+        )
         return x, y, z
 
     def _discover(
         self, volumes: Sequence[VolumeSource], extent: Triple, preparation: Preparation
     ) -> list[dict[str, Any]]:
-        """Train the autoencoder, compute the code of every volume, and discover the words."""
+        """Discover the words, with codes of a trained autoencoder if they make a difference."""
         config = self.config
-        whole = [ResizedVolume(volume) for volume in volumes]
-        autoencoder = Autoencoder(self.backbone.in_channels)
-        preparation.train(
-            autoencoder, whole, size=config.code_size, steps=config.autoencoder_steps, batch_size=4, lr=1e-3
-        )
-        codes = autoencoder.codes(whole, config.code_size, preparation.device)
+        able = len(able_volumes(volumes, extent))
+        codes: NDArray[Any] = np.zeros((len(volumes), 1))
+        if num_members(able, config.instances) < able:
+            whole = [ResizedVolume(volume) for volume in volumes]
+            autoencoder = Autoencoder(self.backbone.in_channels)
+            preparation.train(
+                autoencoder, whole, size=config.code_size, steps=config.autoencoder_steps, batch_size=4, lr=1e-3
+            )
+            codes = autoencoder.codes(whole, config.code_size, preparation.device)
         return discover_words(
             volumes,
             codes,
@@ -208,79 +250,103 @@ def discover_words(
     codes: NDArray[Any],
     extent: Triple,
     number: int,
-    instances: int,
+    instances: float,
     distance: float,
     rng: np.random.Generator,
 ) -> list[dict[str, Any]]:
-    """Words as `{"coordinate": [x, y, z], "volumes": [index, ...]}`, the reference volume first.
+    """Words as `{"position": [x, y, z], "volumes": [index, ...]}`, the reference volume first.
+
+    A position is that of a crop's origin between the two ends of its range, 0..1 along each axis (see `origin_at`).
 
     Args:
         codes: one row per volume.
-        extent: size of a word in voxels. It fits in all volumes of the word.
+        extent: size of a word in voxels. Smaller volumes are in no word.
         number: words sought.
-        instances: most volumes per word.
-        distance: least Euclidean distance between two coordinates in voxels.
+        instances: share of the able volumes that a word has as members.
+        distance: least Euclidean distance between two coordinates, in voxels of the later word's reference.
     """
-    shapes = np.array([volume.shape for volume in volumes])
-    nearest = cdist(codes, codes).argsort(axis=1, kind="stable")
+    able = able_volumes(volumes, extent)
+    members = num_members(len(able), instances)
+    if len(able) < 2:
+        return []
+    nearest = cdist(codes[able], codes[able]).argsort(axis=1, kind="stable")
     words: list[dict[str, Any]] = []
     references: list[int] = []
     failures = 0  # consecutive references without a word; when every volume has failed, discovery ends
-    while len(words) < number and failures < len(volumes):
+    while len(words) < number and failures < len(able):
         if not references:
-            references = [int(index) for index in rng.permutation(len(volumes))]
-        reference = references.pop()
+            references = [int(row) for row in rng.permutation(len(able))]
+        row = references.pop()
         failures += 1
         # Other volumes with an equal code are at distance 0 as well, so the reference is put first explicitly.
-        order = [reference, *(int(index) for index in nearest[reference] if index != reference)]
-        members = [index for index in order if (shapes[index] >= extent).all()][:instances]
-        if len(members) < 2 or members[0] != reference:
-            continue
-        room = shapes[members].min(axis=0) - extent
-        taken = np.array([word["coordinate"] for word in words]).reshape(-1, 3)
-        coordinate = _free_coordinate(volumes[reference], room, extent, taken, distance, rng)
-        if coordinate is not None:
-            words.append({"coordinate": coordinate, "volumes": members})
+        order = [row, *(int(other) for other in nearest[row] if other != row)]
+        taken = [word["position"] for word in words]
+        position = _free_position(volumes[able[row]], extent, taken, distance, rng)
+        if position is not None:
+            words.append({"position": position, "volumes": [able[other] for other in order[:members]]})
             failures = 0
     return words
 
 
-def _free_coordinate(
+def able_volumes(volumes: Sequence[VolumeSource], extent: Triple) -> list[int]:
+    """Indices of the volumes that hold a crop of this extent."""
+    return [index for index, volume in enumerate(volumes) if (np.array(volume.shape) >= extent).all()]
+
+
+def num_members(able: int, share: float) -> int:
+    """Volumes per word: a share of the volumes that hold it, and at least two, because one volume shares nothing."""
+    return min(able, max(2, round(share * able)))
+
+
+def origin_at(position: Sequence[float], shape: Sequence[int], extent: Sequence[int]) -> Triple:
+    """Origin in voxels of the crop at a relative position of a volume: 0 is the first possible origin, 1 the last one."""
+    room = np.array(shape) - extent
+    x, y, z = (int(value) for value in np.round(np.array(position) * room))
+    return x, y, z
+
+
+def _free_position(
     reference: VolumeSource,
-    room: NDArray[Any],
     extent: Triple,
-    taken: NDArray[Any],
+    taken: Sequence[Sequence[float]],
     distance: float,
     rng: np.random.Generator,
-) -> list[int] | None:
-    """A random coordinate at least `distance` voxels from those `taken` and not in background. None after `ATTEMPTS`."""
+) -> list[float] | None:
+    """Relative position of a random crop that is not background and `distance` voxels from those `taken`, or None."""
+    room: NDArray[np.int64] = np.array(reference.shape, dtype=np.int64) - np.array(extent, dtype=np.int64)
+    others = np.array(taken).reshape(-1, 3) * room
     for _ in range(ATTEMPTS):
         coordinate = rng.integers(0, room + 1)
-        if len(taken) and cdist(taken, coordinate[None]).min() < distance:
+        if len(others) and cdist(others, coordinate[None]).min() < distance:
             continue
         # The value 0.001 of preprocessed images stands for background and for the lower end of the intensity window.
         if (reference.crop(coordinate.tolist(), extent) > 0.002).mean() >= 0.1:
-            return [int(value) for value in coordinate]
+            return [float(value) for value in coordinate / np.maximum(room, 1)]
     return None
 
 
 @dataclass(frozen=True)
 class Instance:
-    """The crop of one volume at the coordinate of a word.
+    """The crop of one volume at the position of a word.
 
     Attributes:
         volume: the volume that is cropped.
         word: class of the word.
-        coordinate: origin of the crop in voxels.
+        position: of the crop's origin, relative to its range in the volume (see `origin_at`).
         extent: size of the crop in voxels.
         scale: 0 for exactly this crop, 1 or 2 for a larger and shifted one.
     """
 
     volume: VolumeSource
     word: int
-    coordinate: Triple
+    position: Position
     extent: Triple
     scale: int
+
+    @property
+    def coordinate(self) -> Triple:
+        """Origin of the crop in voxels of its volume."""
+        return origin_at(self.position, self.volume.shape, self.extent)
 
     def sample(self, size: Triple, rng: np.random.Generator) -> dict[str, Any]:
         """`image` (C, *size) and `word`. A larger cube that does not fit the volume is padded with zeros."""

@@ -2,62 +2,103 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from harness import Backbone, Batch, Method, Settings, Size3, Triple, UserError, random_integers, total
+from harness import (
+    Backbone,
+    Batch,
+    Method,
+    Preparation,
+    Settings,
+    Size3,
+    Source,
+    Triple,
+    UserError,
+    VolumeSource,
+    rand,
+    random_integers,
+)
+
+FLIP, TURN, SHIFT = 0.2, 0.2, 0.1  # probabilities of the released augmentation
+OFFSET = 0.1  # largest shift of the intensities, of the range [0, 1]; released code
 
 
 class VoCo(Method):
     """Contextual position prediction: overlap with each base crop, by a student and its EMA teacher.
 
-    Source: Wu, Zhuang, Chen, "VoCo: A Simple-yet-Effective Volume Contrastive Learning Framework for 3D Medical Image
-    Analysis", CVPR 2024, arXiv:2402.17300; repository Luffy03/VoCo. The losses are those of the repository:
+    Sources:
+      * Wu, Zhuang, Chen, "VoCo: A Simple-yet-Effective Volume Contrastive Learning Framework for 3D Medical Image
+        Analysis", CVPR 2024, arXiv:2402.17300: base crops, overlaps and the three losses.
+      * The code released in Luffy03/VoCo. It adds the teacher, which the CVPR paper does not have: by its author it belongs
+        to the extension of the paper (issues 15 and 21 of that repository), which is Wu, Zhuang, Chen, "Large-Scale 3D
+        Medical Image Pre-training with Geometric Context Priors", TPAMI, arXiv:2410.09890. The code of that extension
+        (Luffy03/Large-Scale-Medical) is a later form again: its teacher is a projector only, and it contrasts volumes too.
+    This is the form of Luffy03/VoCo:
+      * A sample is a whole volume, resized to `pretrain.crop` and divided into 4 x 4 x 1 base crops. So a base crop is the
+        same part of the anatomy in every volume.
+      * Base crops and random crops of the same size are resized to `view`. Each is flipped along each axis with
+        probability 0.2, turned in the xy plane with probability 0.2, and shifted in intensity by up to 0.1 with
+        probability 0.1.
       * The similarity l of a random crop and a base crop is the mean of two cosines, student with teacher and teacher
         with student. Negative cosines count as 0. The overlap y is the share of the random crop that lies in the base
         crop.
       * The loss of pairs that overlap is -y log(1 - |y - l| + 1e-6), summed and divided by the sum of y. The loss of the
-        other pairs is the mean of l squared.
+        other pairs is the mean of l squared. Both are computed for each sample and averaged over samples.
       * A third term makes base crops orthogonal: the mean of the squared cosine over their pairs. Negative cosines count
         as 0.
-      * The teacher (encoder and projector) follows the student with momentum 0.9. Without a teacher the loss stays flat
-        (MIC-DKFZ/nnssl#22).
+      * The teacher (encoder and projector) follows the student with momentum 0.9.
 
-    Defaults: 4 x 4 x 1 base crops, 2 random crops, projector of three layers with 2048 channels.
+    Defaults: 4 x 4 x 1 base crops, 2 random crops, projector of three layers with 2048 channels. The preset `paper` has the
+    released sizes: volumes of 384 x 384 x 96, base crops of 96^3, views of 64^3. `small` has 32^3 for both, whose voxels per
+    step are about those of other methods. `demo` and `check` have 2 x 4 x 1 base crops.
     Deviations:
-      * The pre-training crop replaces the 384 x 384 x 96 volume. It is divided into 4 x 4 x 1 base crops, which is
-        possible for volumes of any size. Base crops and random crops are resized to `view` (released code: 96 to 64).
-      * Codes are averages of all levels that are coarser than the image. The released code also averages the skip
-        convolutions, which belong to the decoder here.
+      * Codes are averages of the encoder's levels that are coarser than the image: 1488 channels on the default SwinUNETR.
+        The released code averages the skip convolutions after the levels of stride 1, 2, 4, 8 and 32 (1152 channels, none
+        of stride 16). They belong to the decoder here, and other backbones do not have them.
       * The teacher starts as a copy of the student and moves after the optimizer step. The teacher of the released code
-        starts from its own initial weights.
-      * Crops are not augmented. The released code flips and turns them with probability 0.2 and shifts intensities with
-        probability 0.1.
-      * The teacher draws no dropout. The released networks have none.
+        starts from its own initial weights and moves before its forward pass.
+      * If `backbone.dropout` is set, it acts in the student only. By default there is no dropout, as in the released
+        networks.
+      * The volume is the one that the harness prepares. The released code crops CT to voxels above 0.3 of its window.
+      * A random crop may start at any voxel. The released code leaves out the last one.
+      * The optimizer is the harness's. Released: AdamW with amsgrad, rate 1e-4.
     """
 
     name = "voco"
-    reference = "Wu et al. 2024, arXiv:2402.17300; github.com/Luffy03/VoCo"
+    version = "2"
+    reference = "Wu et al. 2024, arXiv:2402.17300; teacher: arXiv:2410.09890; github.com/Luffy03/VoCo"
     trains = ("encoder",)
-    # Each of 16 base crops of a demo crop would be a few voxels wide, and 36 views per step are too slow for a demo.
+    # The crop is the whole volume here. Its extent makes base crops cubes.
     presets = {
         "check": {"method.grid": (2, 4, 1), "method.projection": 64},
-        "demo": {"method.grid": (2, 4, 1), "method.projection": 256},
+        "demo": {"method.grid": (2, 4, 1), "method.projection": 256, "pretrain.crop": (64, 128, 32)},
+        "small": {"pretrain.crop": (128, 128, 32)},
+        "paper": {"method.view": (64, 64, 64), "pretrain.crop": (384, 384, 96)},
     }
 
     class Config(Settings):
-        """Settings of VoCo: grid of base crops, random crops, view, teacher and projector."""
+        """Settings of VoCo: what a sample is, grid of base crops, random crops, view, teacher and projector."""
 
+        volume: Literal["whole", "crop"] = Field(
+            "whole",
+            description="what is divided into base crops: the whole volume, resized to pretrain.crop (released code), or a "
+            "random crop of that extent, in which the position in the body is lost",
+        )
         grid: Size3 = Field((4, 4, 1), description="base crops along each axis; released code")
         crops: PositiveInt = Field(2, description="random crops of each sample; released code")
         view: Size3 | None = Field(
             None,
             description="extent in voxels to which crops are resized; none: the cell, rounded up to whole strides",
         )
+        augment: bool = Field(True, description="flip, turn and shift each crop; released code")
         momentum: float = Field(0.9, ge=0, lt=1, description="of the teacher; released code")
         projection: PositiveInt = Field(2048, description="channels of the projector; released code")
 
@@ -76,6 +117,7 @@ class VoCo(Method):
             nn.Linear(hidden, hidden),
         )
         self.teacher_backbone = copy.deepcopy(backbone)
+        # A teacher that drew dropout would give targets of noise. This matters only if the user sets `backbone.dropout`.
         self.teacher_backbone.dropout = nn.Identity()
         for child in (*backbone.parts["decoder"], *backbone.parts["head"]):
             # The teacher only encodes.
@@ -102,6 +144,12 @@ class VoCo(Method):
                 f"method.view={','.join(map(str, self._view(crop)))} is not a multiple of the deepest stride "
                 f"{','.join(map(str, stride))} of backbone {self.backbone.name!r}: set it to one"
             )
+        x, y, _ = self._view(crop)
+        if config.augment and x != y:
+            raise UserError(
+                f"voco turns crops in the xy plane, so the first two edges of method.view={','.join(map(str, self._view(crop)))} "
+                "must be equal: set method.view to such a size, or method.augment=false"
+            )
         try:
             with torch.no_grad():
                 self.backbone.trunk(torch.zeros(2, self.backbone.in_channels, *self._view(crop)))
@@ -112,11 +160,17 @@ class VoCo(Method):
                 f"({error}): set method.view to at least twice the stride along one axis"
             ) from None
 
+    def prepare(self, volumes: Sequence[VolumeSource], preparation: Preparation) -> Sequence[Source]:
+        """Whole volumes as sources, or the volumes themselves, which give random crops."""
+        return [WholeVolume(volume) for volume in volumes] if self.config.volume == "whole" else volumes
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`image` (N, C, x, y, z) -> the loss terms `overlap`, `apart` and `orthogonal`."""
         image = batch["image"]
         start, overlap = self.draw_crops(image)
         views = torch.cat([self.cut(image, self._base_origins(image)), self.cut(image, start)], dim=1)
+        if self.config.augment:
+            views = self.augment(views)
         flat = views.flatten(0, 1)
         student = self._encode(flat, self.backbone, self.projector).view(*views.shape[:2], -1)
         with torch.no_grad():
@@ -178,6 +232,18 @@ class VoCo(Method):
         sampled = F.grid_sample(image, points.to(image.dtype), padding_mode="border", align_corners=False)
         return sampled.view(n, image.shape[1], k, *view).transpose(1, 2)
 
+    def augment(self, views: Tensor) -> Tensor:
+        """Flip, turn and shift each crop of (N, K, C, x, y, z) by draws of its own. The edges x and y must be equal."""
+        drawn = rand((*views.shape[:2], 7), views.device, self.generator)[..., None, None, None, None]
+        for axis in range(3):
+            views = torch.where(drawn[:, :, axis] < FLIP, views.flip(axis + 3), views)
+        turns = torch.where(drawn[:, :, 3] < TURN, 1 + (3 * drawn[:, :, 4]).floor(), 0)
+        turned = views
+        for number in (1, 2, 3):
+            turned = torch.where(turns == number, views.rot90(number, (3, 4)), turned)
+        offset = OFFSET * (2 * drawn[:, :, 6] - 1)
+        return turned + torch.where(drawn[:, :, 5] < SHIFT, offset, 0).to(views.dtype)
+
     def _encode(self, views: Tensor, backbone: Backbone, projector: nn.Module) -> Tensor:
         """Views (N, C, *view) -> codes (N, projection)."""
         pyramid = backbone.encode(views)
@@ -209,6 +275,18 @@ class VoCo(Method):
         return torch.cartesian_prod(*axes).expand(len(image), -1, -1)
 
 
+@dataclass(frozen=True)
+class WholeVolume:
+    """A whole volume, resized to the extent that is asked for: a position in it is a position in the body."""
+
+    volume: VolumeSource
+
+    def sample(self, size: Triple, rng: np.random.Generator) -> dict[str, Any]:
+        """The volume as `image` (C, *size), trilinear. Nothing is drawn from `rng`."""
+        image = torch.from_numpy(self.volume.image)[None]
+        return {"image": F.interpolate(image, size=size, mode="trilinear", align_corners=False)[0].numpy()}
+
+
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """(N, I, D) and (N, J, D) -> cosines (N, I, J). Computed in fp32, because values near 1 enter a logarithm."""
     with torch.autocast(a.device.type, enabled=False):
@@ -216,16 +294,17 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def overlap_losses(overlap: Tensor, likeness: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses of the pairs that overlap (similarity = overlap) and of the others (similarity = 0).
+    """Losses of the pairs that overlap (similarity = overlap) and of the others (similarity = 0), averaged over samples.
 
     Args:
         overlap: share of each random crop in each base crop, (N, crops, bases) in [0, 1].
         likeness: similarity of their codes, (N, crops, bases) in [0, 1].
     """
     near = -overlap * torch.log(1 - (overlap - likeness).abs() + 1e-6)
-    disjoint = overlap == 0
-    apart = total((likeness.square() * disjoint).sum()) / total(disjoint.sum()).clamp_min(1)
-    return total(near.sum()) / total(overlap.sum()), apart
+    disjoint = (overlap == 0).to(likeness.dtype)
+    of_pairs, of_disjoint = near.sum(dim=(1, 2)), (likeness.square() * disjoint).sum(dim=(1, 2))
+    near_mean = of_pairs / (overlap.sum(dim=(1, 2)) + 1e-6)
+    return near_mean.mean(), (of_disjoint / (disjoint.sum(dim=(1, 2)) + 1e-6)).mean()
 
 
 def orthogonality(bases: Tensor) -> Tensor:

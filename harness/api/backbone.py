@@ -31,7 +31,10 @@ class Backbone(nn.Module):
         parts: for each part, the names of the child modules that it consists of. A network with published weights keeps
             the child names of those weights and maps them to parts here, so that their state dicts load unchanged.
         abilities: optional abilities that a method may require in its `needs`. "tokens" means that `encode_masked` puts
-            the mask token in the place of embedded patches instead of voxels.
+            the mask token in the place of embedded patches instead of voxels. "sparse" means that a method can compute the
+            encoder at some positions only: its layers are `Conv3d`, batch, instance and group norms, poolings that are
+            modules or whose windows do not overlap, and functions of one position that map 0 to 0; the backward pass
+            computes none of them again.
         token_width: number of channels of a mask token; None means as many as the image has.
         token_stride: edge in voxels of the region that one token stands for; masks must be multiples of it.
         aliases: (pattern, replacement) pairs for `re.sub`, which translate key names of published weights into the

@@ -59,11 +59,13 @@ class Preparation(Protocol):
         seed: seed of this method's preparation; every random number in `prepare` must be derived from it.
         device: the device on which `train` trains.
         crop: extent of the pre-training crop in voxels.
+        steps: number of optimizer steps of pre-training, for schedules.
     """
 
     seed: int
     device: torch.device
     crop: Triple
+    steps: int
 
     def train(
         self, module: nn.Module, sources: Sequence[Source], *, size: Triple, steps: int, batch_size: int, lr: float

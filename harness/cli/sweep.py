@@ -39,6 +39,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--processes", type=argument(positive), default=1, metavar="N", help="that share each run (default: 1)"
     )
+    parser.add_argument("--preset", default="", metavar="P", help="instead of the presets that the file names")
     parser.add_argument("--retry", action="store_true", help="run again what failed in an earlier sweep of this file")
     add_options(parser, *EXECUTION, "data", "runs", "plugins")
     parser.add_argument("--dry-run", action="store_true", help="list the cells, with what each takes; run none")
@@ -56,7 +57,7 @@ def sweep(arguments: argparse.Namespace) -> int:
 
         check_trackers(execution.trackers)
     base = Request(data=arguments.data, runs=arguments.runs, plugins=tuple(arguments.plugins), execution=execution)
-    sweep_cells = cells.read(arguments.file, base)
+    sweep_cells = cells.read(arguments.file, base, arguments.preset)
     notes = arguments.runs / "sweeps" / arguments.file.stem
     # Build the launcher first: an error in its options should come before phantoms are written and data is read.
     launcher = None if arguments.dry_run else _launcher(arguments, notes)

@@ -14,6 +14,7 @@ from harness.system.errors import UserError, unknown
 
 Mode = Literal["task-specific", "generic"]
 FinetuneProtocol = Literal["finetune", "frozen", "linear"]
+TransferParts = Literal["method", "encoder", "all"]
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 """Name of each tracker -> the Python package that it needs."""
 
@@ -199,6 +200,14 @@ class Request:
         axis=str,
         record="protocol",
         always=True,
+    )
+    transfer: str = _option(
+        "method",
+        "--transfer",
+        "pre-trained parts that fine-tuning starts from: those that the method names (default), encoder, or all",
+        choices=("method", "encoder", "all"),
+        axis=str,
+        record="transfer.requested",
     )
     split: str = _option(
         "fixed",

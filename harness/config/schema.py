@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, SerializeAsAny, model_v
 
 from harness.api.settings import Settings, Size3
 from harness.api.task import SPACINGS, Window
-from harness.config.request import FinetuneProtocol, Mode
+from harness.config.request import FinetuneProtocol, Mode, TransferParts
 from harness.system.errors import UserError
 
 Definition = Literal["max-directed", "pooled", "area-weighted"]
@@ -19,7 +19,7 @@ class Training(Settings):
     steps: PositiveInt | None = Field(None, description="optimizer steps; give steps or epochs")
     epochs: PositiveInt | None = Field(None, description="passes over the training cases; give steps or epochs")
     crop: Size3 = Field(description="extent of a training crop in voxels")
-    batch_size: PositiveInt = Field(description="crops per step, over all processes and micro-batches")
+    batch_size: PositiveInt = Field(description="global batch: crops per step, over all processes and micro-batches")
     lr: float = Field(gt=0, description="peak learning rate of AdamW")
     weight_decay: float = Field(ge=0, description="of AdamW; biases and norms are left out")
     warmup_steps: NonNegativeInt = Field(0, description="linear warm-up in steps")
@@ -127,6 +127,7 @@ class RunConfig(Settings):
     split: str = "fixed"
     prepared: dict[str, Any] = Field(default_factory=dict, description="spacing and intensities of the task's volumes")
     protocol: FinetuneProtocol = "finetune"
+    transfer: TransferParts = "method"
     preset: str
     overrides: dict[str, str]
     label_fraction: float = Field(1.0, gt=0, le=1, description="share of the training labels used in fine-tuning")

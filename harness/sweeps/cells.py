@@ -35,8 +35,9 @@ class SweepCell:
         split = f" split {request.split}" if request.split != "fixed" else ""
         corpora = f" on {'+'.join(request.corpora)}" if request.corpora else ""
         protocol = f" {request.protocol}" if request.protocol != "finetune" else ""
+        moved = f" transfer {request.transfer}" if request.transfer != "method" else ""
         name = f"{request.method} {request.backbone} {request.task} {request.preset} seed {request.seed}"
-        return f"{name}{protocol}{fraction}{split}{corpora}{settings}"
+        return f"{name}{protocol}{moved}{fraction}{split}{corpora}{settings}"
 
     @property
     def name(self) -> str:
@@ -82,11 +83,11 @@ class Outcome:
     before: bool = False
 
 
-def read(path: Path, base: Request) -> list[SweepCell]:
+def read(path: Path, base: Request, preset: str = "") -> list[SweepCell]:
     """The cells of a sweep file, in the order of the file, without duplicates.
 
     The file holds `[[matrix]]` tables and a `[defaults]` table that applies to all of them. The value of a key is a single
-    value or a list. The keys are method, backbone, task, preset, mode, protocol, split, seed, label_fraction and
+    value or a list. The keys are method, backbone, task, preset, mode, protocol, transfer, split, seed, label_fraction and
 
     * `settings`: a table of `--set` values, or a list of such tables,
     * `corpus`: a name or folder, a list of them, or a list of lists, where each inner list is pre-trained on together,
@@ -94,6 +95,7 @@ def read(path: Path, base: Request) -> list[SweepCell]:
 
     Args:
         base: the request that the command line gave; a cell takes from it what the file leaves out.
+        preset: replaces the presets of the file, unless it is empty.
 
     Raises:
         UserError: not TOML, unknown keys, values of the wrong type, or no method or task.
@@ -116,7 +118,7 @@ def read(path: Path, base: Request) -> list[SweepCell]:
     cells: dict[SweepCell, None] = {}
     for block in blocks:
         for request in _expand(path, defaults, block, base):
-            cells[SweepCell(request)] = None
+            cells[SweepCell(replace(request, preset=preset) if preset else request)] = None
             if len(cells) > MOST_CELLS:
                 raise UserError(f"{path} describes more than {MOST_CELLS} runs: split it into several files")
     return list(cells)

@@ -36,6 +36,7 @@ def check_fit(
             raise MemoryError(f"weights, gradients and moments take {need / 2**30:.1f} GiB")
         backbone = plugins.new_backbone(config, channels)
         _check_needs(registry, config, plugins, backbone)
+        _check_transfer(config, plugins)
         _check_crops(config, backbone)
         if pretrain_channels != channels:
             backbone = plugins.new_backbone(config, pretrain_channels)
@@ -64,6 +65,16 @@ def _check_needs(registry: Registry, config: RunConfig, plugins: Plugins, backbo
         f"{config.backbone!r} has {', '.join(sorted(backbone.abilities)) or 'no optional ability'}: choose --backbone from "
         f"{', '.join(suitable) or 'none of those installed'}"
     )
+
+
+def _check_transfer(config: RunConfig, plugins: Plugins) -> None:
+    """Raises UserError if the method does not pre-train what `--transfer` asks for."""
+    trains = plugins.method.trains
+    if config.transfer == "all" and trains and "decoder" not in trains:
+        raise UserError(
+            f"--transfer all: method {config.method!r} pre-trains the {' and '.join(trains)} only: give --transfer encoder, "
+            "or leave it out"
+        )
 
 
 def _check_crops(config: RunConfig, backbone: Backbone) -> None:

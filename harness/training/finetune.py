@@ -17,11 +17,15 @@ from harness.data.volumes import Volume
 from harness.system.files import digest_file, write_atomic
 from harness.training import protocols
 from harness.training.augmentation import Augment
+from harness.training.effective_rank import effective_ranks
 from harness.training.loop import StageContext, StagePlan, train
 from harness.training.models import Plugins, new_network, seed_for
 from harness.training.segmenter import Segmenter
-from harness.training.stage_files import assert_unchanged, write_weights
-from harness.training.transfer import transfer
+from harness.training.stage_files import assert_unchanged, first_gradient_norms, write_weights
+from harness.training.transfer import select_parts, transfer
+
+PROBES = 2
+"""Number of fine-tuning crops on which the effective rank of the features is measured."""
 
 
 def finetune_data(config: RunConfig, task: Task, volumes: Sequence[Volume], length: int, seed: int) -> CropDataset:
@@ -54,16 +58,18 @@ def finetune(
         UserError, Interrupted: as `harness.training.loop.train`.
         RuntimeError: training changed weights that the protocol fixes.
     """
-    accelerator = new_accelerator(context.execution.micro_batches)
+    accelerator, settings = new_accelerator(context.execution.micro_batches), config.finetune
+    steps, warmup = settings.schedule(len(volumes))
+    data = finetune_data(config, task, volumes, steps * settings.batch_size, seed_for(config.seed, "finetune crops"))
+    probes = [torch.as_tensor(data[index]["image"]) for index in range(min(PROBES, len(data)))]
     torch.manual_seed(seed_for(config.seed, "finetune init"))
-    backbone = plugins.new_backbone(config, len(task.channels))
-    transferred = transfer(backbone, weights, repeat_stem)
+    backbone = plugins.new_backbone(config, len(task.channels)).to(accelerator.device)
+    ranks = {"initial": effective_ranks(backbone, probes)}
+    transferred = transfer(backbone, select_parts(backbone, weights, config.transfer), repeat_stem)
+    ranks["transferred"] = effective_ranks(backbone, probes)
     network = new_network(backbone, task, config.protocol)
     fixed = protocols.fixed(network, config.protocol)
     before = protocols.digest_modules(fixed)
-    settings = config.finetune
-    steps, warmup = settings.schedule(len(volumes))
-    data = finetune_data(config, task, volumes, steps * settings.batch_size, seed_for(config.seed, "finetune crops"))
     plan = StagePlan("finetune", settings, steps, warmup, seed_for(config.seed, "finetune steps"), pretraining_history)
     segmenter = Segmenter(network, task.overlapping, fixed)
     report = train(plan, segmenter, data, folder / "history.jsonl", accelerator, context)
@@ -77,9 +83,17 @@ def finetune(
         assert_unchanged(volumes, folder)
         path = folder / "weights.safetensors"
         write_weights(network.state_dict(), path)
+        ranks["finetuned"] = effective_ranks(backbone, probes)
+        moved = {
+            "requested": config.transfer,
+            "text": str(transferred),
+            "frozen": frozen,
+            "effective_rank": {state: [round(rank, 3) for rank in levels] for state, levels in ranks.items()},
+            "first_gradient_norms": first_gradient_norms(folder / "history.jsonl", "finetune"),
+        }
         stage = {
             "trained": asdict(report),
-            "transfer": transferred.as_record() | {"text": str(transferred), "frozen": frozen},
+            "transfer": transferred.as_record() | moved,
             "memory": peak_memory(accelerator.device),
             "weights": digest_file(path),
         }

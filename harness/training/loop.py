@@ -125,7 +125,7 @@ class TrainingLoop:
         self.read_every = READ_EVERY if trainer.device.type == "cuda" else 1
         self.step, self.seconds, self.resumed, self.history_bytes = 0, 0.0, 0, 0
         self.skipped: list[int] = []
-        self.unread: list[tuple[int, float, dict[str, Tensor]]] = []
+        self.unread: list[tuple[int, float, Tensor, dict[str, Tensor]]] = []
 
     def run(self, after_step: Callable[[int], None] | None = None) -> StageReport:
         """Compute all remaining steps.
@@ -150,7 +150,7 @@ class TrainingLoop:
                 clock.lap("data")
                 terms = self._step(micro_batches, after_step)
                 self.step += 1
-                self.unread.append((self.step, trainer.optimizer.param_groups[0]["lr"], terms))
+                self.unread.append((self.step, trainer.optimizer.param_groups[0]["lr"], trainer.gradient_norm, terms))
                 bar.update()
                 if self.step % self.read_every == 0 or self.step == self.steps:
                     bar.set_postfix_str(f"loss {self._read(lines):.4f}", refresh=False)
@@ -180,11 +180,12 @@ class TrainingLoop:
     def _read(self, lines: Any) -> float:
         """Write the steps in `unread` to the history, which makes the host wait for the device. Returns the last loss."""
         loss = 0.0
-        for step, lr, terms in self.unread:
+        for step, lr, norm, terms in self.unread:
             finite = bool(terms.pop(FINITE))
             values = {name: float(term) for name, term in terms.items()}
             loss = sum(values.values())
             line: dict[str, Any] = {"stage": self.name, "step": step, "loss": loss, "lr": lr, "terms": values}
+            line["gradient_norm"] = float(norm) if finite else None
             if not finite:
                 self._handle_nonfinite(step, values)
                 line |= {"loss": None, "terms": {}, "skipped": True}

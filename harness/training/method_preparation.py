@@ -35,6 +35,7 @@ class PreparationContext:
         identity: what every cached value depends on: the method's source and version, the data, the seed.
         folder: of the cache.
         execution: options for the checkpoints of `train`.
+        steps: number of optimizer steps of pre-training.
         seconds: that the preparation took; a cached value counts with the seconds that its computation took.
         values: that `report` adds to the record.
     """
@@ -46,6 +47,7 @@ class PreparationContext:
     identity: Any
     folder: Path
     execution: Execution = DEFAULT_EXECUTION
+    steps: int = 0
     seconds: float = 0.0
     values: dict[str, Any] = field(default_factory=dict)
     _training_folder: Path | None = None
@@ -53,6 +55,7 @@ class PreparationContext:
     def prepare(self, method: Method, volumes: Sequence[VolumeSource]) -> Sequence[Source]:
         """Call `method.prepare` and time it. Returns the sources that pre-training draws its samples from."""
         began = time.perf_counter()
+        self.steps, _ = self.template.schedule(len(volumes))
         sources = method.prepare(volumes, self)
         self.seconds += time.perf_counter() - began
         return sources

@@ -1,5 +1,6 @@
 """Files of a finished training stage."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,13 @@ def read_stage(path: Path) -> dict[str, Any] | None:
     stage, weights = read_json(path), path.with_name("weights.safetensors")
     intact = isinstance(stage, dict) and weights.is_file() and stage.get("weights") == digest_file(weights)
     return stage if intact else None
+
+
+def first_gradient_norms(history: Path, stage: str, number: int = 10) -> list[float]:
+    """Gradient norms of the first `number` steps of a stage, without the steps that were left out."""
+    lines = (json.loads(line) for line in history.read_text().splitlines())
+    norms = [line.get("gradient_norm") for line in lines if line.get("stage") == stage and line["step"] <= number]
+    return [norm for norm in norms if norm is not None]
 
 
 def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:

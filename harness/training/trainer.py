@@ -95,6 +95,7 @@ class Trainer:
         self.restored = list(module.buffers()) if skip_nonfinite else []
         self.skip_nonfinite, self.bad = skip_nonfinite, torch.zeros((), device=self.device)
         self.passes: int | None = None
+        self.gradient_norm = torch.zeros((), device=self.device)  # of the last step, before it is clipped
         self.module.train()
 
     def loader(self, data: Dataset[Any], start: int = 0) -> Any:
@@ -136,6 +137,7 @@ class Trainer:
         terms = self._mean_over_parts(terms_of_parts)
         norm = get_total_norm([p.grad for p in self.trained if p.grad is not None], foreach=True)
         finite = torch.isfinite(torch.stack([norm, *terms.values()])).all()
+        self.gradient_norm = norm
         if self.settings.clip_norm:
             clip_grads_with_norm_(self.trained, self.settings.clip_norm, norm, foreach=True)
         self._update(finite)

@@ -1,7 +1,7 @@
 """Trains a method's own pretext task on real hippocampi, for the slow tests which show that it is learned."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader
 
-from harness import Batch, Method
+from harness import Batch, Method, VolumeSource
 from harness.compute.devices import new_accelerator
 from harness.config.request import Request
 from harness.config.schema import RunConfig
@@ -89,9 +89,20 @@ def learn(root: Path, folder: Path, name: str, backbone: str, steps: int, settin
     return Learned(method, before, terms_on(method, crops), curves, crops)
 
 
+def real_volumes(root: Path, folder: Path, number: int) -> Sequence[VolumeSource]:
+    """Preprocessed volumes of the first `number` training cases of MSD Hippocampus; `folder` is for the cache."""
+    request = Request(method="scratch", backbone="unet", task="msd_hippocampus", preset="demo", data=root, runs=folder)
+    run_plan = plan(request, *locate(request))
+    cases = run_plan.train[:number]
+    return preprocess_cases(run_plan.task, cases, run_plan.data.inventory.digests, folder / "cache")
+
+
 def held_out_sources(volumes: Sequence[Any], sources: Sequence[Any]) -> Sequence[Any]:
-    """The held-out volumes. A method whose samples come from sources of its own (TransVW's words) is held to those."""
-    return volumes if type(sources[0]) is type(volumes[0]) else sources
+    """The held-out volumes, or if samples are crops of a method's own choice (TransVW's words), the same crops of them."""
+    if type(sources[0]) is type(volumes[0]):
+        return volumes
+    crops = {tuple(value for name, value in vars(source).items() if name != "volume"): source for source in sources}
+    return [replace(source, volume=volume) for source in crops.values() for volume in volumes]
 
 
 def batches(data: CropDataset, config: RunConfig) -> Iterator[Batch]:
@@ -108,3 +119,8 @@ def terms_on(method: Method, crops: Sequence[Batch]) -> dict[str, float]:
     method.train()
     rows = [{name: float(term) for name, term in method(batch).items()} for batch in crops]
     return {str(name): float(mean) for name, mean in pd.DataFrame(rows).mean().items()}
+
+
+def row(method: str, backbone: str, steps: int, quantity: str, prior: float, before: float, after: float) -> str:
+    """A row of a learning table: what an input-independent prediction reaches, and the method before and after training."""
+    return f"| {method} | {backbone} | {steps} | {quantity} | {prior:.4g} | {before:.4g} | {after:.4g} |"

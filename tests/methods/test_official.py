@@ -80,6 +80,34 @@ def test_transvws_checkpoint(tmp_path):
     assert "clc_out.fc1.weight" in report.skipped
 
 
+@pytest.mark.parametrize("prefix", ["classficationNet.", "module.classficationNet.", "module."])
+def test_transvws_published_key_names(prefix, tmp_path):
+    """Its loading example strips `module.` and `classficationNet.` (so spelled), and leaves further heads out."""
+    published = {key.replace("module.", prefix, 1): value for key, value in published_genesis().items()}
+    heads = {f"module.{name}.weight": torch.zeros(3, 3) for name in ("projection_head.0", "prototypes")}
+    backbone = genesis()
+    report = load(backbone, {"epoch": 7, "state_dict": published | heads, "best_loss": np.float64(0.1)}, tmp_path)
+    assert report.encoder_fraction == 1
+    assert report.reinitialised == []
+    assert {"projection_head.0.weight", "prototypes.weight", "out_tr.final_conv.weight"} <= set(report.skipped)
+    for key, value in backbone.state_dict().items():
+        assert torch.equal(value.float(), published[prefix + key].to(value.dtype).float())
+
+
+def test_a_random_stem_is_reported_as_such(tmp_path):
+    """It has a small share of the parameters, which must not be rounded to all of them."""
+    stem = "down_tr64.ops.0.conv1.weight"
+    report = load(genesis(channels=4, first=16), published_genesis(first=16), tmp_path)
+    assert 0.999 < report.encoder_fraction < 1
+    assert report.random_stem == [stem]
+    assert report.as_record()["random_stem"] == [stem]
+    assert "99.9% of the encoder's parameters, but its first convolution is random" in str(report)
+    assert stem in str(report).rsplit("random", 1)[1]
+    whole = load(genesis(channels=4), published_genesis(), tmp_path, inflate_stem=True)
+    assert whole.random_stem == []
+    assert str(whole).endswith("100.0% of the encoder's parameters")
+
+
 def test_one_renamed_key_is_named(tmp_path):
     weights = published_genesis()
     weights["module.down_tr128.ops.0.conv1.kernel"] = weights.pop("module.down_tr128.ops.0.conv1.weight")

@@ -1,17 +1,39 @@
-"""TransVW: words are one coordinate in different volumes, found among those whose codes are near."""
+"""TransVW: words are corresponding coordinates in different volumes, found among those whose codes are near."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
 from scipy import ndimage
+from scipy.stats import chisquare, ks_2samp, kstest
 
 from harness import UserError, cut
-from harness.conformance.fixture import MethodFixture, PhantomVolume
+from harness.api.settings import build
+from harness.config.schema import Training
+from harness.conformance.fixture import BUDGET, CPU, MethodFixture, PhantomVolume
+from harness.training.method_preparation import PreparationContext
 from methods.models_genesis import paint_in
-from methods.transvw import Instance, Perturb, ResizedVolume, TransVW, deform, discover_words, resize
-from tests.methods.parts import image, unet
+from methods.transvw import (
+    Autoencoder,
+    Instance,
+    Perturb,
+    ResizedVolume,
+    TransVW,
+    WordHead,
+    deform,
+    discover_words,
+    num_members,
+    origin_at,
+    resize,
+)
+from tests.methods.parts import image, images, swin, unet
+from tests.methods.pretext import learn, real_volumes, row
+
+CUBE = (42, 42, 42)
 
 
 @dataclass
@@ -30,46 +52,157 @@ class Coordinates:
         return cut(self.image, origin, size)
 
 
-def discover(volumes, codes=None, extent=(16, 16, 16), words=6, instances=3, distance=5.0):
+@dataclass
+class Recorder:
+    """A volume that notes the boxes that are cropped from it."""
+
+    shape: tuple[int, int, int] = (400, 400, 100)
+    boxes: list = field(default_factory=list)
+
+    def crop(self, origin, size):
+        self.boxes.append((*origin, *size))
+        return np.zeros((1, *size), np.float32)
+
+
+@dataclass
+class Services:
+    """What `prepare` may use. `train` fills the module with random weights, so that its codes can be computed again."""
+
+    crop: tuple[int, int, int] = (16, 16, 16)
+    seed: int = 0
+    device: torch.device = torch.device("cpu")
+    trained: list = field(default_factory=list)
+    values: dict = field(default_factory=dict)
+
+    def remember(self, name, depends_on, compute):
+        self.depends_on = depends_on
+        return compute()
+
+    def train(self, module, sources, **settings):
+        self.trained.append((module, sources, settings))
+        rng = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=rng) * 0.2)
+
+    def report(self, message, **values):
+        self.message = message
+        self.values |= values
+
+
+def discover(volumes, codes=None, extent=(16, 16, 16), words=6, instances=0.6, distance=5.0, seed=0):
     codes = np.arange(len(volumes), dtype=float)[:, None] if codes is None else codes
-    return discover_words(volumes, codes, extent, words, instances, distance, np.random.default_rng(0))
+    return discover_words(volumes, codes, extent, words, instances, distance, np.random.default_rng(seed))
 
 
-def test_words_of_one_class_come_from_the_same_coordinate_of_different_volumes():
-    volumes = [Coordinates(number) for number in range(5)]
-    for word in discover(volumes):
-        crops = [
-            Instance(volumes[index], 0, tuple(word["coordinate"]), (16, 16, 16), 0).sample((16, 16, 16), None)["image"]
-            for index in word["volumes"]
+def coordinates_of(word, volumes, extent=(16, 16, 16)):
+    """Second implementation: the origin has the same share of its range in every volume."""
+    return [
+        [
+            round(share * (long - edge))
+            for share, long, edge in zip(word["position"], volumes[v].shape, extent, strict=True)
         ]
-        assert len({tuple(crop[1].ravel()[:1]) for crop in crops}) == len(word["volumes"]) == 3
-        for crop in crops[1:]:
-            assert np.array_equal(crop[0], crops[0][0])
-        first = np.unravel_index(int(crops[0][0, 0, 0, 0]) - 1, (40, 44, 36))
-        assert list(first) == word["coordinate"]
+        for v in word["volumes"]
+    ]
+
+
+# Discovery
+
+
+def test_instances_of_a_word_are_the_corresponding_crops_of_different_volumes():
+    shapes = [(40, 44, 36), (30, 30, 30), (61, 20, 47), (16, 50, 33)]
+    volumes = [Coordinates(number, shape) for number, shape in enumerate(shapes)]
+    for number, word in enumerate(discover(volumes, instances=1.0)):
+        assert sorted(word["volumes"]) == [0, 1, 2, 3]
+        for index, origin in zip(word["volumes"], coordinates_of(word, volumes), strict=True):
+            instance = Instance(volumes[index], number, tuple(word["position"]), (16, 16, 16), 0)
+            crop = instance.sample((16, 16, 16), None)["image"]
+            x, y, z = origin
+            assert np.array_equal(crop, volumes[index].image[:, x : x + 16, y : y + 16, z : z + 16])
+            assert list(instance.coordinate) == origin
+
+
+def test_a_member_may_be_smaller_than_the_reference_and_every_corner_is_reached():
+    large, small = Coordinates(0, (60, 60, 60)), Coordinates(1, (20, 20, 20))
+    for position, ends in [((0.0,) * 3, (0, 0)), ((1.0,) * 3, (44, 4)), ((0.5,) * 3, (22, 2))]:
+        for volume, end in zip((large, small), ends, strict=True):
+            assert Instance(volume, 0, position, (16, 16, 16), 0).coordinate == (end,) * 3
+
+
+def test_a_words_coordinate_is_uniform_over_the_whole_reference():
+    volumes = [Coordinates(number, (20, 19, 18)) for number in range(2)]
+    drawn = []
+    for seed in range(900):
+        (word,) = discover(volumes, words=1, seed=seed)
+        drawn.append(np.array(word["position"]) * [4, 3, 2])
+    drawn = np.array(drawn)
+    np.testing.assert_allclose(drawn, drawn.round(), atol=1e-9)
+    for axis, room in enumerate((4, 3, 2)):
+        counts = np.bincount(drawn[:, axis].round().astype(int), minlength=room + 1)
+        assert len(counts) == room + 1
+        assert chisquare(counts).pvalue > 1e-3
 
 
 def test_instances_are_the_nearest_in_code_space():
-    volumes = [Coordinates(number) for number in range(8)]
-    codes = np.array([0, 10, 0.1, 10.1, 0.2, 10.2, 0.3, 10.3])[:, None]
-    for word in discover(volumes, codes, instances=4):
-        assert len({index % 2 for index in word["volumes"]}) == 1
+    """Against a sort in NumPy; the reference is the first member."""
+    rng = np.random.default_rng(3)
+    volumes, codes = [Coordinates(number) for number in range(20)], rng.standard_normal((20, 5))
+    words = discover(volumes, codes, instances=0.3, words=15, distance=1.0)
+    assert len(words) == 15
+    for word in words:
+        reference = word["volumes"][0]
+        distances = np.sqrt(((codes - codes[reference]) ** 2).sum(axis=1))
+        assert word["volumes"] == list(np.argsort(distances)[:6])
 
 
-def test_coordinates_keep_their_distance_and_lie_inside():
-    volumes = [Coordinates(number) for number in range(5)]
-    coordinates = np.array([word["coordinate"] for word in discover(volumes, words=10)])
-    gaps = np.linalg.norm(coordinates[:, None] - coordinates[None], axis=-1)[np.triu_indices(len(coordinates), 1)]
-    assert len(coordinates) > 4
-    assert gaps.min() >= 5
-    assert (coordinates >= 0).all()
-    assert (coordinates + 16 <= [40, 44, 36]).all()
+def test_shuffled_codes_give_other_words():
+    rng = np.random.default_rng(0)
+    volumes, codes = [Coordinates(number) for number in range(30)], rng.standard_normal((30, 8))
+    real = discover(volumes, codes, words=30, instances=0.32, distance=2.0)
+    shuffled = discover(volumes, rng.permutation(codes), words=30, instances=0.32, distance=2.0)
+    assert len(real) == len(shuffled) == 30
+    differ = sum(set(a["volumes"]) != set(b["volumes"]) for a, b in zip(real, shuffled, strict=True))
+    assert differ == 30
+    everyone = [discover(volumes, c, words=30, instances=1.0, distance=2.0) for c in (codes, rng.permutation(codes))]
+    assert all(set(a["volumes"]) == set(b["volumes"]) for a, b in zip(*everyone, strict=True))
+
+
+def test_equal_codes_do_not_displace_the_reference():
+    words = discover([Coordinates(number) for number in range(6)], np.zeros((6, 2)), words=6, instances=0.4)
+    assert all(len(set(word["volumes"])) == 2 for word in words)
+    assert len({word["volumes"][0] for word in words}) == 6
+
+
+@pytest.mark.parametrize(
+    ("able", "share", "members"),
+    [(623, 0.32, 199), (176, 0.32, 56), (4, 0.32, 2), (3, 0.1, 2), (10, 1.0, 10), (10, 0.25, 2)],
+)
+def test_members_are_a_share_of_the_volumes_and_at_least_two(able, share, members):
+    assert num_members(able, share) == members
+
+
+@pytest.mark.parametrize("share", [0, 1.01, 200])
+def test_a_number_of_volumes_is_refused_as_a_share(share):
+    with pytest.raises(ValidationError):
+        TransVW.Config(instances=share)
+
+
+def test_coordinates_keep_their_distance_in_the_reference_and_lie_inside():
+    volumes = [Coordinates(number, (30 + 3 * number, 44, 36)) for number in range(5)]
+    words = discover(volumes, words=10)
+    assert len(words) > 4
+    for number, word in enumerate(words):
+        assert all(0 <= share <= 1 for share in word["position"])
+        room = np.array(volumes[word["volumes"][0]].shape) - 16
+        earlier = np.array([other["position"] for other in words[:number]]).reshape(-1, 3) * room
+        gaps = np.linalg.norm(earlier - np.array(word["position"]) * room, axis=1)
+        assert not len(gaps) or gaps.min() >= 5 - 1e-9
 
 
 def test_no_instance_is_lost():
     """The released code drops the last instance of each fold."""
     volumes = [Coordinates(number) for number in range(6)]
-    assert all(len(word["volumes"]) == 6 for word in discover(volumes, instances=200))
+    assert all(sorted(word["volumes"]) == list(range(6)) for word in discover(volumes, instances=1.0))
 
 
 def test_a_repeated_coordinate_does_not_end_discovery():
@@ -82,61 +215,109 @@ def test_small_volumes_have_fewer_words_and_every_volume_is_tried_as_reference()
     small = discover([Coordinates(n, (20, 20, 20)) for n in range(4)], words=44)
     large = discover([Coordinates(n) for n in range(4)], words=44)
     assert 0 < len(small) < len(large)
-    assert len({word["volumes"][0] for word in large}) == 4
+    references = [word["volumes"][0] for word in large]
+    assert sorted(references[:4]) == [0, 1, 2, 3]
+    assert [discover([Coordinates(n) for n in range(9)], seed=s)[0]["volumes"][0] for s in range(6)] != [0] * 6
 
 
 def test_volumes_smaller_than_the_word_have_no_instances():
     volumes = [Coordinates(0), Coordinates(1, (10, 40, 40)), Coordinates(2)]
-    assert all(1 not in word["volumes"] for word in discover(volumes))
+    words = discover(volumes, instances=1.0)
+    assert words
+    assert all(sorted(word["volumes"]) == [0, 2] for word in words)
+    assert discover(volumes[:2]) == []
 
 
-def test_larger_cubes_are_published_sizes_with_jitter():
-    volume = Coordinates(0, (200, 200, 64))
-    word = Instance(volume, 3, (60, 60, 10), (64, 64, 32), 1)
-    corners, edges = [], []
-    for seed in range(200):
-        sample = word.sample((64, 64, 32), np.random.default_rng(seed))
-        assert sample["word"] == 3
-        assert sample["image"].shape == (2, 64, 64, 32)
-        x = np.unravel_index((sample["image"][0, :, 0, 0] - 1).round().astype(int), volume.shape)[0]
-        corners.append(x[0])
-        edges.append(x[-1] - x[0] + 1)
-    assert 50 <= min(corners) <= 52
-    assert 67 <= max(corners) <= 70
-    assert 49 <= min(edges) <= 52
-    assert 77 <= max(edges) <= 80
+def test_words_are_not_background():
+    """At least a tenth of the reference's crop is above 0.002; here only one corner of each volume is."""
+
+    @dataclass
+    class Corner(Coordinates):
+        @property
+        def image(self):
+            bright = np.full((1, *self.shape), 0.001, np.float32)
+            bright[:, :16, :16, :16] = 0.5
+            return bright
+
+    volumes = [Corner(number) for number in range(4)]
+    words = [discover(volumes, words=1, seed=seed)[0] for seed in range(60)]
+    shares = []
+    for word in words:
+        origin = coordinates_of(word, volumes)[0]
+        shares.append((volumes[0].crop(origin, (16, 16, 16)) > 0.002).mean())
+    assert min(shares) >= 0.1
+    assert min(shares) < 0.3
 
 
-def test_own_size_is_the_crop_itself():
-    volume = Coordinates(0)
-    sample = Instance(volume, 0, (3, 4, 5), (16, 16, 16), 0).sample((16, 16, 16), np.random.default_rng(0))
-    assert np.array_equal(sample["image"], volume.image[:, 3:19, 4:20, 5:21])
+# Preparation
 
 
-def test_deformation_is_scipys():
-    cube, seed = image(1, (40, 36, 20)), 4
-    got = deform(cube, 991.0, 8.0, np.random.default_rng(seed))
-    rng = np.random.default_rng(seed)
-    fields = [
-        ndimage.gaussian_filter(rng.random((40, 36, 20), dtype=np.float32) * 2 - 1, 8.0, mode="constant") * 991
-        for _ in range(2)
+def expected_codes(module, volumes, size):
+    """Second implementation: four strided convolutions with leaky ReLU, then the mean over space."""
+    parameters = [parameter.detach() for parameter in module.encoder.parameters()]
+    rows = []
+    for volume in volumes:
+        features = F.interpolate(torch.from_numpy(volume.image)[None], size=size, mode="trilinear")
+        for weight, bias in zip(parameters[::2], parameters[1::2], strict=True):
+            features = F.conv3d(features, weight, bias, stride=2, padding=1)
+            features = torch.where(features > 0, features, 0.1 * features)
+        rows.append(features.mean(dim=(2, 3, 4))[0].numpy())
+    return np.stack(rows)
+
+
+def test_words_follow_the_codes_of_the_trained_autoencoder():
+    volumes = [PhantomVolume(number, 1, (24, 26, 28)) for number in range(12)]
+    services = Services()
+    made = TransVW(TransVW.Config(words=9, autoencoder_steps=7, code_size=(32, 32, 32), distance=2), unet())
+    sources = made.prepare(volumes, services)
+    ((module, whole, settings),) = services.trained
+    assert isinstance(module, Autoencoder)
+    assert [source.volume for source in whole] == volumes
+    assert settings == {"size": (32, 32, 32), "steps": 7, "batch_size": 4, "lr": 1e-3}
+    codes = expected_codes(module, volumes, (32, 32, 32))
+    assert codes.shape == (12, 512)
+    extent = tuple(services.values["extent"])
+    assert extent == (16, 16, 16)
+    words = discover(volumes, codes, extent, words=9, instances=0.32, distance=2)
+    assert len(words) == 9
+    expected = [
+        (id(volumes[index]), number, tuple(word["position"]), extent, scale)
+        for number, word in enumerate(words)
+        for index in word["volumes"]
+        for scale in range(3)
     ]
-    x, y, z = np.meshgrid(*(np.arange(n) for n in (40, 36, 20)), indexing="ij")
-    expected = ndimage.map_coordinates(cube[0], [x + fields[0], y + fields[1], z], order=1, mode="reflect")
-    assert np.abs(fields[0]).max() > 1
-    np.testing.assert_allclose(got[0], expected, atol=2e-3)
+    assert [(id(s.volume), s.word, s.position, s.extent, s.scale) for s in sources] == expected
+    constant = discover(volumes, np.zeros((12, 1)), extent, words=9, instances=0.32, distance=2)
+    assert [word["volumes"] for word in constant] != [word["volumes"] for word in words]
+    assert services.values["discovery"] is True
+    assert services.values["volumes_per_word"] == 4
+    assert {"words", "instances", "distance", "autoencoder_steps", "code_size", "extent"} <= set(services.depends_on)
 
 
-def test_exactly_one_distortion_with_equal_probability():
-    perturb = Perturb(TransVW.Config(elastic_alpha=0))
-    cube = image(1, (40, 40, 40))
-    kinds = {"shuffle": 0, "curve": 0, "in": 0, "out": 0}
-    for seed in range(400):
-        sample = perturb({"image": cube, "word": 1}, np.random.default_rng(seed))
-        assert np.array_equal(sample["target"], cube)
-        share = (sample["image"] != cube).mean()
-        kinds["shuffle" if share < 0.006 else "in" if share < 0.05 else "out" if share < 0.97 else "curve"] += 1
-    assert all(70 < number < 130 for number in kinds.values()), kinds
+@pytest.mark.parametrize(("number", "share"), [(6, 1.0), (2, 0.32)])
+def test_without_a_choice_no_autoencoder_is_trained_and_it_is_said(number, share):
+    volumes = [PhantomVolume(number, 1, (24, 26, 28)) for number in range(number)]
+    services = Services()
+    TransVW(TransVW.Config(words=5, instances=share, distance=2), unet()).prepare(volumes, services)
+    assert services.trained == []
+    assert services.values["discovery"] is False
+    assert "discovery has no effect" in services.message
+    assert "set a smaller method.instances" in services.message
+
+
+@pytest.mark.parametrize(
+    ("shape", "crop", "extent"),
+    [
+        ((130, 170, 140), (96, 96, 96), (96, 96, 96)),
+        ((130, 170, 140), (128, 128, 128), (110, 128, 120)),
+        ((30, 41, 24), (64, 64, 64), (15, 21, 12)),
+        ((512, 512, 100), (64, 64, 32), (64, 64, 32)),
+    ],
+)
+def test_a_word_is_the_networks_input_where_the_smallest_volume_has_room(shape, crop, extent):
+    volumes = [Coordinates(0, shape), Coordinates(1, tuple(2 * edge for edge in shape))]
+    assert TransVW(TransVW.Config(), unet())._extent(volumes, crop) == extent
+    assert TransVW(TransVW.Config(extent=(8, 9, 10)), unet())._extent(volumes, crop) == (8, 9, 10)
 
 
 def test_discovery_is_remembered_timed_and_shared(tmp_path, registry, capsys):
@@ -155,19 +336,6 @@ def test_what_follows_does_not_depend_on_whether_words_were_found_or_computed(tm
     assert all(torch.equal(value, found[key]) for key, value in computed.items())
 
 
-def test_every_in_painted_sample_has_its_box():
-    cube = image(1, (40, 40, 40))
-    assert all((paint_in(cube, np.random.default_rng(s), least=1, most=1) != cube).any() for s in range(200))
-
-
-def test_larger_cubes_stay_inside_where_they_fit():
-    volume = Coordinates(0, (100, 100, 40))
-    for seed in range(50):
-        for corner in [(0, 0, 0), (36, 36, 8)]:
-            sample = Instance(volume, 0, corner, (64, 64, 32), 2).sample((64, 64, 32), np.random.default_rng(seed))
-            assert sample["image"].min() > 0
-
-
 def test_the_head_has_as_many_classes_as_there_are_words(tmp_path, registry):
     built = MethodFixture(TransVW, registry.load("backbone", "unet"), tmp_path, {"words": "300"}).new()
     number = 1 + max(source.word for source in built.sources)
@@ -175,29 +343,32 @@ def test_the_head_has_as_many_classes_as_there_are_words(tmp_path, registry):
     assert built.method.classify.linear.out_features == number
 
 
-class Shop:
-    crop, seed, device = (32, 32, 32), 0, torch.device("cpu")
-
-    def remember(self, name, depends_on, compute):
-        return compute()
-
-
 def test_one_volume_is_an_error():
     made = TransVW(TransVW.Config(), unet())
     with pytest.raises(UserError, match="give at least 2"):
-        made.prepare([PhantomVolume(0, 1, (40, 40, 40))], Shop())
+        made.prepare([PhantomVolume(0, 1, (40, 40, 40))], Services())
 
 
-def test_losses_have_the_published_weights(monkeypatch):
-    made = TransVW(TransVW.Config(words=3, hidden=8), unet())
-    logits, target = torch.tensor([[1.0, 2, 3], [3, 2, 1]]), torch.rand(2, 1, 32, 32, 32)
-    monkeypatch.setattr(made.classify, "forward", lambda deepest: logits)
-    monkeypatch.setattr(made.restore, "forward", lambda features: torch.zeros_like(target))
-    word = torch.tensor([2, 0])
-    terms = made({"image": torch.rand_like(target), "target": target, "word": word})
-    entropy = -torch.log_softmax(logits, dim=1)[0, 2]
-    assert terms["classification"].item() == pytest.approx(0.01 * entropy.item(), rel=1e-5)
-    assert terms["restoration"].item() == pytest.approx((0.5 - target).square().mean().item(), rel=1e-5)
+def test_words_that_no_two_volumes_hold_are_an_error():
+    made = TransVW(TransVW.Config(extent=(32, 32, 32)), unet())
+    with pytest.raises(UserError, match=r"set a smaller method\.extent"):
+        made.prepare([Coordinates(0, (20, 20, 20)), Coordinates(1, (20, 20, 20))], Services())
+
+
+def test_the_autoencoder_restores_its_input():
+    torch.manual_seed(0)
+    autoencoder, batch = Autoencoder(1), images(2, size=(32, 32, 32))
+    assert [m.out_channels for m in autoencoder.encoder.modules() if isinstance(m, torch.nn.Conv3d)] == [
+        16,
+        32,
+        64,
+        512,
+    ]
+    outputs = []
+    autoencoder.decoder.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    (loss,) = autoencoder({"image": batch}).values()
+    assert outputs[0].shape == batch.shape
+    assert loss.item() == pytest.approx(((outputs[0] - batch) ** 2).mean().item(), rel=1e-6)
 
 
 def test_whole_volumes_are_resized():
@@ -206,3 +377,359 @@ def test_whole_volumes_are_resized():
     assert sample["image"].shape == (2, 16, 16, 16)
     assert sample["image"].mean() == pytest.approx(volume.image.mean(), rel=0.02)
     assert resize(volume.image, (20, 30, 10)) is volume.image
+
+
+# Instances
+
+
+def test_own_size_is_the_crop_itself():
+    volume = Coordinates(0)
+    sample = Instance(volume, 7, (3 / 24, 4 / 28, 5 / 20), (16, 16, 16), 0).sample(
+        (16, 16, 16), np.random.default_rng(0)
+    )
+    assert np.array_equal(sample["image"], volume.image[:, 3:19, 4:20, 5:21])
+    assert sample["word"] == 7
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_larger_cubes_have_published_sizes_and_shifts(scale):
+    """Edges 50..79 and shifts -10..9, uniform, in the plane, one edge for both axes, each axis its own shift."""
+    volume = Recorder()
+    word = Instance(volume, 3, (0.5, 0.5, 0.5), (64, 64, 32), scale)
+    for seed in range(1500):
+        sample = word.sample((8, 8, 4), np.random.default_rng(seed))
+        assert sample["word"] == 3
+        assert sample["image"].shape == (1, 8, 8, 4)
+    x, y, z, dx, dy, dz = np.array(volume.boxes).T
+    assert np.array_equal(dx, dy)
+    assert set(dz) == {32}
+    assert set(z) == {34}
+    for values, first, last in [(dx, 50, 79), (x - 168, -10, 9), (y - 168, -10, 9)]:
+        counts = np.bincount(values - first, minlength=last - first + 1)
+        assert len(counts) == last - first + 1
+        assert chisquare(counts).pvalue > 1e-3
+    assert abs(np.corrcoef([x, y, dx]) - np.eye(3)).max() < 0.1
+
+
+def test_larger_cubes_are_proportional_to_the_word():
+    volume = Recorder()
+    word = Instance(volume, 0, (0.5, 0.5, 0.5), (16, 32, 8), 1)
+    for seed in range(300):
+        word.sample((8, 8, 4), np.random.default_rng(seed))
+    x, y, _, dx, dy, dz = np.array(volume.boxes).T
+    assert (dx.min(), dx.max(), dy.min(), dy.max(), set(dz)) == (12, 20, 25, 40, {8})
+    assert (x.min() - 192, x.max() - 192, y.min() - 184, y.max() - 184) == (-2, 2, -5, 4)
+
+
+def test_larger_cubes_are_resized_to_the_crop():
+    volume = Coordinates(0, (200, 200, 64))
+    word = Instance(volume, 3, (60 / 136, 60 / 136, 10 / 32), (64, 64, 32), 1)
+    sample = word.sample((32, 32, 32), np.random.default_rng(4))
+    where = np.unravel_index((sample["image"][0, :, 0, 0] - 1).round().astype(int), volume.shape)[0]
+    step = np.diff(where).mean()
+    assert 50 / 32 - 0.1 < step < 79 / 32 + 0.1
+
+
+def test_larger_cubes_stay_inside_where_they_fit():
+    volume = Coordinates(0, (100, 100, 40))
+    for seed in range(50):
+        for corner in (0.0, 1.0):
+            word = Instance(volume, 0, (corner,) * 3, (64, 64, 32), 2)
+            assert word.sample((64, 64, 32), np.random.default_rng(seed))["image"].min() > 0
+
+
+# Distortion
+
+
+def test_deformation_is_scipys():
+    cube, seed = image(2, (40, 36, 20)), 4
+    got = deform(cube, 991.0, 8.0, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    fields = [
+        ndimage.gaussian_filter(rng.random((40, 36, 20), dtype=np.float32) * 2 - 1, 8.0, mode="constant") * 991
+        for _ in range(2)
+    ]
+    x, y, z = np.meshgrid(*(np.arange(n) for n in (40, 36, 20)), indexing="ij")
+    assert np.abs(fields[0]).max() > 1
+    for channel in range(2):
+        where = [x + fields[0], y + fields[1], z]
+        expected = ndimage.map_coordinates(cube[channel], where, order=1, mode="reflect")
+        np.testing.assert_allclose(got[channel], expected, atol=2e-3)
+
+
+def box_of(mask):
+    """The edges of the box that the mask is, or None."""
+    ends = [np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
+    edges = [int(end[-1] - end[0] + 1) if len(end) else 0 for end in ends]
+    return (edges, [int(end[0]) for end in ends]) if mask.sum() == np.prod(edges) > 0 else None
+
+
+def kind_of(seen, deformed):
+    """Which distortion it was, from the voxels that changed."""
+    changed = (seen != deformed)[0]
+    if changed.mean() > 0.99:
+        return "curve"
+    if box_of(~changed) is not None:
+        return "out"
+    return "in" if box_of(changed) is not None and changed.sum() >= 7**3 else "shuffle"
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """What `Perturb` makes of one cube, with the deformed cube and the kind of the distortion."""
+    perturb, cube = Perturb(TransVW.Config()), image(1, CUBE)
+    made = []
+    for seed in range(400):
+        sample = perturb({"image": cube, "word": 5}, np.random.default_rng(seed))
+        deformed = deform(cube, 991.0, 8.0, np.random.default_rng(seed))
+        made.append((kind_of(sample["image"], deformed), sample, deformed))
+    return made
+
+
+def test_the_target_is_the_undistorted_crop_and_the_word_stays(pairs):
+    cube = image(1, CUBE)
+    for _, sample, deformed in pairs[:50]:
+        assert np.array_equal(sample["target"], cube)
+        assert sample["word"] == 5
+        assert np.abs(deformed - cube).mean() > 0.05
+
+
+def test_each_distortion_has_probability_a_quarter(pairs):
+    counts = Counter(kind for kind, _, _ in pairs)
+    assert set(counts) == {"shuffle", "curve", "in", "out"}
+    assert chisquare(list(counts.values())).pvalue > 1e-3, counts
+
+
+def test_painting_in_fills_one_box_with_uniform_noise(pairs):
+    boxes, noise = [], []
+    for kind, sample, deformed in pairs:
+        if kind == "in":
+            changed = sample["image"] != deformed
+            boxes.append(np.ravel(box_of(changed[0])))
+            noise.append(sample["image"][changed])
+    edges, corners = np.split(np.array(boxes), 2, axis=1)
+    assert (edges.min(), edges.max()) == (7, 14)
+    assert chisquare(np.bincount(edges.ravel() - 7, minlength=8)).pvalue > 1e-3
+    assert corners.min() == 3
+    assert (corners + edges).max() == 39
+    assert kstest(np.concatenate(noise)[::97], "uniform").pvalue > 1e-3
+
+
+def test_painting_out_keeps_one_box(pairs):
+    boxes, noise = [], []
+    for kind, sample, deformed in pairs:
+        if kind == "out":
+            same = sample["image"] == deformed
+            boxes.append(np.ravel(box_of(same[0])))
+            noise.append(sample["image"][~same])
+    edges, corners = np.split(np.array(boxes), 2, axis=1)
+    assert (edges.min(), edges.max()) == (42 - 24, 42 - 18)
+    assert corners.min() == 3
+    assert (corners + edges).max() == 39
+    assert kstest(np.concatenate(noise)[::997], "uniform").pvalue > 1e-3
+
+
+def test_shuffling_permutes_five_windows_of_the_deformed_crop(pairs):
+    """Against five windows drawn in NumPy."""
+    ours = [(sample["image"] != deformed).sum() for kind, sample, deformed in pairs if kind == "shuffle"]
+    rng, theirs = np.random.default_rng(0), []
+    for _ in range(600):
+        cube = rng.random(CUBE)
+        shuffled = cube.copy()
+        for _ in range(5):
+            edges = rng.integers(1, 5, size=3)
+            window = tuple(slice(a, a + n) for a, n in zip(rng.integers(0, 43 - edges), edges, strict=True))
+            shuffled[window] = rng.permutation(cube[window].ravel()).reshape(edges)
+        theirs.append((shuffled != cube).sum())
+    assert ks_2samp(ours, theirs).pvalue > 1e-3
+    assert max(ours) <= 5 * 64
+
+
+def test_intensities_are_mapped_by_a_curve_that_rises_or_falls(pairs):
+    rising = []
+    for kind, sample, deformed in pairs:
+        if kind == "curve":
+            order = np.argsort(deformed.ravel())
+            mapped = sample["image"].ravel()[order]
+            assert np.abs(np.diff(mapped)).max() < 0.2  # equal intensities stay equal
+            rising.append(mapped[-1] > mapped[0])
+    assert 0.35 < np.mean(rising) < 0.65
+
+
+def test_no_deformation_if_it_is_switched_off():
+    perturb, cube = Perturb(TransVW.Config(elastic_alpha=0)), image(1, CUBE)
+    kinds = Counter(kind_of(perturb({"image": cube}, np.random.default_rng(s))["image"], cube) for s in range(60))
+    assert set(kinds) == {"shuffle", "curve", "in", "out"}
+
+
+def test_the_sample_is_not_touched():
+    cube = image(1, CUBE)
+    before = cube.copy()
+    for seed in range(12):
+        Perturb(TransVW.Config(elastic_alpha=0))({"image": cube}, np.random.default_rng(seed))
+    assert np.array_equal(cube, before)
+
+
+def test_every_in_painted_sample_has_its_box():
+    cube = image(1, (40, 40, 40))
+    assert all((paint_in(cube, np.random.default_rng(s), least=1, most=1) != cube).any() for s in range(200))
+
+
+# Losses
+
+
+@pytest.mark.parametrize(("restoration", "classification"), [(1.0, 0.01), (3.0, 2.0)])
+def test_losses_against_numpy(restoration, classification, monkeypatch):
+    settings = {} if restoration == 1 else {"restoration": restoration, "classification": classification}
+    made = TransVW(TransVW.Config(words=3, hidden=8, **settings), unet())
+    logits, target = torch.tensor([[1.0, 2, 3], [3, 2, 1]]), torch.rand(2, 1, 32, 32, 32)
+    raw = torch.randn_like(target)
+    monkeypatch.setattr(made.classify, "forward", lambda deepest: logits)
+    monkeypatch.setattr(made.restore, "forward", lambda features: raw)
+    terms = made({"image": torch.rand_like(target), "target": target, "word": torch.tensor([2, 1])})
+    p = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum(axis=1, keepdims=True)
+    entropy = -(np.log(p[0, 2]) + np.log(p[1, 1])) / 2
+    error = ((1 / (1 + np.exp(-raw.numpy())) - target.numpy()) ** 2).mean()
+    assert set(terms) == {"classification", "restoration"}
+    assert terms["classification"].item() == pytest.approx(classification * entropy, rel=1e-5)
+    assert terms["restoration"].item() == pytest.approx(restoration * error, rel=1e-5)
+
+
+@pytest.mark.parametrize("backbone", [unet, swin])
+def test_the_network_sees_the_distorted_crop_alone_and_all_of_it_is_trained(backbone, monkeypatch):
+    made = TransVW(TransVW.Config(words=3, hidden=8), backbone())
+    seen, deepest, encode, classify = [], [], made.backbone.encode, made.classify.forward
+    monkeypatch.setattr(made.backbone, "encode", lambda x: seen.append(x) or encode(x))
+    monkeypatch.setattr(made.classify, "forward", lambda x: deepest.append(x) or classify(x))
+    batch = {"image": images(2), "target": images(2).flip(2), "word": torch.tensor([2, 0])}
+    terms = made(batch)
+    assert len(seen) == 1
+    assert seen[0] is batch["image"]
+    assert deepest[0].shape[1] == made.backbone.channels[-1]
+    terms["classification"].backward(retain_graph=True)
+    assert made.classify.conv.weight.grad.abs().sum() > 0
+    assert sum(p.grad.abs().sum() for p in made.backbone.parameters() if p.grad is not None) > 0
+    assert made.restore.weight.grad is None
+    terms["restoration"].backward()
+    assert made.restore.weight.grad.abs().sum() > 0
+    assert made.trains == ("encoder", "decoder")
+
+
+def test_without_restoration_the_encoder_alone_is_trained():
+    made = TransVW(TransVW.Config(words=3, hidden=8, restoration=0), unet())
+    assert made.trains == ("encoder",)
+    terms = made({"image": images(2), "target": images(2), "word": torch.tensor([2, 0])})
+    assert list(terms) == ["classification"]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_head_against_plain_operations(training):
+    """Convolution without bias, batch norm with the batch's moments (in evaluation too), ReLU, mean over space, linear."""
+    torch.manual_seed(0)
+    head, deepest = WordHead(6, 10, 4).train(training), torch.randn(3, 6, 4, 5, 3)
+    with torch.no_grad():
+        head.norm.weight.uniform_(0.5, 2)
+        head.norm.bias.normal_()
+        got = head(deepest).numpy()
+        hidden = F.conv3d(deepest, head.conv.weight, padding=1).numpy()
+        mean, variance = hidden.mean(axis=(0, 2, 3, 4), keepdims=True), hidden.var(axis=(0, 2, 3, 4), keepdims=True)
+        scale, shift = (p.numpy().reshape(1, -1, 1, 1, 1) for p in (head.norm.weight, head.norm.bias))
+        pooled = np.maximum((hidden - mean) / np.sqrt(variance + 1e-5) * scale + shift, 0).mean(axis=(2, 3, 4))
+        expected = pooled @ head.linear.weight.numpy().T + head.linear.bias.numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert head.conv.weight.shape == (10, 6, 3, 3, 3)
+
+
+def test_published_settings():
+    config = TransVW.Config()
+    assert (config.words, config.distance, config.hidden) == (44, 5, 1024)
+    assert (config.elastic_alpha, config.elastic_sigma) == (991, 8)
+    assert (config.restoration, config.classification) == (1, 0.01)
+
+
+def test_the_picture_shows_the_target_the_input_and_the_restoration():
+    made = TransVW(TransVW.Config(words=3, hidden=8), unet()).eval()
+    batch = {"image": images(1), "target": images(1).flip(2), "word": torch.tensor([2])}
+    with torch.no_grad():
+        shown = made.show(batch)
+        restored = made.restore(made.backbone.decode(made.backbone.encode(batch["image"]))).sigmoid()
+    assert torch.equal(shown["image"], batch["target"])
+    assert torch.equal(shown["what it sees"], batch["image"])
+    torch.testing.assert_close(shown["what it restores"], restored)
+
+
+# On real data
+
+
+def share_touched(volume, boxes):
+    """Share of a volume's voxels that lie in at least one of the boxes, given as (origin, extent)."""
+    touched = np.zeros(volume.shape, bool)
+    for origin, extent in boxes:
+        touched[tuple(slice(a, a + n) for a, n in zip(origin, extent, strict=True))] = True
+    return touched.mean()
+
+
+@pytest.mark.slow
+def test_words_on_real_volumes_depend_on_codes_and_reach_all_of_a_volume(real_hippocampus, tmp_path, monkeypatch):
+    """Prints how many of 44 words change when the codes are shuffled, and how much of a volume words touch."""
+    volumes = real_volumes(real_hippocampus, tmp_path, 176)
+    budget = build(Training, {**BUDGET, "crop": (64, 64, 64), "batch_size": 4}, "pretrain")
+    preparation = PreparationContext(0, CPU, budget.crop, budget, ["words"], tmp_path)
+    computed, compute = [], Autoencoder.codes
+    monkeypatch.setattr(Autoencoder, "codes", lambda *arguments: computed.append(compute(*arguments)) or computed[0])
+    made = TransVW(TransVW.Config(autoencoder_steps=60), unet())
+    sources = made.prepare(volumes, preparation)
+    (codes,), extent = computed, sources[0].extent
+    shuffled = np.random.default_rng(1).permutation(codes)
+    shapes = np.array([volume.shape for volume in volumes])
+    print(f"\n{len(volumes)} hippocampi, {shapes.min(axis=0)} to {shapes.max(axis=0)} voxels; words of {extent}")
+    for share in (1.0, 0.32):
+        real, other = (discover(volumes, c, extent, words=44, instances=share) for c in (codes, shuffled))
+        pairs = [(set(a["volumes"]), set(b["volumes"])) for a, b in zip(real, other, strict=True)]
+        differ, common = sum(a != b for a, b in pairs), np.mean([len(a & b) for a, b in pairs])
+        members = len(real[0]["volumes"])
+        print(
+            f"instances={share:g}: {members} volumes a word; with shuffled codes {differ} of {len(real)} words differ, "
+        )
+        print(f"  {common:.1f} of {members} volumes stay (by chance {members**2 / len(volumes):.1f})")
+        assert len(real) == 44
+        assert differ == (44 if share < 1 else 0)
+        assert share == 1 or common < 0.6 * members
+    assert {(s.word, s.position) for s in sources} == {(n, tuple(w["position"])) for n, w in enumerate(real)}
+    smallest = shapes.min(axis=0)  # before version 2: from corner 0, and not beyond the end of the smallest volume
+    before, after, possible = [], [], []
+    for volume in volumes:
+        possible.append(np.prod(smallest / volume.shape))
+        before.append(share_touched(volume, [(origin_at(w["position"], smallest, extent), extent) for w in real]))
+        after.append(share_touched(volume, [(origin_at(w["position"], volume.shape, extent), extent) for w in real]))
+    print(f"before: words can touch {np.mean(possible):.1%} of a volume, 44 words touch {np.mean(before):.1%}")
+    print(f"after: words can touch 100 % of a volume, 44 words touch {np.mean(after):.1%} (least {np.min(after):.1%})")
+    assert np.mean(possible) < 0.6
+    assert np.min(after) > 0.65
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["unet", "swinunetr"])
+def test_both_terms_are_learned_on_real_crops(backbone, real_hippocampus, tmp_path):
+    """On held-out volumes: words are told apart better than by chance, crops are restored better than by their input."""
+    steps, weight = 300, TransVW.Config().classification
+    settings = ["pretrain.crop=32,64,32", "pretrain.batch_size=4", "method.words=12"]
+    settings += ["method.code_size=32,32,32", "method.autoencoder_steps=30"]
+    learned = learn(real_hippocampus, tmp_path, "transvw", backbone, steps, settings)
+    classes = learned.method.classify.linear.out_features
+    images, targets, words = (torch.cat([batch[key] for batch in learned.crops]) for key in ("image", "target", "word"))
+    with torch.no_grad():
+        right = [
+            learned.method.classify(learned.method.backbone.encode(batch["image"])[-1]).argmax(dim=1) == batch["word"]
+            for batch in learned.crops
+        ]
+    accuracy = float(torch.cat(right).float().mean())
+    guesses = (images, targets.mean(), targets.median())
+    restoration = min(float((targets - guess).square().mean()) for guess in guesses)
+    classification = weight * float(np.log(classes))
+    print("\n" + row("transvw", backbone, steps, "accuracy", 1 / classes, float("nan"), accuracy))
+    for term, prior in [("classification", classification), ("restoration", restoration)]:
+        print(row("transvw", backbone, steps, term, prior, learned.before[term], learned.after[term]))
+        assert learned.after[term] < 0.9 * prior
+    assert len(words) == 64
+    assert accuracy > 2.5 / classes

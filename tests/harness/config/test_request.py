@@ -40,6 +40,7 @@ REQUEST = {
     "preset": WORD,
     "mode": st.sampled_from(["task-specific", "generic"]),
     "protocol": st.sampled_from(["finetune", "frozen", "linear"]),
+    "transfer": st.sampled_from(["method", "encoder", "all"]),
     "split": WORD,
     "seed": st.integers(0, 2**70),
     "label_fraction": SHORT | st.just(1.0),
@@ -87,7 +88,7 @@ def test_each_field_alone_makes_it_to_the_other_side():
     changed = {"method": "voco", "backbone": "unetr", "task": "./a b", "preset": "paper", "mode": "generic"}
     changed |= {"protocol": "linear", "split": "2/5", "seed": 7, "label_fraction": 0.25, "data": Path("/d")}
     changed |= {"corpora": ("a=-5,5", "b"), "settings": ("x.y=1,2", "z="), "plugins": ("p.py",), "runs": Path("r/s")}
-    changed |= {"allow_overlap": True, "skip_bad": True, "save_predictions": True}
+    changed |= {"transfer": "encoder", "allow_overlap": True, "skip_bad": True, "save_predictions": True}
     inner = {"checkpoint_minutes": 0.5, "micro_batches": 2, "on_nonfinite": "skip", "trackers": ("mlflow", "wandb")}
     requests = [replace(usual, **{name: value}) for name, value in changed.items()]
     requests += [
@@ -126,6 +127,7 @@ def test_a_record_gives_back_what_was_asked_for(hippocampus_phantom, tmp_path):
         preset="small",
         seed=5,
         protocol="frozen",
+        transfer="encoder",
         split="1/2",
         label_fraction=0.5,
         data=hippocampus_phantom,
@@ -133,7 +135,7 @@ def test_a_record_gives_back_what_was_asked_for(hippocampus_phantom, tmp_path):
         settings=("finetune.crop=32", "pretrain.crop=32,32,32", "backbone.features=4,4,8,8,8"),
     )
     report = {"clock": {}, "used": {}, "resumed": 0, "skipped": []}
-    tuned = {"trained": report, "memory": {}, "transfer": {"text": "", "loaded": 1}}
+    tuned = {"trained": report, "memory": {}, "transfer": {"text": "", "loaded": 1, "requested": "encoder"}}
     record = make_record(plan(request, *locate(request)), {}, {"finetune": 1.0}, tuned, torch.nn.Linear(1, 1), {})
     found = recorded_fields(json.loads(json.dumps(record)))
     assert set(found) == {name for name, option in options(Request) if option.record}
@@ -145,7 +147,7 @@ def test_a_record_gives_back_what_was_asked_for(hippocampus_phantom, tmp_path):
     assert recorded_fields({"data": None, "seed": 0}) == {"seed": 0}
 
 
-AXES = ("method", "backbone", "task", "preset", "mode", "protocol", "split", "seed", "label_fraction")
+AXES = ("method", "backbone", "task", "preset", "mode", "protocol", "transfer", "split", "seed", "label_fraction")
 
 
 def test_the_axes_of_a_sweep_are_the_fields_with_an_axis(tmp_path):
@@ -153,7 +155,12 @@ def test_the_axes_of_a_sweep_are_the_fields_with_an_axis(tmp_path):
     assert all(
         f"{name}," in read.__doc__.replace("\n", " ").replace("label_fraction", "label_fraction,") for name in AXES
     )
-    values = {"mode": ["task-specific", "generic"], "protocol": ["finetune", "linear"], "seed": [0, 1]}
+    values = {
+        "mode": ["task-specific", "generic"],
+        "protocol": ["finetune", "linear"],
+        "transfer": ["method", "encoder"],
+        "seed": [0, 1],
+    }
     values |= {"label_fraction": [0.5, 1.0]}
     for name in AXES:
         (tmp_path / "s.toml").write_text(f"[[matrix]]\n{name} = {json.dumps(values.get(name, ['a', 'b']))}\n")

@@ -1,11 +1,13 @@
 """What a sweep's file expands to; wrong files are answered in words."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from harness import UserError
 from harness.config.request import Request
+from harness.config.resolve import resolve
 from harness.sweeps.cells import read, select_cells
 from tests.harness.sweep_files import cells_of
 
@@ -117,10 +119,14 @@ def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
+TRIED_AS_DEMO = ("hybridmim_table1", "hybridmim_table2", "hybridmim_table3", "hybridmim_table4", "hybridmim_figure4")
+
+
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[3].glob("sweeps/*.toml")), ids=lambda path: path.stem)
 def test_shipped_sweeps_can_run(path, runs):
     """Every cell resolves against its task, with the phantoms' case lists."""
-    found = read(path, Request(method="", task="", data=None, runs=runs))
+    tried = "demo" if path.stem in TRIED_AS_DEMO else ""
+    found = read(path, Request(method="", task="", data=None, runs=runs), preset=tried)
     assert found
     # One per method and backbone: plugins, settings and fit are what a typing error would break.
     once = {(c.request.method, c.request.backbone, c.request.settings): c for c in found if c.request.preset == "demo"}
@@ -129,9 +135,69 @@ def test_shipped_sweeps_can_run(path, runs):
     assert len(todo) == min(12, len(once))
 
 
-def test_table_4_switches_the_terms_of_the_paper():
+def shipped(name):
+    """The requests of a shipped sweep."""
+    path = Path(__file__).parents[3] / "sweeps" / f"{name}.toml"
+    return [cell.request for cell in read(path, Request(method="", task=""))]
+
+
+def test_another_preset_replaces_that_of_the_file():
     path = Path(__file__).parents[3] / "sweeps" / "hybridmim_table4.toml"
-    found = [c.request for c in read(path, Request(method="", task="")) if c.request.backbone == "unet"]
-    off = [sorted(pair.split(".")[1].split("=")[0] for pair in r.settings) for r in found if r.method == "hybridmim"]
+    assert {cell.request.preset for cell in read(path, Request(method="", task=""))} == {"paper"}
+    assert {cell.request.preset for cell in read(path, Request(method="", task=""), preset="small")} == {"small"}
+
+
+@pytest.mark.parametrize(
+    ("name", "tasks", "generic", "specific"),
+    [
+        ("hybridmim_table1", {"btcv"}, 5, 3),
+        ("hybridmim_table2", {"msd_liver", "msd_spleen"}, 5, 3),
+        ("hybridmim_table3", {"brats"}, 5, 3),
+        ("hybridmim_table4", {"brats"}, 10, 0),
+        ("hybridmim_figure4", {"brats"}, 18, 0),
+        ("hybridmim_figure6", {"brats"}, 7, 0),
+    ],
+)
+def test_the_papers_sweeps_have_the_papers_modes_and_numbers(name, tasks, generic, specific, registry):
+    requests = shipped(name)
+    assert {request.task for request in requests} == tasks
+    pretrained = [request for request in requests if request.method != "scratch"]
+    modes = Counter(request.mode for request in pretrained)
+    assert modes == {"generic": generic * len(tasks), "task-specific": specific * len(tasks)} or not specific
+    assert modes["generic"] == generic * len(tasks)
+    for request in requests:
+        config = resolve(request, registry, registry.task(request.task))
+        epochs = {"btcv": 2000, "msd_liver": 600, "msd_spleen": 600, "brats": 300}[request.task]
+        tuning, training = config.finetune, config.pretrain
+        assert (tuning.epochs, tuning.lr, tuning.foreground, tuning.clip_norm) == (epochs, 1e-4, 0, 0)
+        if request.method == "scratch":
+            continue
+        assert (training.steps, training.lr, training.weight_decay, training.warmup_epochs) == (100_000, 1e-4, 1e-5, 50)
+        on_ct = request.mode == "generic" and name != "hybridmim_figure6"
+        small = on_ct or request.task != "brats"
+        assert (training.crop, training.batch_size) == (((96,) * 3, 4) if small else ((128,) * 3, 2))
+        assert request.corpora == (("atm22", "luna16", "covid19_20", "flare21") if request.mode == "generic" else ())
+
+
+def test_figure_4_has_the_papers_label_fractions():
+    assert {request.label_fraction for request in shipped("hybridmim_figure4")} == {0.1, 0.2, 0.4, 0.6, 0.8, 1.0}
+
+
+def test_figure_6_has_the_papers_sizes():
+    sizes = [
+        "-".join(pair.partition("=")[2] for pair in request.settings)
+        for request in shipped("hybridmim_figure6")
+        if request.method == "hybridmim"
+    ]
+    assert sizes == ["64-32-128", "64-16-128", "32-16-128", "32-8-128", "32-16-96", "32-16-64", "32-16-32"]
+
+
+def test_table_4_switches_the_terms_of_the_paper():
+    found = [request for request in shipped("hybridmim_table4") if request.backbone == "unet"]
+    off = [
+        sorted(pair.split(".")[1].split("=")[0] for pair in r.settings if pair.startswith("method."))
+        for r in found
+        if r.method == "hybridmim"
+    ]
     names = ["number", "location", "consistency", "contrastive"]
     assert off == [sorted(names[number:]) for number in range(5)]

@@ -14,11 +14,11 @@ from harness.training.models import Plugins
 from tests.harness.commands import status_of
 
 
-def fits(registry, method="scratch", backbone="unet", **settings):
+def fits(registry, method="scratch", backbone="unet", transfer="method", **settings):
     """`check_fit` under settings, with another class in the place of the backbone's where one is given."""
     cls = settings.pop("cls", registry.load("backbone", backbone))
     pairs = tuple(f"{key.replace('__', '.')}={value}" for key, value in settings.items())
-    request = Request(method=method, task="msd_hippocampus", backbone=backbone, settings=pairs)
+    request = Request(method=method, task="msd_hippocampus", backbone=backbone, settings=pairs, transfer=transfer)
     config = resolve(request, registry, registry.task(request.task))
     check_fit(registry, config, Plugins(registry.load("method", method), cls), 1, 1)
 
@@ -93,3 +93,10 @@ def test_micro_batches_of_batch_norm_are_refused_before_data_is_read(method, bac
     assert status_of(*asked, "--runs", tmp_path / "runs", "--micro-batches", 2) == 2
     assert "batch norm needs the whole batch at once" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "cache").exists()
+
+
+def test_a_decoder_that_was_not_pretrained_is_not_transferred(registry):
+    with pytest.raises(UserError, match="--transfer all: method 'simmim' pre-trains the encoder only"):
+        fits(registry, "simmim", transfer="all")
+    fits(registry, "simmim", transfer="encoder")
+    fits(registry, "hybridmim", transfer="all")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from harness import UserError, gather, rand
+from harness.api.global_batch import batch_parts
 from harness.compute.processes import SingleProcess
 from harness.config.schema import Training
 from harness.training.trainer import FINITE, Trainer, divide_batch
@@ -196,3 +197,17 @@ def test_batches_that_cannot_be_dealt_out_evenly():
     assert parts.index == 3
     with pytest.raises(UserError, match="multiples of 4"):
         divide_batch(torch.nn.Linear(1, 1), settings(6), Two())
+
+
+def test_the_gradient_norm_of_a_step_is_that_before_clipping(module):
+    reference = copy.deepcopy(module)
+    trainer = new(module, clip_norm=1e-3)
+    image = batches(1)[0]
+    step(trainer, 1, image)
+    reseeded = new(reference, clip_norm=1e-3)
+    with batch_parts(reseeded.parts):
+        reseeded.seed_step(1)
+        sum(reference({"image": image}).values()).backward()
+    norm = sum(float(parameter.grad.square().sum()) for parameter in reference.parameters()) ** 0.5
+    assert norm > 1e-3
+    assert float(trainer.gradient_norm) == pytest.approx(norm, rel=1e-6)

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from backbones.unet import UNet
-from harness.training.transfer import transfer
+from harness import UserError
+from harness.training.transfer import select_parts, transfer
+from leaderboards.records import load_run
 from tests.harness.commands import harness, record_of, short_run
 
 
@@ -53,6 +55,7 @@ def test_every_tensor_is_in_one_list_and_keeps_or_changes_its_values_accordingly
         for given, made in ((1, 4), (4, 4), (4, 8), (8, 8), (8, 16))
     )
     assert report.encoder_fraction == pytest.approx(1 - 27 * (4 * 1 + 8 * 4) / whole)
+    assert report.random_stem == [other_shape]
     record = report.as_record()
     assert (record["loaded"], record["num_tensors"]) == (len(source) - 2, len(source))
     assert f"2 ({other_shape}, more.weight) skipped, 2 ({other_shape}, {missing}) re-initialised" in str(report)
@@ -65,11 +68,44 @@ def test_a_stem_is_repeated_only_if_asked():
     report = transfer(four, weights)
     assert report.inflated == []
     assert stem in report.skipped
+    assert report.random_stem == [stem]
     report = transfer(four, weights, repeat_stem=True)
     assert report.inflated == [stem]
-    assert report.skipped == []
+    assert report.skipped == report.random_stem == []
     assert torch.equal(four.state_dict()[stem], weights[stem].expand(-1, 4, -1, -1, -1) / 4)
     assert transfer(unet(), weights, repeat_stem=True).inflated == []
+
+
+def test_the_encoder_alone_is_transferred_on_request():
+    backbone = unet()
+    weights = backbone.part_weights(("encoder", "decoder"))
+    encoder = backbone.part_weights(("encoder",))
+    assert select_parts(backbone, weights, "encoder").keys() == encoder.keys() < weights.keys()
+    assert select_parts(backbone, weights, "method").keys() == weights.keys()
+    assert select_parts(backbone, weights, "all").keys() == weights.keys()
+    with pytest.raises(UserError, match="leaves nothing to transfer"):
+        select_parts(backbone, backbone.part_weights(("decoder",)), "encoder")
+    with pytest.raises(UserError, match="leaves nothing to transfer"):
+        select_parts(backbone, {}, "encoder")
+
+
+@pytest.mark.parametrize(("requested", "decoder"), [("method", "equal"), ("all", "equal"), ("encoder", "other")])
+def test_transfer_is_recorded_and_named_in_tables(requested, decoder, hippocampus_phantom, tmp_path):
+    run = [*short_run("hybridmim", hippocampus_phantom, "msd_hippocampus"), "--runs", tmp_path]
+    harness(*run, "--transfer", requested, "--set", "finetune.lr=1e-12")
+    record = record_of(tmp_path, "hybridmim")
+    moved = record["transfer"]
+    assert moved["requested"] == requested
+    assert any(key.startswith("upcat") for key in moved["reinitialised"]) == (decoder == "other")
+    assert len(moved["first_gradient_norms"]) == record["config"]["finetune"]["steps"]
+    assert all(norm > 0 for norm in moved["first_gradient_norms"])
+    ranks = moved["effective_rank"]
+    assert set(ranks) == {"initial", "transferred", "finetuned"}
+    assert ranks["initial"] != ranks["transferred"]
+    assert ranks["finetuned"] == pytest.approx(ranks["transferred"], abs=1e-2)  # the learning rate is next to nothing
+    (run_folder,) = (path.parent for path in tmp_path.glob("*/record.json"))
+    name = load_run(run_folder).method
+    assert ("transfer=encoder" in name) == (requested == "encoder")
 
 
 def test_one_channel_serves_four_and_says_so(data_folders, tmp_path, capsys):
