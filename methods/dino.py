@@ -83,7 +83,8 @@ class DINO(Method):
         "Caron et al. 2021, arXiv:2104.14294; Xu et al. 2025, arXiv:2501.11755; github.com/facebookresearch/dino"
     )
     trains = ("encoder",)
-    # With 0.996, a teacher keeps two thirds of its initial weights over 200 steps.
+    # With 0.996, a teacher keeps two thirds of its initial weights over 200 steps. Cosines of 256 channels spread too little
+    # for a temperature of 0.07 until the prototypes are trained: the teacher stays near log K.
     presets = {
         "check": {
             "method.local_crops": 2,
@@ -92,7 +93,13 @@ class DINO(Method):
             "method.prototypes": 32,
             "method.momentum": 0.8,
         },
-        "demo": {"method.local_crops": 4, "method.hidden": 512, "method.momentum": 0.9},
+        "demo": {
+            "method.local_crops": 4,
+            "method.hidden": 512,
+            "method.bottleneck": 64,
+            "method.teacher_temperature": 0.04,
+            "method.momentum": 0.9,
+        },
     }
 
     class Config(Settings):
@@ -352,10 +359,11 @@ class Head(nn.Module):
     def __init__(self, channels: int, hidden: int, bottleneck: int, prototypes: int) -> None:
         super().__init__()
         widths = (channels, hidden, hidden, bottleneck)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
-        for layer in self.layers:
+        layers = [nn.Linear(a, b) for a, b in pairwise(widths)]
+        for layer in layers:
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
+        self.layers = nn.ModuleList(layers)
         self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck))
 
     def forward(self, pooled: Tensor) -> Tensor:
