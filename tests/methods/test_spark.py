@@ -17,9 +17,9 @@ from harness.cli.main import main
 from harness.compute.layers import prepare_module
 from harness.training.models import new_method
 from methods import spark
-from methods.spark import LightDecoder, Spark, SparseEncoder, at_resolution, normalised, sparse_norm, to_patches
+from methods.spark import LightDecoder, Spark, SparseEncoder, at_resolution, normalised, to_patches
 from tests.methods.parts import generator, images, swin, unet
-from tests.methods.pretext import learn
+from tests.methods.spark_parts import numpy_norm, voxels
 
 
 def segresnet(channels=1) -> SegResNet:
@@ -37,7 +37,11 @@ def narrow() -> UNet:
 
 
 CUBE = (32, 32, 32)
+
+
 BACKBONES = [unet, segresnet, genesis]
+
+
 DECODERS = ["light", "backbone"]
 
 
@@ -49,14 +53,6 @@ def make(backbone=unet, channels=1, **settings) -> Spark:
         for parameter in made.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator(3))
     return made
-
-
-def voxels(hidden, features) -> torch.Tensor:
-    """The mask of `features`, made with NumPy: (N, C, x, y, z) bool, True is masked."""
-    mask = hidden.numpy()
-    for axis in (1, 2, 3):
-        mask = mask.repeat(features.shape[axis + 1] // mask.shape[axis], axis=axis)
-    return torch.from_numpy(mask)[:, None].expand_as(features)
 
 
 # Sparse
@@ -173,95 +169,6 @@ def test_poolings_whose_windows_reach_over_borders_do_not_let_the_mask_shrink():
     hidden = torch.rand(2, 2, 4, 2, generator=generator()) < 0.5
     for features in SparseEncoder(backbone).encode(images(), hidden):
         assert not features[voxels(hidden, features)].any()
-
-
-# Norms
-
-
-def numpy_norm(features, visible, groups, over_batch):
-    """Features (N, C, x, y, z) -> normalised over the visible positions of a group of channels, with NumPy."""
-    out, (n, channels, *_) = np.zeros_like(features), features.shape
-    size = channels // groups
-    for sample in [slice(None)] if over_batch else [slice(i, i + 1) for i in range(n)]:
-        for first in range(0, channels, size):
-            block, where = features[sample, first : first + size], visible[sample]
-            values = block[np.broadcast_to(where, block.shape)]
-            scaled = (block - values.mean()) / np.sqrt(values.var() + 1e-5)
-            out[sample, first : first + size] = np.where(where, scaled, 0)
-    return out
-
-
-@pytest.mark.parametrize(
-    ("layer", "groups", "over_batch"),
-    [
-        (nn.InstanceNorm3d(8, affine=True), 8, False),
-        (nn.InstanceNorm3d(8), 8, False),
-        (nn.GroupNorm(2, 8), 2, False),
-        (nn.BatchNorm3d(8), 8, True),
-        (nn.BatchNorm3d(8, track_running_stats=False), 8, True),
-    ],
-)
-@pytest.mark.parametrize("training", [True, False])
-def test_norms_have_the_moments_of_visible_voxels(layer, groups, over_batch, training):
-    """The masked positions of the input hold large numbers here, which must not count."""
-    rng = np.random.default_rng(0)
-    features = rng.normal(3, 2, (3, 8, 4, 6, 5)) * np.arange(1, 9)[:, None, None, None]
-    visible = rng.random((3, 1, 4, 6, 5)) < 0.4
-    features = np.where(visible, features, 1e3)
-    due = numpy_norm(features, visible, groups, over_batch)
-    layer = copy.deepcopy(layer).double().train(training)
-    if layer.weight is not None:
-        layer.weight.data, layer.bias.data = torch.from_numpy(rng.normal(size=8)), torch.from_numpy(rng.normal(size=8))
-        weight, bias = (value.detach().numpy()[:, None, None, None] for value in (layer.weight, layer.bias))
-        due = np.where(visible, due * weight + bias, 0)
-    found = sparse_norm(layer, torch.from_numpy(features), torch.from_numpy(visible))
-    np.testing.assert_allclose(found.detach().numpy(), due, rtol=1e-9, atol=1e-9)
-
-
-def test_batch_norm_updates_its_running_moments_with_visible_voxels_in_training_only():
-    layer, rng = nn.BatchNorm3d(2, momentum=0.3).double(), np.random.default_rng(0)
-    visible = rng.random((3, 1, 4, 4, 4)) < 0.5
-    features = np.where(visible, rng.normal(5, 2, (3, 2, 4, 4, 4)), 1e3)
-    sparse_norm(layer, torch.from_numpy(features), torch.from_numpy(visible))
-    values = np.stack([features[:, channel][visible[:, 0]] for channel in range(2)])
-    np.testing.assert_allclose(layer.running_mean.numpy(), 0.3 * values.mean(axis=1))
-    np.testing.assert_allclose(layer.running_var.numpy(), 0.7 + 0.3 * values.var(axis=1, ddof=1))
-    assert layer.num_batches_tracked == 1
-    before = copy.deepcopy(layer.state_dict())
-    sparse_norm(layer.eval(), torch.from_numpy(features), torch.from_numpy(visible))
-    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
-
-
-def test_batch_norm_has_the_moments_of_all_parts_of_a_batch(monkeypatch):
-    """`total` stands for the other parts: it gives the sums of the whole batch to the norm of its first two crops."""
-    features, layer = torch.randn(5, 3, 4, 4, 4, dtype=torch.float64, generator=generator()), nn.BatchNorm3d(3).double()
-    visible = torch.rand(5, 1, 4, 4, 4, generator=generator(1)) < 0.5
-    sums = []
-    monkeypatch.setattr(spark, "total", lambda value: sums.append(value) or value)
-    whole = sparse_norm(layer, features, visible)
-    moments = layer.running_var.clone()
-    layer.reset_running_stats()
-    monkeypatch.setattr(spark, "total", lambda value: sums.pop(0))
-    torch.testing.assert_close(sparse_norm(layer, features[:2], visible[:2]), whole[:2])
-    assert not sums
-    torch.testing.assert_close(layer.running_var, moments)
-
-
-@pytest.mark.parametrize("layer", [nn.InstanceNorm3d(2), nn.GroupNorm(1, 2)])
-def test_norms_of_one_sample_ask_no_other_part_of_the_batch(layer, monkeypatch):
-    monkeypatch.setattr(spark, "total", None)
-    sparse_norm(layer, torch.randn(2, 2, 4, 4, 4), torch.ones(2, 1, 4, 4, 4, dtype=torch.bool))
-
-
-def test_features_in_half_precision_are_normalised_in_single_and_returned_in_half():
-    features, visible = (
-        100 + torch.randn(1, 4, 8, 8, 8, generator=generator()),
-        torch.ones(1, 1, 8, 8, 8, dtype=torch.bool),
-    )
-    half = features.bfloat16()
-    found = sparse_norm(nn.InstanceNorm3d(4), half, visible)
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), F.instance_norm(half.float()), rtol=0.01, atol=0.01)
 
 
 # Loss
@@ -564,48 +471,3 @@ def test_patches_hold_their_own_voxels():
     mask = at_resolution(hidden, torch.zeros(1, 5, 8, 8, 8))
     assert mask.sum() == 4 * 2 * 4
     assert mask[0, 0, 4:8, 4:6, :4].all()
-
-
-# On real crops
-
-
-def blurred(image, deviation):
-    """Gaussian blur of (N, 1, x, y, z), with zeros outside."""
-    reach = 3 * deviation
-    kernel = torch.exp(-torch.arange(-reach, reach + 1).square() / (2 * deviation**2))
-    for axis in range(3):
-        shape, padding = [1] * 5, [0] * 3
-        shape[2 + axis], padding[axis] = -1, reach
-        image = F.conv3d(image, kernel.view(shape), padding=padding)
-    return image
-
-
-def without_learning(method, crops) -> tuple[float, float]:
-    """What two predictions without learning cost on `crops`, under the masks that `terms_on` draws.
-
-    The first is 0. The second is the mean of visible neighbours, weighted by a Gaussian of 6 voxels, in each patch with mean 0
-    and deviation 1, times the number that makes the loss as small as possible on these very crops.
-    """
-    method.generator.manual_seed(0)
-    rows = []
-    for batch in crops:
-        image = batch["image"]
-        hidden = method.draw_mask(image)
-        visible = (~voxels(hidden, image)).float()
-        neighbours = blurred(image * visible, 6) / blurred(visible, 6).clamp_min(1e-6)
-        target, guess = (normalised(to_patches(values, method.patch))[0][hidden] for values in (image, neighbours))
-        rows.append([target.square().mean(), (target * guess).mean(), guess.square().mean()])
-    prior, product, square = np.mean(rows, axis=0)
-    return float(prior), float(prior - product**2 / square)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_patches_of_real_hippocampi_are_learned(real_hippocampus, tmp_path):
-    learned = learn(real_hippocampus, tmp_path, "spark", "unet", 300)
-    prior, neighbours = without_learning(learned.method, learned.crops)
-    before, after = learned.before["reconstruction"], learned.after["reconstruction"]
-    print(f"\n| reconstruction | {prior:.4f} | {neighbours:.4f} | {before:.4f} | {after:.4f} |")
-    assert abs(before - prior) < 0.02
-    assert after < 0.75 * prior
-    assert after < 0.85 * neighbours

@@ -1,6 +1,5 @@
 """TransVW: words are corresponding coordinates in different volumes, found among those whose codes are near."""
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,60 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
-from scipy import ndimage
-from scipy.stats import chisquare, ks_2samp, kstest
+from scipy.stats import chisquare
 
-from harness import UserError, cut
-from harness.api.settings import build
-from harness.config.schema import Training
-from harness.conformance.fixture import BUDGET, CPU, MethodFixture, PhantomVolume
-from harness.training.method_preparation import PreparationContext
-from methods.models_genesis import paint_in
-from methods.transvw import (
-    Autoencoder,
-    Instance,
-    Perturb,
-    ResizedVolume,
-    TransVW,
-    WordHead,
-    deform,
-    discover_words,
-    num_members,
-    origin_at,
-    resize,
-)
-from tests.methods.parts import image, images, swin, unet
-from tests.methods.pretext import learn, real_volumes, row
-
-CUBE = (42, 42, 42)
-
-
-@dataclass
-class Coordinates:
-    """A volume whose voxels say where they are and, in the second channel, whose they are."""
-
-    number: int
-    shape: tuple[int, int, int] = (40, 44, 36)
-
-    @property
-    def image(self):
-        where = np.arange(np.prod(self.shape), dtype=np.float32).reshape(self.shape) + 1
-        return np.stack([where, np.full(self.shape, self.number + 1, np.float32)])
-
-    def crop(self, origin, size):
-        return cut(self.image, origin, size)
-
-
-@dataclass
-class Recorder:
-    """A volume that notes the boxes that are cropped from it."""
-
-    shape: tuple[int, int, int] = (400, 400, 100)
-    boxes: list = field(default_factory=list)
-
-    def crop(self, origin, size):
-        self.boxes.append((*origin, *size))
-        return np.zeros((1, *size), np.float32)
+from harness import UserError
+from harness.conformance.fixture import MethodFixture, PhantomVolume
+from methods.transvw import Autoencoder, Instance, ResizedVolume, TransVW, WordHead, num_members, resize
+from tests.methods.parts import images, swin, unet
+from tests.methods.transvw_parts import Coordinates, discover
 
 
 @dataclass
@@ -88,11 +40,6 @@ class Services:
     def report(self, message, **values):
         self.message = message
         self.values |= values
-
-
-def discover(volumes, codes=None, extent=(16, 16, 16), words=6, instances=0.6, distance=5.0, seed=0):
-    codes = np.arange(len(volumes), dtype=float)[:, None] if codes is None else codes
-    return discover_words(volumes, codes, extent, words, instances, distance, np.random.default_rng(seed))
 
 
 def coordinates_of(word, volumes, extent=(16, 16, 16)):
@@ -379,202 +326,6 @@ def test_whole_volumes_are_resized():
     assert resize(volume.image, (20, 30, 10)) is volume.image
 
 
-# Instances
-
-
-def test_own_size_is_the_crop_itself():
-    volume = Coordinates(0)
-    sample = Instance(volume, 7, (3 / 24, 4 / 28, 5 / 20), (16, 16, 16), 0).sample(
-        (16, 16, 16), np.random.default_rng(0)
-    )
-    assert np.array_equal(sample["image"], volume.image[:, 3:19, 4:20, 5:21])
-    assert sample["word"] == 7
-
-
-@pytest.mark.parametrize("scale", [1, 2])
-def test_larger_cubes_have_published_sizes_and_shifts(scale):
-    """Edges 50..79 and shifts -10..9, uniform, in the plane, one edge for both axes, each axis its own shift."""
-    volume = Recorder()
-    word = Instance(volume, 3, (0.5, 0.5, 0.5), (64, 64, 32), scale)
-    for seed in range(1500):
-        sample = word.sample((8, 8, 4), np.random.default_rng(seed))
-        assert sample["word"] == 3
-        assert sample["image"].shape == (1, 8, 8, 4)
-    x, y, z, dx, dy, dz = np.array(volume.boxes).T
-    assert np.array_equal(dx, dy)
-    assert set(dz) == {32}
-    assert set(z) == {34}
-    for values, first, last in [(dx, 50, 79), (x - 168, -10, 9), (y - 168, -10, 9)]:
-        counts = np.bincount(values - first, minlength=last - first + 1)
-        assert len(counts) == last - first + 1
-        assert chisquare(counts).pvalue > 1e-3
-    assert abs(np.corrcoef([x, y, dx]) - np.eye(3)).max() < 0.1
-
-
-def test_larger_cubes_are_proportional_to_the_word():
-    volume = Recorder()
-    word = Instance(volume, 0, (0.5, 0.5, 0.5), (16, 32, 8), 1)
-    for seed in range(300):
-        word.sample((8, 8, 4), np.random.default_rng(seed))
-    x, y, _, dx, dy, dz = np.array(volume.boxes).T
-    assert (dx.min(), dx.max(), dy.min(), dy.max(), set(dz)) == (12, 20, 25, 40, {8})
-    assert (x.min() - 192, x.max() - 192, y.min() - 184, y.max() - 184) == (-2, 2, -5, 4)
-
-
-def test_larger_cubes_are_resized_to_the_crop():
-    volume = Coordinates(0, (200, 200, 64))
-    word = Instance(volume, 3, (60 / 136, 60 / 136, 10 / 32), (64, 64, 32), 1)
-    sample = word.sample((32, 32, 32), np.random.default_rng(4))
-    where = np.unravel_index((sample["image"][0, :, 0, 0] - 1).round().astype(int), volume.shape)[0]
-    step = np.diff(where).mean()
-    assert 50 / 32 - 0.1 < step < 79 / 32 + 0.1
-
-
-def test_larger_cubes_stay_inside_where_they_fit():
-    volume = Coordinates(0, (100, 100, 40))
-    for seed in range(50):
-        for corner in (0.0, 1.0):
-            word = Instance(volume, 0, (corner,) * 3, (64, 64, 32), 2)
-            assert word.sample((64, 64, 32), np.random.default_rng(seed))["image"].min() > 0
-
-
-# Distortion
-
-
-def test_deformation_is_scipys():
-    cube, seed = image(2, (40, 36, 20)), 4
-    got = deform(cube, 991.0, 8.0, np.random.default_rng(seed))
-    rng = np.random.default_rng(seed)
-    fields = [
-        ndimage.gaussian_filter(rng.random((40, 36, 20), dtype=np.float32) * 2 - 1, 8.0, mode="constant") * 991
-        for _ in range(2)
-    ]
-    x, y, z = np.meshgrid(*(np.arange(n) for n in (40, 36, 20)), indexing="ij")
-    assert np.abs(fields[0]).max() > 1
-    for channel in range(2):
-        where = [x + fields[0], y + fields[1], z]
-        expected = ndimage.map_coordinates(cube[channel], where, order=1, mode="reflect")
-        np.testing.assert_allclose(got[channel], expected, atol=2e-3)
-
-
-def box_of(mask):
-    """The edges of the box that the mask is, or None."""
-    ends = [np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
-    edges = [int(end[-1] - end[0] + 1) if len(end) else 0 for end in ends]
-    return (edges, [int(end[0]) for end in ends]) if mask.sum() == np.prod(edges) > 0 else None
-
-
-def kind_of(seen, deformed):
-    """Which distortion it was, from the voxels that changed."""
-    changed = (seen != deformed)[0]
-    if changed.mean() > 0.99:
-        return "curve"
-    if box_of(~changed) is not None:
-        return "out"
-    return "in" if box_of(changed) is not None and changed.sum() >= 7**3 else "shuffle"
-
-
-@pytest.fixture(scope="module")
-def pairs():
-    """What `Perturb` makes of one cube, with the deformed cube and the kind of the distortion."""
-    perturb, cube = Perturb(TransVW.Config()), image(1, CUBE)
-    made = []
-    for seed in range(400):
-        sample = perturb({"image": cube, "word": 5}, np.random.default_rng(seed))
-        deformed = deform(cube, 991.0, 8.0, np.random.default_rng(seed))
-        made.append((kind_of(sample["image"], deformed), sample, deformed))
-    return made
-
-
-def test_the_target_is_the_undistorted_crop_and_the_word_stays(pairs):
-    cube = image(1, CUBE)
-    for _, sample, deformed in pairs[:50]:
-        assert np.array_equal(sample["target"], cube)
-        assert sample["word"] == 5
-        assert np.abs(deformed - cube).mean() > 0.05
-
-
-def test_each_distortion_has_probability_a_quarter(pairs):
-    counts = Counter(kind for kind, _, _ in pairs)
-    assert set(counts) == {"shuffle", "curve", "in", "out"}
-    assert chisquare(list(counts.values())).pvalue > 1e-3, counts
-
-
-def test_painting_in_fills_one_box_with_uniform_noise(pairs):
-    boxes, noise = [], []
-    for kind, sample, deformed in pairs:
-        if kind == "in":
-            changed = sample["image"] != deformed
-            boxes.append(np.ravel(box_of(changed[0])))
-            noise.append(sample["image"][changed])
-    edges, corners = np.split(np.array(boxes), 2, axis=1)
-    assert (edges.min(), edges.max()) == (7, 14)
-    assert chisquare(np.bincount(edges.ravel() - 7, minlength=8)).pvalue > 1e-3
-    assert corners.min() == 3
-    assert (corners + edges).max() == 39
-    assert kstest(np.concatenate(noise)[::97], "uniform").pvalue > 1e-3
-
-
-def test_painting_out_keeps_one_box(pairs):
-    boxes, noise = [], []
-    for kind, sample, deformed in pairs:
-        if kind == "out":
-            same = sample["image"] == deformed
-            boxes.append(np.ravel(box_of(same[0])))
-            noise.append(sample["image"][~same])
-    edges, corners = np.split(np.array(boxes), 2, axis=1)
-    assert (edges.min(), edges.max()) == (42 - 24, 42 - 18)
-    assert corners.min() == 3
-    assert (corners + edges).max() == 39
-    assert kstest(np.concatenate(noise)[::997], "uniform").pvalue > 1e-3
-
-
-def test_shuffling_permutes_five_windows_of_the_deformed_crop(pairs):
-    """Against five windows drawn in NumPy."""
-    ours = [(sample["image"] != deformed).sum() for kind, sample, deformed in pairs if kind == "shuffle"]
-    rng, theirs = np.random.default_rng(0), []
-    for _ in range(600):
-        cube = rng.random(CUBE)
-        shuffled = cube.copy()
-        for _ in range(5):
-            edges = rng.integers(1, 5, size=3)
-            window = tuple(slice(a, a + n) for a, n in zip(rng.integers(0, 43 - edges), edges, strict=True))
-            shuffled[window] = rng.permutation(cube[window].ravel()).reshape(edges)
-        theirs.append((shuffled != cube).sum())
-    assert ks_2samp(ours, theirs).pvalue > 1e-3
-    assert max(ours) <= 5 * 64
-
-
-def test_intensities_are_mapped_by_a_curve_that_rises_or_falls(pairs):
-    rising = []
-    for kind, sample, deformed in pairs:
-        if kind == "curve":
-            order = np.argsort(deformed.ravel())
-            mapped = sample["image"].ravel()[order]
-            assert np.abs(np.diff(mapped)).max() < 0.2  # equal intensities stay equal
-            rising.append(mapped[-1] > mapped[0])
-    assert 0.35 < np.mean(rising) < 0.65
-
-
-def test_no_deformation_if_it_is_switched_off():
-    perturb, cube = Perturb(TransVW.Config(elastic_alpha=0)), image(1, CUBE)
-    kinds = Counter(kind_of(perturb({"image": cube}, np.random.default_rng(s))["image"], cube) for s in range(60))
-    assert set(kinds) == {"shuffle", "curve", "in", "out"}
-
-
-def test_the_sample_is_not_touched():
-    cube = image(1, CUBE)
-    before = cube.copy()
-    for seed in range(12):
-        Perturb(TransVW.Config(elastic_alpha=0))({"image": cube}, np.random.default_rng(seed))
-    assert np.array_equal(cube, before)
-
-
-def test_every_in_painted_sample_has_its_box():
-    cube = image(1, (40, 40, 40))
-    assert all((paint_in(cube, np.random.default_rng(s), least=1, most=1) != cube).any() for s in range(200))
-
-
 # Losses
 
 
@@ -656,82 +407,3 @@ def test_the_picture_shows_the_target_the_input_and_the_restoration():
     assert torch.equal(shown["image"], batch["target"])
     assert torch.equal(shown["what it sees"], batch["image"])
     torch.testing.assert_close(shown["what it restores"], restored)
-
-
-# On real data
-
-
-def share_touched(volume, boxes):
-    """Share of a volume's voxels that lie in at least one of the boxes, given as (origin, extent)."""
-    touched = np.zeros(volume.shape, bool)
-    for origin, extent in boxes:
-        touched[tuple(slice(a, a + n) for a, n in zip(origin, extent, strict=True))] = True
-    return touched.mean()
-
-
-@pytest.mark.slow
-def test_words_on_real_volumes_depend_on_codes_and_reach_all_of_a_volume(real_hippocampus, tmp_path, monkeypatch):
-    """Prints how many of 44 words change when the codes are shuffled, and how much of a volume words touch."""
-    volumes = real_volumes(real_hippocampus, tmp_path, 176)
-    budget = build(Training, {**BUDGET, "crop": (64, 64, 64), "batch_size": 4}, "pretrain")
-    preparation = PreparationContext(0, CPU, budget.crop, budget, ["words"], tmp_path)
-    computed, compute = [], Autoencoder.codes
-    monkeypatch.setattr(Autoencoder, "codes", lambda *arguments: computed.append(compute(*arguments)) or computed[0])
-    made = TransVW(TransVW.Config(autoencoder_steps=60), unet())
-    sources = made.prepare(volumes, preparation)
-    (codes,), extent = computed, sources[0].extent
-    shuffled = np.random.default_rng(1).permutation(codes)
-    shapes = np.array([volume.shape for volume in volumes])
-    print(f"\n{len(volumes)} hippocampi, {shapes.min(axis=0)} to {shapes.max(axis=0)} voxels; words of {extent}")
-    for share in (1.0, 0.32):
-        real, other = (discover(volumes, c, extent, words=44, instances=share) for c in (codes, shuffled))
-        pairs = [(set(a["volumes"]), set(b["volumes"])) for a, b in zip(real, other, strict=True)]
-        differ, common = sum(a != b for a, b in pairs), np.mean([len(a & b) for a, b in pairs])
-        members = len(real[0]["volumes"])
-        print(
-            f"instances={share:g}: {members} volumes a word; with shuffled codes {differ} of {len(real)} words differ, "
-        )
-        print(f"  {common:.1f} of {members} volumes stay (by chance {members**2 / len(volumes):.1f})")
-        assert len(real) == 44
-        assert differ == (44 if share < 1 else 0)
-        assert share == 1 or common < 0.6 * members
-    assert {(s.word, s.position) for s in sources} == {(n, tuple(w["position"])) for n, w in enumerate(real)}
-    smallest = shapes.min(axis=0)  # before version 2: from corner 0, and not beyond the end of the smallest volume
-    before, after, possible = [], [], []
-    for volume in volumes:
-        possible.append(np.prod(smallest / volume.shape))
-        before.append(share_touched(volume, [(origin_at(w["position"], smallest, extent), extent) for w in real]))
-        after.append(share_touched(volume, [(origin_at(w["position"], volume.shape, extent), extent) for w in real]))
-    print(f"before: words can touch {np.mean(possible):.1%} of a volume, 44 words touch {np.mean(before):.1%}")
-    print(f"after: words can touch 100 % of a volume, 44 words touch {np.mean(after):.1%} (least {np.min(after):.1%})")
-    assert np.mean(possible) < 0.6
-    assert np.min(after) > 0.65
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("backbone", ["unet", "swinunetr"])
-def test_both_terms_are_learned_on_real_crops(backbone, real_hippocampus, tmp_path):
-    """On held-out volumes: words are told apart better than by chance, crops are restored better than by their input."""
-    steps, weight = 400, TransVW.Config().classification
-    # SwinUNETR's deepest features of 32^3 would be a single voxel.
-    crop = "32,32,32" if backbone == "unet" else "32,64,32"
-    settings = (f"pretrain.crop={crop}", "pretrain.batch_size=4", "method.words=12")
-    learned = learn(real_hippocampus, tmp_path, "transvw", backbone, steps, settings)
-    classes = learned.method.classify.linear.out_features
-    images, targets, words = (torch.cat([batch[key] for batch in learned.crops]) for key in ("image", "target", "word"))
-    with torch.no_grad():
-        right = [
-            learned.method.classify(learned.method.backbone.encode(batch["image"])[-1]).argmax(dim=1) == batch["word"]
-            for batch in learned.crops
-        ]
-    accuracy = float(torch.cat(right).float().mean())
-    guesses = (images, targets.mean(), targets.median())
-    restoration = min(float((targets - guess).square().mean()) for guess in guesses)
-    classification = weight * float(np.log(classes))
-    print("\n" + row("transvw", backbone, steps, "accuracy", 1 / classes, float("nan"), accuracy))
-    for term, prior in [("classification", classification), ("restoration", restoration)]:
-        print(row("transvw", backbone, steps, term, prior, learned.before[term], learned.after[term]))
-        assert learned.after[term] < 0.9 * prior
-    assert len(words) == 64
-    assert accuracy > 2.5 / classes

@@ -1,8 +1,8 @@
 """Mutation testing: change one line in a copy of the tree, run the tests of that file, and see whether they notice.
 
 Each file `mutants/FOLDER/NAME.toml` lists changes of the source `FOLDER/NAME.py`. A change is caught if pytest, run on
-`tests/FOLDER/test_NAME.py` of the copy, ends with status 1 (a test failed). Every other end is a failure: an import error
-shows a mutant that cannot run, not a test that noticed.
+`tests/FOLDER/test_NAME.py` and `test_NAME_*.py` of the copy, ends with status 1 (a test failed). Every other end is a failure: an
+import error shows a mutant that cannot run, not a test that noticed.
 
 Importing torch and monai takes several seconds. A server therefore imports them once and forks a child for each run. It
 imports nothing of this repository, so that each child reads the sources of the copy as they are then.
@@ -57,7 +57,7 @@ class Mutant:
 
     @property
     def tests(self) -> str:
-        """The test file that must notice: `methods/x.py` -> `tests/methods/test_x.py`."""
+        """The test file that must notice: `methods/x.py` -> `tests/methods/test_x.py`, with all `test_x_*.py` beside it."""
         path = Path(self.source)
         return (Path("tests") / path.parent / f"test_{path.name}").as_posix()
 
@@ -217,12 +217,14 @@ def _run_tests(request: dict[str, Any]) -> None:
         import pytest
 
         temporary = f"--basetemp={request['temporary']}"
-        status = int(pytest.main(["-x", "-p", "no:cacheprovider", temporary, request["tests"]]))
+        file = Path(request["tests"])
+        files = [str(path) for path in (file, *sorted(file.parent.glob(f"{file.stem}_*.py")))]
+        status = int(pytest.main(["-x", "-p", "no:cacheprovider", temporary, *files]))
         copy = Path.cwd()
         for name, module in list(sys.modules.items()):
-            file = getattr(module, "__file__", None)
-            if name.split(".")[0] in PACKAGES and file and not Path(file).is_relative_to(copy):
-                print(f"{name} came from {file}, not from {copy}")
+            origin = getattr(module, "__file__", None)
+            if name.split(".")[0] in PACKAGES and origin and not Path(origin).is_relative_to(copy):
+                print(f"{name} came from {origin}, not from {copy}")
                 status = FROM_ELSEWHERE
     finally:
         sys.stdout.flush()
