@@ -21,39 +21,6 @@ def test_swinunetr_equals_monai_for_monais_state_dict():
     torch.testing.assert_close(ours(image), theirs(image), rtol=0, atol=1e-5)
 
 
-# Windows of 7 that pad grids of 48, 24 and 12 tokens and windows of 4 that divide them; an axis that one window covers;
-# samples in a batch; activations made again.
-@pytest.mark.parametrize(
-    ("crop", "batch", "window", "settings"),
-    [
-        ((96, 32, 64), 1, 7, {}),
-        ((64, 64, 32), 2, 4, {}),
-        ((64, 32, 32), 2, 7, {"depths": (1, 2, 3, 2)}),
-        ((64, 32, 32), 1, 7, {"checkpoint": True}),
-    ],
-)
-def test_swinunetr_has_monais_outputs_and_gradients(crop, batch, window, settings):
-    """In double precision, so that nothing but the mathematics can differ."""
-    torch.manual_seed(0)
-    sizes = {"feature_size": 12, "depths": settings.get("depths", (2, 2, 2, 2)), "window_size": window}
-    theirs = MonaiSwinUNETR(in_channels=2, out_channels=2, **sizes).double()
-    ours = SwinUNETR(SwinUNETR.Config(**{**sizes, **settings}, dropout=0.0), in_channels=2)
-    ours.set_head(2)
-    ours.double()
-    ours.load_state_dict(theirs.state_dict())
-    image = torch.rand(batch, 2, *crop, dtype=torch.float64)
-    wanted = torch.randn(batch, 2, *crop, dtype=torch.float64)
-    outputs = [network(image) for network in (ours, theirs)]
-    # MONAI's mask of -100 and the order of sums leave this much.
-    torch.testing.assert_close(*outputs, rtol=0, atol=1e-9)
-    for output in outputs:
-        (output * wanted).mean().backward()
-    for (key, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(
-            mine.grad, other.grad, rtol=1e-6, atol=1e-9 * float(other.grad.abs().max() + 1e-3), msg=key
-        )
-
-
 def test_swinunetr_trains_after_it_was_evaluated():
     """What it keeps of the partition is made by whichever comes first."""
     backbone = make("swinunetr")
@@ -98,3 +65,58 @@ def test_dropout_acts_on_the_deepest_features_alone():
 
 def test_the_token_takes_the_place_of_embedded_patches():
     check_tokens("swinunetr", lambda backbone: backbone.swinViT.patch_embed.proj)
+
+
+def pair(window=7, depths=(2, 2, 2, 2), **settings):
+    """Our network and MONAI's with equal weights, in double precision, so that nothing but the mathematics can differ."""
+    torch.manual_seed(0)
+    sizes = {"feature_size": 12, "depths": depths, "window_size": window}
+    theirs = MonaiSwinUNETR(in_channels=2, out_channels=2, **sizes).double()
+    ours = SwinUNETR(SwinUNETR.Config(**sizes, **settings), in_channels=2)
+    ours.set_head(2)
+    ours.double()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def check_gradients(ours, theirs):
+    """MONAI's mask of -100 and the order of sums leave a little."""
+    for (key, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert other.grad.abs().sum() > 0 or key.endswith("bias"), key
+        torch.testing.assert_close(
+            mine.grad, other.grad, rtol=1e-6, atol=1e-9 * float(other.grad.abs().max() + 1e-3), msg=key
+        )
+
+
+# Windows of 7 that pad grids of 48, 24 and 12 tokens and windows of 4 that divide them; an axis that one window covers;
+# samples in a batch; activations made again.
+@pytest.mark.parametrize(
+    ("crop", "batch", "window", "settings"),
+    [
+        ((96, 32, 64), 1, 7, {}),
+        ((64, 64, 32), 2, 4, {}),
+        ((64, 32, 32), 2, 7, {"depths": (1, 2, 3, 2)}),
+        ((64, 32, 32), 1, 7, {"checkpoint": True}),
+    ],
+)
+def test_the_transformer_has_monais_outputs_and_gradients(crop, batch, window, settings):
+    ours, theirs = pair(window, **settings)
+    image = torch.rand(batch, 2, *crop, dtype=torch.float64)
+    (_, *levels), states = ours.encode(image), theirs.swinViT(image, normalize=True)
+    slopes = [torch.randn_like(state) for state in states]
+    for mine, other in zip(levels, states, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-9)
+    for outputs in (levels, states):
+        sum((output * slope).mean() for output, slope in zip(outputs, slopes, strict=True)).backward()
+    check_gradients(ours.swinViT, theirs.swinViT)
+
+
+def test_the_whole_network_has_monais_outputs_and_gradients():
+    ours, theirs = pair(depths=(1, 1, 1, 1))
+    image = torch.rand(1, 2, 64, 32, 32, dtype=torch.float64)
+    outputs = [network(image) for network in (ours, theirs)]
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-9)
+    slope = torch.randn_like(outputs[0])
+    for output in outputs:
+        (output * slope).mean().backward()
+    check_gradients(ours, theirs)
