@@ -45,8 +45,8 @@ class TransVW(Method):
 
     Discovery: an autoencoder computes a code for each volume. A reference volume is drawn, and the volumes with the
     nearest codes are added to it. Their crops at one random coordinate of the reference are the instances of a word. The
-    coordinate is the class of the word. Discovery matters only if a word leaves volumes out. With `instances=1`, or with
-    two volumes, every volume is a member of every word: then no autoencoder is trained, and the record says so.
+    coordinate is its class. If every volume is a member of every word (`instances=1`, two volumes), discovery cannot
+    matter: then no autoencoder is trained, and the record says so.
 
     Pretext task: elastic deformation, then one of four distortions with probability 0.25 each: shuffling (5 windows),
     non-linear intensities, in-painting (one box), out-painting (one box). The loss is 1 * MSE of the restored and the
@@ -66,21 +66,18 @@ class TransVW(Method):
       * Words are crops of `extent` voxels, resized to the training crop. In the released code words have the extent of the
         network's input. Here too, along each axis on which the smallest volume is longer than it by four times
         `distance`, so that words have room. Elsewhere they are smaller, down to half of the smallest volume, and so
-        magnified. (Words of the hippocampus have 15x20x12 voxels, magnified to crops of 64^3, which no volume holds.)
-        If fewer coordinates are found, there are fewer words, which is reported.
+        magnified. If fewer coordinates are found, there are fewer words, which is reported.
       * Larger cubes and jitter are proportional to `extent` (released code: 50..79 and -10..9 voxels of 64, in the
         plane). They are drawn for each sample and moved back into the volume. The released code draws them once, and
         redraws those that leave the volume.
       * A coordinate is used if at least a tenth of the reference's crop is not background. The released code has a rule
         for lungs: it rejects cubes of which more than 15 % are denser than -150 HU.
       * A volume may be a reference again, once all volumes have been one. In the released code discovery ends then.
-      * The autoencoder has four strided convolutions to 512 channels, on the volume resized to 64^3. The code is the
-        spatial mean of these channels.
+      * The autoencoder has four strided convolutions on the volume resized to 64^3; a code is the mean of 512 channels.
       * AdamW with the harness's schedule and batch replaces Adam (rate 1e-3, halved every 40 epochs, batch 12 by the
         configuration and 64 by the training script, early stopping).
       * Crops are not validated on 30 further instances per word, because pre-training here has a fixed length.
-    Several modalities share deformation, windows and boxes. Each modality has its own intensity curve, as in Models
-    Genesis.
+    Modalities share deformation, windows and boxes. Each has its own intensity curve, as in Models Genesis.
     """
 
     name = "transvw"
@@ -95,15 +92,8 @@ class TransVW(Method):
         """Settings of TransVW: words and how they are discovered, elastic deformation, weights of the terms."""
 
         words: int = Field(44, ge=2, description="classes sought; released pre-training")
-        instances: float = Field(
-            0.32,
-            gt=0,
-            le=1,
-            description="share of the volumes in a word, at least 2; released code: 200 of LUNA16's 623",
-        )
-        distance: float = Field(
-            5.0, gt=0, description="least distance of two words' coordinates in voxels; released code"
-        )
+        instances: float = Field(0.32, gt=0, le=1, description="share of the volumes in a word; 200 of LUNA16's 623")
+        distance: float = Field(5.0, gt=0, description="least distance of two words in voxels; released code")
         extent: Size3 | None = Field(
             None, description="of a word in voxels; none: the crop as in released code, less where volumes are small"
         )

@@ -13,7 +13,7 @@ from methods.models_genesis import ModelsGenesis
 from tests.methods.pretext import learn, row
 
 STEPS = {"models_genesis": 200, "mae": 100, "simmim": 100, "unetformer": 100}
-# A hippocampus is too small for the demo's crop of 64^3, which is mostly padding. These crops are mostly tissue.
+# The demo's crop for the hippocampus. With patches of 8 there is more to restore.
 CROP = ("pretrain.crop=32,64,32",)
 PATCH = ("method.patch=8,8,8",)
 
