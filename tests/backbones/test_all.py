@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness import crop
 from harness.api.registry import Registry
-from tests.backbones.parts import make
+from tests.backbones.parts import make, small
 from tests.methods.parts import images, swin, unetr
 
 NAMES = Registry().names("backbone")
@@ -59,7 +59,7 @@ def test_every_parameter_belongs_to_a_part(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dropout_is_really_called(name):
-    backbone = make(name)
+    backbone = small(name, dropout=0.1)
     image = torch.rand(1, 2, 32, 32, 32)
     assert not torch.equal(backbone.encode(image)[-1], backbone.encode(image)[-1])
     backbone.eval()

@@ -80,12 +80,11 @@ def pair(window=7, depths=(2, 2, 2, 2), **settings):
 
 
 def check_gradients(ours, theirs):
-    """MONAI's mask of -100 and the order of sums leave a little."""
+    """MONAI's mask of -100 and the order of sums leave a little; the gradient of the bias tables is summed in single precision."""
     for (key, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert other.grad.abs().sum() > 0 or key.endswith("bias"), key
-        torch.testing.assert_close(
-            mine.grad, other.grad, rtol=1e-6, atol=1e-9 * float(other.grad.abs().max() + 1e-3), msg=key
-        )
+        largest, small = float(other.grad.abs().max()), 1e-6 if key.endswith("bias_table") else 1e-9
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-6, atol=small * largest + 1e-12, msg=key)
 
 
 # Windows of 7 that pad grids of 48, 24 and 12 tokens and windows of 4 that divide them; an axis that one window covers;
