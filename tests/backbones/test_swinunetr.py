@@ -80,7 +80,7 @@ def pair(window=7, depths=(2, 2, 2, 2), **settings):
 
 
 def check_gradients(ours, theirs):
-    """MONAI's mask of -100 and the order of sums leave a little; the gradient of the bias tables is summed in single precision."""
+    """MONAI's mask of -100 and the order of sums leave a little. Gradients of bias tables are summed in single precision."""
     for (key, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert other.grad.abs().sum() > 0 or key.endswith("bias"), key
         largest, small = float(other.grad.abs().max()), 1e-6 if key.endswith("bias_table") else 1e-9
