@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from harness.api.losses import dice_loss
     from harness.api.masks import any_box, inside_boxes, num_masked, random_integers, random_patches, to_voxels
     from harness.api.method import Batch, Method, Preparation, Source, Transform, VolumeSource
-    from harness.api.settings import Settings, Size3, Triple
+    from harness.api.settings import Settings, Size3, Triple, size_text
     from harness.api.task import Archive, Case, ImageSet, Percentiles, PhantomShape, Task, Window
-    from harness.data.arrays import cut
+    from harness.api.teacher import follow, new_teacher
+    from harness.data.arrays import cut, origins, random_origin
     from harness.data.corpus import Corpus
     from harness.data.image_files import read_header, write_image
     from harness.data.image_names import IMAGE_ENDINGS, stem
@@ -48,6 +49,11 @@ _HOME = {
     "any_box": "harness.api.masks",
     "crop": "harness.api.backbone",
     "cut": "harness.data.arrays",
+    "follow": "harness.api.teacher",
+    "new_teacher": "harness.api.teacher",
+    "origins": "harness.data.arrays",
+    "random_origin": "harness.data.arrays",
+    "size_text": "harness.api.settings",
     "dice_loss": "harness.api.losses",
     "gather": "harness.api.global_batch",
     "inflate": "harness.api.backbone",
@@ -93,16 +99,21 @@ __all__ = [
     "crop",
     "cut",
     "dice_loss",
+    "follow",
     "gather",
     "inflate",
     "inside_boxes",
+    "new_teacher",
     "num_masked",
+    "origins",
     "previous",
     "rand",
     "randn",
     "random_integers",
+    "random_origin",
     "random_patches",
     "read_header",
+    "size_text",
     "slug",
     "stem",
     "to_voxels",

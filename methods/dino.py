@@ -24,11 +24,15 @@ from harness import (
     Triple,
     UserError,
     VolumeSource,
+    follow,
     gather,
+    new_teacher,
+    origins,
+    random_origin,
+    size_text,
 )
 from methods.simclr import (
     adjust_gamma,
-    allowed,
     blur,
     check_probabilities,
     check_range,
@@ -174,15 +178,8 @@ class DINO(Method):
         super().__init__(config, backbone)
         width = sum(backbone.channels[level] for level in pooled_levels(backbone, config.pool))
         self.head = Head(width, config.hidden, config.bottleneck, config.prototypes)
-        self.teacher_backbone = copy.deepcopy(backbone)
-        self.teacher_backbone.dropout = nn.Identity()
-        for child in (*backbone.parts["decoder"], *backbone.parts["head"]):
-            # The teacher only encodes.
-            if hasattr(self.teacher_backbone, child):
-                delattr(self.teacher_backbone, child)
-        self.teacher_head = copy.deepcopy(self.head)
-        for parameter in (*self.teacher_backbone.parameters(), *self.teacher_head.parameters()):
-            parameter.requires_grad_(False)
+        self.teacher_backbone = new_teacher(backbone)
+        self.teacher_head = copy.deepcopy(self.head).requires_grad_(False)
         self.register_buffer("centre", torch.zeros(config.prototypes))
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.steps = 0  # of the training; `prepare` sets it
@@ -209,24 +206,12 @@ class DINO(Method):
                 "set it lower"
             )
         if config.local_crops:
-            self._check_local_view(crop)
-
-    def _check_local_view(self, crop: Triple) -> None:
-        view, stride = self._local_view(crop), self.backbone.stride
-        if any(edge % step or edge > whole for edge, step, whole in zip(view, stride, crop, strict=True)):
-            raise UserError(
-                f"method.local_view={_text(view)} must be a multiple of the deepest stride {_text(stride)} of backbone "
-                f"{self.backbone.name!r}, and at most the crop {_text(crop)}: set it to one"
-            )
-        try:
-            with torch.no_grad():
-                self.backbone.trunk(torch.zeros(2, self.backbone.in_channels, *view))
-        except ValueError as error:
-            # MONAI's instance norm refuses a single deepest voxel, but attention and group norm accept it. So it is tried.
-            raise UserError(
-                f"backbone {self.backbone.name!r} cannot encode crops of method.local_view={_text(view)} ({error}): "
-                "set method.local_view to at least twice the stride along one axis"
-            ) from None
+            view = self._local_view(crop)
+            if any(edge > whole for edge, whole in zip(view, crop, strict=True)):
+                raise UserError(
+                    f"method.local_view={size_text(view)} exceeds the crop {size_text(crop)}: set it to at most the crop"
+                )
+            self.backbone.check_view(view, "method.local_view")
 
     def prepare(self, volumes: Sequence[VolumeSource], preparation: Preparation) -> Sequence[Source]:
         """A source of crops for each volume. Learns from `preparation` how long the training is, for the schedules."""
@@ -264,15 +249,8 @@ class DINO(Method):
         """Move the teacher towards the student, and the centre towards the batch's mean."""
         config = self.config
         momentum = teacher_momentum(step, self._steps(), config.momentum, config.last_momentum)
-        encoder = dict(self.backbone.named_parameters())
-        for key, parameter in self.teacher_backbone.named_parameters():
-            parameter.lerp_(encoder[key], 1 - momentum)
-        for parameter, student in zip(self.teacher_head.parameters(), self.head.parameters(), strict=True):
-            parameter.lerp_(student, 1 - momentum)
-        # Buffers are statistics and not learned, so they are copied.
-        buffers = dict(self.backbone.named_buffers())
-        for key, buffer in self.teacher_backbone.named_buffers():
-            buffer.copy_(buffers[key])
+        follow(self.teacher_backbone, self.backbone, momentum)
+        follow(self.teacher_head, self.head, momentum)
         if self.teacher_mean is not None:
             moved = self.centre.lerp(self.teacher_mean, 1 - config.centre_momentum)
             # A step that is not finite is left out, and must not spoil the centre.
@@ -454,19 +432,14 @@ class MultiCrop:
         All lie in one region of `size` voxels, which is drawn as any pre-training crop is.
         """
         shape = self.volume.shape
-        region = [int(rng.integers(low, high + 1)) for low, high in map(allowed, shape, size)]
+        region = random_origin(shape, size, rng)
         boxes = []
         for number in range(2 + self.local_crops):
             share = self.global_share if number < 2 else self.local_share
             edges = random_edges(size, *share, self.aspect, rng)
             origin = []
-            for start, whole, extent, edge in zip(region, size, shape, edges, strict=True):
+            for start, whole, edge, low, high in zip(region, size, edges, *origins(shape, edges), strict=True):
                 # Inside the region; and inside the volume, or around it. A crop of padding alone would say nothing.
-                low, high = allowed(extent, edge)
                 origin.append(int(rng.integers(max(low, start), min(high, start + whole - edge) + 1)))
             boxes.append(((origin[0], origin[1], origin[2]), edges))
         return boxes
-
-
-def _text(values: Sequence[float]) -> str:
-    return ",".join(f"{value:g}" for value in values)

@@ -22,6 +22,7 @@ from harness import (
     crop,
     gather,
     random_patches,
+    size_text,
     to_voxels,
     total,
 )
@@ -145,18 +146,18 @@ class HybridMIM(Method):
             sub, patch = config.sub_volume[axis], config.patch[axis]
             if extent % sub:
                 raise UserError(
-                    f"method.sub_volume={_text(config.sub_volume)} does not divide the crop {_text(crop)}: "
+                    f"method.sub_volume={size_text(config.sub_volume)} does not divide the crop {size_text(crop)}: "
                     "set pretrain.crop to a multiple of it, or another method.sub_volume"
                 )
             if sub % patch or sub == patch:
                 raise UserError(
-                    f"method.patch={_text(config.patch)} must divide method.sub_volume={_text(config.sub_volume)} "
+                    f"method.patch={size_text(config.patch)} must divide method.sub_volume={size_text(config.sub_volume)} "
                     "into at least two along every axis"
                 )
             if sub % stride[axis]:
                 raise UserError(
-                    f"method.sub_volume={_text(config.sub_volume)} is not a multiple of the deepest stride "
-                    f"{_text(stride)} of backbone {self.backbone.name!r}, so it has no features of its own: "
+                    f"method.sub_volume={size_text(config.sub_volume)} is not a multiple of the deepest stride "
+                    f"{size_text(stride)} of backbone {self.backbone.name!r}, so it has no features of its own: "
                     "set it to a multiple"
                 )
         if config.reconstruction:
@@ -297,12 +298,12 @@ class HybridMIM(Method):
             size = list(region)
         if any(edge % t or edge > length for edge, t, length in zip(size, stride, extent, strict=True)):
             raise UserError(
-                f"method.region={_text(size)} must be a multiple of the deepest stride {_text(stride)} of backbone "
-                f"{self.backbone.name!r} and fit the crop {_text(extent)}"
+                f"method.region={size_text(size)} must be a multiple of the deepest stride {size_text(stride)} of backbone "
+                f"{self.backbone.name!r} and fit the crop {size_text(extent)}"
             )
         if size == list(stride):
             raise UserError(
-                f"method.region={_text(size)} is a single voxel of the deepest features of backbone "
+                f"method.region={size_text(size)} is a single voxel of the deepest features of backbone "
                 f"{self.backbone.name!r}, which cannot be normalised: set it to at least twice the stride along one axis"
             )
         grid = [t if edge % sub else sub for edge, sub, t in zip(size, self.config.sub_volume, stride, strict=True)]
@@ -363,7 +364,3 @@ def contrastive_loss(first: Tensor, second: Tensor, temperature: float) -> Tenso
     diagonal = torch.eye(2 * number, dtype=torch.bool, device=codes.device)
     partner = torch.arange(2 * number, device=codes.device).roll(number)
     return F.cross_entropy(similarity.masked_fill(diagonal, float("-inf")), partner)
-
-
-def _text(size: Sequence[int]) -> str:
-    return ",".join(map(str, size))

@@ -7,7 +7,19 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from harness import Backbone, Batch, Method, Settings, Size3, Triple, UserError, num_masked, random_patches, to_voxels
+from harness import (
+    Backbone,
+    Batch,
+    Method,
+    Settings,
+    Size3,
+    Triple,
+    UserError,
+    num_masked,
+    random_patches,
+    size_text,
+    to_voxels,
+)
 from methods.simmim import masked_mean
 
 
@@ -57,8 +69,8 @@ class MAE(Method):
         num_masked(crop, config.patch, config.mask_ratio)
         if config.densify and any(edge % step for edge, step in zip(config.patch, stride, strict=True)):
             raise UserError(
-                f"method.densify=true needs method.patch to be a multiple of the deepest stride {','.join(map(str, stride))} "
-                f"of backbone {self.backbone.name!r}, it is {','.join(map(str, config.patch))}: set it to one"
+                f"method.densify=true needs method.patch to be a multiple of the deepest stride {size_text(stride)} "
+                f"of backbone {self.backbone.name!r}, it is {size_text(config.patch)}: set it to one"
             )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, log, prod
+from math import ceil, log
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +22,7 @@ from harness import (
     UserError,
     VolumeSource,
     gather,
+    origins,
     rand,
     randn,
 )
@@ -153,8 +154,7 @@ class SimCLR(Method):
 
 def pooled_levels(backbone: Backbone, pool: str) -> list[int]:
     """Levels of the pyramid that are averaged to a code: the deepest, or all that are coarser than the image."""
-    strides = backbone.strides
-    return [level for level, stride in enumerate(strides) if prod(stride) > 1] if pool == "all" else [len(strides) - 1]
+    return backbone.coarse_levels if pool == "all" else [len(backbone.strides) - 1]
 
 
 def pooled_features(backbone: Backbone, views: Tensor, pool: str, dtype: torch.dtype) -> Tensor:
@@ -232,19 +232,19 @@ class CropPair:
     def draw(self, size: Triple, rng: np.random.Generator) -> tuple[list[Triple], list[Triple]]:
         """Origins and edges of the two boxes, in voxels of the volume. A box that exceeds the volume contains it."""
         first, second = (random_edges(size, self.smallest, self.largest, self.aspect, rng) for _ in range(2))
-        origins: list[list[int]] = [[], []]
+        shape = self.volume.shape
+        starts: list[list[int]] = [[], []]
         # If each axis has this share, their product is the share of the volume.
         share = self.overlap ** (1 / 3)
-        for extent, a, b in zip(self.volume.shape, first, second, strict=True):
-            low, high = allowed(extent, a)
+        ranges = zip(*origins(shape, first), *origins(shape, second), strict=True)
+        for a, b, (low, high, other_low, other_high) in zip(first, second, ranges, strict=True):
             start = int(rng.integers(low, high + 1))
             least = ceil(share * min(a, b) - 1e-9)
-            low, high = allowed(extent, b)
             # There is always an origin at which the shorter edge lies in the longer one, so the range is never empty.
-            low, high = max(low, start + least - b), min(high, start + a - least)
-            origins[0].append(start)
-            origins[1].append(int(rng.integers(low, high + 1)))
-        return [_triple(origins[0]), _triple(origins[1])], [first, second]
+            other_low, other_high = max(other_low, start + least - b), min(other_high, start + a - least)
+            starts[0].append(start)
+            starts[1].append(int(rng.integers(other_low, other_high + 1)))
+        return [_triple(starts[0]), _triple(starts[1])], [first, second]
 
 
 def random_edges(size: Triple, smallest: float, largest: float, aspect: float, rng: np.random.Generator) -> Triple:
@@ -259,11 +259,6 @@ def random_edges(size: Triple, smallest: float, largest: float, aspect: float, r
     stretch = rng.uniform(-log(aspect) / 2, log(aspect) / 2, size=3)
     relative = share ** (1 / 3) * np.exp(stretch - stretch.mean())
     return _triple([max(1, min(edge, round(edge * factor))) for edge, factor in zip(size, relative, strict=True)])
-
-
-def allowed(extent: int, edge: int) -> tuple[int, int]:
-    """Lowest and highest origin of an edge along an axis of a volume: one contains the other."""
-    return min(0, extent - edge), max(0, extent - edge)
 
 
 def _triple(values: Sequence[int]) -> Triple:

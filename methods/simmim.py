@@ -7,7 +7,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from harness import Backbone, Batch, Method, Settings, Size3, Triple, UserError, num_masked, random_patches, to_voxels
+from harness import (
+    Backbone,
+    Batch,
+    Method,
+    Settings,
+    Size3,
+    Triple,
+    UserError,
+    num_masked,
+    random_patches,
+    size_text,
+    to_voxels,
+)
 
 
 class MaskedReconstruction(Method):
@@ -107,6 +119,6 @@ def check_patches(backbone: Backbone, crop: Triple, patch: Triple, ratio: float)
     num_masked(crop, patch, ratio)
     if any(edge % backbone.token_stride for edge in patch):
         raise UserError(
-            f"method.patch={','.join(map(str, patch))} is not a multiple of the {backbone.token_stride} voxels that a token "
+            f"method.patch={size_text(patch)} is not a multiple of the {backbone.token_stride} voxels that a token "
             f"of backbone {backbone.name!r} stands for: set it to one"
         )

@@ -1,6 +1,6 @@
 """SparK: sparse and hierarchical masked modelling for convolutional networks (Tian et al. 2023)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from math import prod
@@ -22,6 +22,7 @@ from harness import (
     UserError,
     num_masked,
     random_patches,
+    size_text,
     to_voxels,
     total,
 )
@@ -110,14 +111,14 @@ class Spark(Method):
             )
         if any(edge % step for edge, step in zip(self.patch, stride, strict=True)):
             raise UserError(
-                f"method.patch={_text(self.patch)} is not a multiple of the deepest stride {_text(stride)} of backbone "
+                f"method.patch={size_text(self.patch)} is not a multiple of the deepest stride {size_text(stride)} of backbone "
                 f"{name!r}, so that a deepest voxel would be masked in part: set it to a multiple, or to none"
             )
         masked, number = num_masked(crop, self.patch, config.mask_ratio)
         if (number - masked) * prod(self.patch) < 2 * prod(stride):
             raise UserError(
                 f"method.mask_ratio={config.mask_ratio:g} leaves one visible voxel of the deepest features of backbone "
-                f"{name!r} in the crop {_text(crop)}, which cannot be normalised: set a lower ratio or a larger pretrain.crop"
+                f"{name!r} in the crop {size_text(crop)}, which cannot be normalised: set a lower ratio or a larger pretrain.crop"
             )
         halvings = 2 ** (len(self.backbone.channels) - 1)
         if config.width is not None and config.width % halvings:
@@ -380,7 +381,3 @@ def normalised(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _new_embedding(width: int) -> nn.Parameter:
     """A mask embedding (width,), drawn as in the released code: normal of deviation 0.02, cut off at 0.02."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02, a=-0.02, b=0.02))
-
-
-def _text(size: Sequence[int]) -> str:
-    return ",".join(map(str, size))

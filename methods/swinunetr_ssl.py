@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from harness import Backbone, Batch, Method, Settings, Triple, UserError, any_box, rand, random_integers
+from harness import Backbone, Batch, Method, Settings, Triple, UserError, any_box, rand, random_integers, size_text
 from methods.hybridmim import contrastive_loss
 from methods.simmim import VoxelHead
 
@@ -94,7 +94,7 @@ class SwinUNETRSSL(Method):
             raise UserError("swinunetr_ssl has every loss term switched off: give at least one method.* weight above 0")
         if config.codes == "tokens" and prod(n // s for n, s in zip(crop, self.backbone.stride, strict=True)) < 2:
             raise UserError(
-                f"method.codes=tokens needs two tokens, a crop of {','.join(map(str, crop))} has one on backbone "
+                f"method.codes=tokens needs two tokens, a crop of {size_text(crop)} has one on backbone "
                 f"{self.backbone.name!r}: set a larger pretrain.crop, or method.codes=mean"
             )
         if config.contrastive and batch_size < 2:
@@ -183,7 +183,7 @@ def plane(crop: Triple) -> tuple[int, int]:
         if crop[a] == crop[b]:
             return a, b
     raise UserError(
-        f"swinunetr_ssl turns crops by 90 degrees, so two edges must be equal, pretrain.crop={','.join(map(str, crop))}: "
+        f"swinunetr_ssl turns crops by 90 degrees, so two edges must be equal, pretrain.crop={size_text(crop)}: "
         "set it to a size with two equal edges"
     )
 

@@ -27,6 +27,7 @@ from harness import (
     Triple,
     UserError,
     VolumeSource,
+    size_text,
 )
 from methods.models_genesis import paint_in, paint_out, remap_intensities, shuffle_locally
 
@@ -143,7 +144,7 @@ class TransVW(Method):
         )
         if len(words) < 2:
             raise UserError(
-                f"transvw found {len(words)} words of {','.join(map(str, extent))} voxels at least {config.distance:g} voxels "
+                f"transvw found {len(words)} words of {size_text(extent)} voxels at least {config.distance:g} voxels "
                 "apart, it needs 2 to tell apart: set a smaller method.extent or method.distance"
             )
         if len(words) < config.words:
@@ -167,7 +168,7 @@ class TransVW(Method):
         members, able = len(words[0]["volumes"]), len(able_volumes(volumes, extent))
         discovery = members < able
         preparation.report(
-            f"transvw: {len(words)} words of {self.config.words} sought, each of {','.join(map(str, extent))} voxels in "
+            f"transvw: {len(words)} words of {self.config.words} sought, each of {size_text(extent)} voxels in "
             f"{members} of the {able} volumes that hold it"
             + ("; no more coordinates keep their distance" if len(words) < self.config.words else "")
             + ("" if discovery else "; every volume is in every word, so discovery has no effect and no autoencoder is")

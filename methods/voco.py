@@ -23,8 +23,11 @@ from harness import (
     Triple,
     UserError,
     VolumeSource,
+    follow,
+    new_teacher,
     rand,
     random_integers,
+    size_text,
 )
 
 FLIP, TURN, SHIFT = 0.2, 0.2, 0.1  # probabilities of the released augmentation
@@ -106,7 +109,7 @@ class VoCo(Method):
 
     def __init__(self, config: Config, backbone: Backbone) -> None:
         super().__init__(config, backbone)
-        width, hidden = sum(backbone.channels[level] for level in self._levels()), config.projection
+        width, hidden = sum(backbone.channels[level] for level in backbone.coarse_levels), config.projection
         self.projector = nn.Sequential(
             nn.Linear(width, hidden),
             nn.BatchNorm1d(hidden, affine=False, track_running_stats=False),
@@ -116,49 +119,28 @@ class VoCo(Method):
             nn.ReLU(),
             nn.Linear(hidden, hidden),
         )
-        self.teacher_backbone = copy.deepcopy(backbone)
-        # A teacher that drew dropout would give targets of noise. This matters only if the user sets `backbone.dropout`.
-        self.teacher_backbone.dropout = nn.Identity()
-        for child in (*backbone.parts["decoder"], *backbone.parts["head"]):
-            # The teacher only encodes.
-            if hasattr(self.teacher_backbone, child):
-                delattr(self.teacher_backbone, child)
-        self.teacher_projector = copy.deepcopy(self.projector)
-        for parameter in (*self.teacher_backbone.parameters(), *self.teacher_projector.parameters()):
-            parameter.requires_grad_(False)
+        self.teacher_backbone = new_teacher(backbone)
+        self.teacher_projector = copy.deepcopy(self.projector).requires_grad_(False)
 
     def check(self, crop: Triple, batch_size: int) -> None:
         """Raise UserError if the grid does not fit the crop, or if the backbone cannot encode the view."""
-        config, stride = self.config, self.backbone.stride
+        config = self.config
         if prod(config.grid) < 2:
             raise UserError(
                 "method.grid=1,1,1 leaves one base crop, so there is no position to predict: set it to 4,4,1"
             )
         if any(edge % number for edge, number in zip(crop, config.grid, strict=True)):
             raise UserError(
-                f"method.grid={','.join(map(str, config.grid))} does not divide the crop {','.join(map(str, crop))}: "
+                f"method.grid={size_text(config.grid)} does not divide the crop {size_text(crop)}: "
                 "set pretrain.crop to a multiple of it"
             )
-        if any(edge % step for edge, step in zip(self._view(crop), stride, strict=True)):
-            raise UserError(
-                f"method.view={','.join(map(str, self._view(crop)))} is not a multiple of the deepest stride "
-                f"{','.join(map(str, stride))} of backbone {self.backbone.name!r}: set it to one"
-            )
+        self.backbone.check_view(self._view(crop), "method.view")
         x, y, _ = self._view(crop)
         if config.augment and x != y:
             raise UserError(
-                f"voco turns crops in the xy plane, so the first two edges of method.view={','.join(map(str, self._view(crop)))} "
+                f"voco turns crops in the xy plane, so the first two edges of method.view={size_text(self._view(crop))} "
                 "must be equal: set method.view to such a size, or method.augment=false"
             )
-        try:
-            with torch.no_grad():
-                self.backbone.trunk(torch.zeros(2, self.backbone.in_channels, *self._view(crop)))
-        except ValueError as error:
-            # MONAI's instance norm refuses a single deepest voxel, but attention and group norm accept it. So it is tried.
-            raise UserError(
-                f"backbone {self.backbone.name!r} cannot encode crops of method.view={','.join(map(str, self._view(crop)))} "
-                f"({error}): set method.view to at least twice the stride along one axis"
-            ) from None
 
     def prepare(self, volumes: Sequence[VolumeSource], preparation: Preparation) -> Sequence[Source]:
         """Whole volumes as sources, or the volumes themselves, which give random crops."""
@@ -185,15 +167,8 @@ class VoCo(Method):
     def after_step(self, step: int) -> None:
         """Move the teacher towards the student, with the configured momentum."""
         momentum = self.config.momentum
-        encoder = dict(self.backbone.named_parameters())
-        for key, parameter in self.teacher_backbone.named_parameters():
-            parameter.lerp_(encoder[key], 1 - momentum)
-        for parameter, student in zip(self.teacher_projector.parameters(), self.projector.parameters(), strict=True):
-            parameter.lerp_(student, 1 - momentum)
-        # Buffers are statistics and not learned, so they are copied.
-        buffers = dict(self.backbone.named_buffers())
-        for key, buffer in self.teacher_backbone.named_buffers():
-            buffer.copy_(buffers[key])
+        follow(self.teacher_backbone, self.backbone, momentum)
+        follow(self.teacher_projector, self.projector, momentum)
 
     def draw_crops(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Draw random crops of the size of a base crop.
@@ -247,13 +222,9 @@ class VoCo(Method):
     def _encode(self, views: Tensor, backbone: Backbone, projector: nn.Module) -> Tensor:
         """Views (N, C, *view) -> codes (N, projection)."""
         pyramid = backbone.encode(views)
-        pooled = torch.cat([pyramid[level].mean(dim=(2, 3, 4)) for level in self._levels()], dim=1)
+        pooled = torch.cat([pyramid[level].mean(dim=(2, 3, 4)) for level in self.backbone.coarse_levels], dim=1)
         codes: Tensor = projector(pooled).float()
         return codes
-
-    def _levels(self) -> list[int]:
-        """Levels of the pyramid that are coarser than the image."""
-        return [level for level, stride in enumerate(self.backbone.strides) if prod(stride) > 1]
 
     def _base_size(self, extent: Sequence[int]) -> list[int]:
         """Size of a base crop in voxels."""

@@ -16,6 +16,7 @@ from harness import (
     inside_boxes,
     previous,
     random_integers,
+    size_text,
 )
 
 
@@ -76,7 +77,7 @@ class VolumeFusion(Method):
             raise UserError(
                 f"method.min_boxes={config.min_boxes} and method.min_edge={config.min_edge} must not exceed "
                 f"method.max_boxes={config.max_boxes} and the {longest} voxels that method.max_edge={config.max_edge:g} allows "
-                f"in a crop of {','.join(map(str, crop))}: set them lower"
+                f"in a crop of {size_text(crop)}: set them lower"
             )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

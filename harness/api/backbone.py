@@ -1,6 +1,7 @@
 """The contract of a segmentation network, which has three parts: encoder, decoder and head."""
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -8,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.api.global_batch import Dropout
-from harness.api.settings import Settings, Triple
+from harness.api.settings import Settings, Triple, size_text
+from harness.system.errors import UserError
 
 Pyramid = list[Tensor]
 """Features of all levels, from fine to coarse. Level l is (N, channels[l], x / strides[l][0], y / strides[l][1], ...)."""
@@ -96,6 +98,11 @@ class Backbone(nn.Module):
         return logits
 
     @property
+    def coarse_levels(self) -> list[int]:
+        """Levels of the pyramid that are coarser than the image."""
+        return [level for level, stride in enumerate(self.strides) if prod(stride) > 1]
+
+    @property
     def stride(self) -> Triple:
         """Stride of the deepest level relative to the image, per axis in voxels."""
         return self.strides[-1]
@@ -134,6 +141,33 @@ class Backbone(nn.Module):
         both = self.trunk(torch.cat([image, image]))
         half = len(image)
         return self._drop([level[:half] for level in both]), self._drop([level[half:] for level in both])
+
+    def check_view(self, size: Triple, setting: str) -> None:
+        """Check that images of another extent than the crop can be encoded.
+
+        Args:
+            size: extent of the images in voxels.
+            setting: name of the setting that gives it, for the message.
+
+        Raises:
+            UserError: an edge is no multiple of the deepest stride, or the deepest features are a single voxel that a norm
+                refuses.
+        """
+        given = f"{setting}={size_text(size)}"
+        if any(edge % step for edge, step in zip(size, self.stride, strict=True)):
+            raise UserError(
+                f"{given} is not a multiple of the deepest stride {size_text(self.stride)} of backbone {self.name!r}: "
+                "set it to one"
+            )
+        try:
+            with torch.no_grad():
+                self.trunk(torch.zeros(2, self.in_channels, *size))
+        except ValueError as error:
+            # MONAI's instance norm refuses a single deepest voxel, but attention and group norm accept it. So it is tried.
+            raise UserError(
+                f"backbone {self.name!r} cannot encode crops of {given} ({error}): set {setting} to at least twice the "
+                "stride along one axis"
+            ) from None
 
     def forward(self, image: Tensor) -> Tensor:
         """Image (N, in_channels, x, y, z) -> logits (N, num_outputs, x, y, z)."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from harness.api.global_batch import rand
+from harness.api.settings import size_text
 from harness.system.errors import UserError
 
 
@@ -23,7 +24,7 @@ def num_masked(extent: Sequence[int], patch: Sequence[int], ratio: float) -> tup
     Raises:
         UserError: the patch does not divide the crop, or the ratio leaves no patch masked or no patch visible.
     """
-    size, edge = ",".join(map(str, extent)), ",".join(map(str, patch))
+    size, edge = size_text(extent), size_text(patch)
     if any(length % side for length, side in zip(extent, patch, strict=True)):
         raise UserError(f"method.patch={edge} does not divide the crop {size}: set pretrain.crop to a multiple of it")
     num_patches = prod(length // side for length, side in zip(extent, patch, strict=True))

@@ -1,6 +1,6 @@
 """Validated, frozen settings: the base class of every configuration class, including the `Config` of plugins."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError, model_validator
@@ -51,6 +51,11 @@ class Settings(BaseModel):
             elif tuple in kinds and "," in value:
                 parsed[name] = tuple(value.split(","))
         return parsed
+
+
+def size_text(size: Sequence[int]) -> str:
+    """A size as a setting is written: `32,64,32`."""
+    return ",".join(map(str, size))
 
 
 def build(cls: type[S], values: Mapping[str, Any], section: str) -> S:

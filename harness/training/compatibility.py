@@ -4,6 +4,7 @@ import psutil
 
 from harness.api.backbone import Backbone
 from harness.api.registry import Registry
+from harness.api.settings import size_text
 from harness.compute.memory import is_too_large, weights_bytes
 from harness.config.schema import RunConfig
 from harness.system.errors import UserError
@@ -80,10 +81,10 @@ def _check_transfer(config: RunConfig, plugins: Plugins) -> None:
 def _check_crops(config: RunConfig, backbone: Backbone) -> None:
     """Raises UserError if a crop is no multiple of the deepest stride, or its deepest features are a single voxel."""
     for section, crop in (("pretrain", config.pretrain.crop), ("finetune", config.finetune.crop)):
-        setting = f"{section}.crop={','.join(map(str, crop))}"
+        setting = f"{section}.crop={size_text(crop)}"
         if any(edge % stride for edge, stride in zip(crop, backbone.stride, strict=True)):
             raise UserError(
-                f"{setting} is not a multiple of the deepest stride {','.join(map(str, backbone.stride))} of backbone "
+                f"{setting} is not a multiple of the deepest stride {size_text(backbone.stride)} of backbone "
                 f"{config.backbone!r}: set {section}.crop to one"
             )
         if crop == backbone.stride:

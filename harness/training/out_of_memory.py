@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import Dataset, default_collate
 
 from harness.api.global_batch import BatchParts, batch_parts
+from harness.api.settings import size_text
 from harness.compute.layers import BatchNorm
 from harness.training.trainer import Trainer
 
@@ -41,7 +42,7 @@ def _candidates(trainer: Trainer) -> Iterator[tuple[str, tuple[int, int, str, tu
         yield f"--set {{stage}}.batch_size={fewer}", (fewer, 1, precision, crop)
     half_crop = tuple(edge // 2 for edge in crop)
     for fewer in (batch_size, 1):
-        half_text = ",".join(map(str, half_crop))
+        half_text = size_text(half_crop)
         yield f"--set {{stage}}.crop={half_text} --set {{stage}}.batch_size={fewer}", (fewer, 1, precision, half_crop)
 
 

@@ -477,8 +477,8 @@ def test_the_picture_shows_crops_and_views():
         ({"flip": (0.5, 1.5, 0)}, "flip=0.5,1.5,0 must be three probabilities"),
         ({"blur": (1.0, 2.0, 0.5)}, "blur=1,2,0.5 must be three probabilities"),
         ({"momentum": 0.9, "last_momentum": 0.8}, "must not exceed method.last_momentum"),
-        ({"local_view": (16, 16, 24)}, "must be a multiple of the deepest stride"),
-        ({"local_view": (64, 64, 32)}, "at most the crop"),
+        ({"local_view": (16, 16, 24)}, "local_view=16,16,24 is not a multiple of the deepest stride"),
+        ({"local_view": (64, 64, 32)}, "exceeds the crop 32,64,32: set it to at most the crop"),
         ({"local_view": (16, 16, 16)}, "at least twice the stride"),
     ],
 )
