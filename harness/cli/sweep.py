@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.cli.estimate import print_estimates
 from harness.cli.options import EXECUTION, add_options, argument, execution_of
+from harness.config.presets import read_preset
 from harness.config.request import Request, positive
 from harness.system.console import say
 from harness.system.errors import UserError
@@ -57,6 +58,8 @@ def sweep(arguments: argparse.Namespace) -> int:
 
         check_trackers(execution.trackers)
     base = Request(data=arguments.data, runs=arguments.runs, plugins=tuple(arguments.plugins), execution=execution)
+    if arguments.preset:
+        read_preset(arguments.preset)
     sweep_cells = cells.read(arguments.file, base, arguments.preset)
     notes = arguments.runs / "sweeps" / arguments.file.stem
     # Build the launcher first: an error in its options should come before phantoms are written and data is read.

@@ -3,6 +3,7 @@
 import psutil
 
 from harness.api.backbone import Backbone
+from harness.api.method import Method
 from harness.api.registry import Registry
 from harness.api.settings import size_text
 from harness.compute.memory import is_too_large, weights_bytes
@@ -37,11 +38,11 @@ def check_fit(
             raise MemoryError(f"weights, gradients and moments take {need / 2**30:.1f} GiB")
         backbone = plugins.new_backbone(config, channels)
         _check_needs(registry, config, plugins, backbone)
-        _check_transfer(config, plugins)
         _check_crops(config, backbone)
         if pretrain_channels != channels:
             backbone = plugins.new_backbone(config, pretrain_channels)
         method = new_method(plugins.method, config.method_settings, backbone)
+        _check_transfer(config, method)
         refuse_batch_norm(method, micro_batches)
         method.check(config.pretrain.crop, config.pretrain.batch_size)
     except Exception as error:
@@ -62,19 +63,22 @@ def _check_needs(registry: Registry, config: RunConfig, plugins: Plugins, backbo
         return
     suitable = [name for name in registry.names("backbone") if registry.load("backbone", name).abilities >= needs]
     raise UserError(
-        f"method {config.method!r} needs a backbone with {', '.join(sorted(needs - backbone.abilities))}, "
-        f"{config.backbone!r} has {', '.join(sorted(backbone.abilities)) or 'no optional ability'}: choose --backbone from "
+        f"method {config.method!r} needs a backbone with the ability {', '.join(map(repr, sorted(needs - backbone.abilities)))}, "
+        f"which {config.backbone!r} does not have: choose --backbone from "
         f"{', '.join(suitable) or 'none of those installed'}"
     )
 
 
-def _check_transfer(config: RunConfig, plugins: Plugins) -> None:
-    """Raises UserError if the method does not pre-train what `--transfer` asks for."""
-    trains = plugins.method.trains
-    if config.transfer == "all" and trains and "decoder" not in trains:
+def _check_transfer(config: RunConfig, method: Method) -> None:
+    """Raises UserError if the method does not pass on what `--transfer` asks for."""
+    if config.transfer == "all" and method.trains and "decoder" not in method.trains:
         raise UserError(
-            f"--transfer all: method {config.method!r} pre-trains the {' and '.join(trains)} only: give --transfer encoder, "
-            "or leave it out"
+            f"--transfer all: method {config.method!r} pre-trains the {' and '.join(method.trains)} only: give --transfer "
+            "encoder, or leave it out"
+        )
+    if config.transfer != "method" and not method.trains and not method.weights():
+        raise UserError(
+            f"--transfer {config.transfer}: method {config.method!r} has no pre-trained weights to transfer: leave it out"
         )
 
 

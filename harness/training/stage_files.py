@@ -22,10 +22,10 @@ def read_stage(path: Path) -> dict[str, Any] | None:
 
 
 def first_gradient_norms(history: Path, stage: str, number: int = 10) -> list[float]:
-    """Gradient norms of the first `number` steps of a stage, without the steps that were left out."""
+    """Gradient norms of the first `number` steps of a stage, of four digits, without the steps that were left out."""
     lines = (json.loads(line) for line in history.read_text().splitlines())
     norms = [line.get("gradient_norm") for line in lines if line.get("stage") == stage and line["step"] <= number]
-    return [norm for norm in norms if norm is not None]
+    return [float(f"{norm:.4g}") for norm in norms if norm is not None]
 
 
 def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:

@@ -272,7 +272,8 @@ def test_transformers_are_refused_before_data_is_read(capsys):
     for backbone in ("swinunetr", "unetr"):
         assert main(["run", "--method", "spark", "--backbone", backbone, "--task", "msd_hippocampus", "--dry-run"]) == 2
         assert (
-            f"method 'spark' needs a backbone with sparse, '{backbone}' has tokens: choose --backbone from genesis_unet3d, "
+            f"method 'spark' needs a backbone with the ability 'sparse', which '{backbone}' does not have: choose "
+            "--backbone from genesis_unet3d, "
             "segresnet, unet" in capsys.readouterr().err
         )
 

@@ -50,3 +50,10 @@ def test_wrong_launchers_are_answered_in_words(more, says, tmp_path, hippocampus
     words = ["sweep", path, "--data", hippocampus_phantom, "--runs", tmp_path / "runs", *more]
     assert main([str(word) for word in words]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_misspelt_preset_is_one_line(tmp_path, capsys):
+    (tmp_path / "s.toml").write_text(TINY_SWEEP)
+    assert main(["sweep", str(tmp_path / "s.toml"), "--preset", "papr", "--runs", str(tmp_path), "--dry-run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "unknown preset 'papr': did you mean 'paper'?" in line

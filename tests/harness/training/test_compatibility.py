@@ -100,3 +100,9 @@ def test_a_decoder_that_was_not_pretrained_is_not_transferred(registry):
         fits(registry, "simmim", transfer="all")
     fits(registry, "simmim", transfer="encoder")
     fits(registry, "hybridmim", transfer="all")
+
+
+@pytest.mark.parametrize("transfer", ["encoder", "all"])
+def test_a_method_without_weights_has_nothing_to_transfer(registry, transfer):
+    with pytest.raises(UserError, match=f"--transfer {transfer}: method 'scratch' has no pre-trained weights"):
+        fits(registry, "scratch", transfer=transfer)
