@@ -16,7 +16,10 @@ def test_genesis_unet3d_uses_the_batchs_statistics_in_evaluation():
     image[1] *= 3
     alone, beside = published.encode(image[:1])[0], published.encode(image)[0][:1]
     assert not torch.allclose(alone, beside)
-    assert published.down_tr64.ops[0].bn1.num_batches_tracked == 0
+    norm = published.down_tr64.ops[0].bn1
+    assert norm.num_batches_tracked == 0
+    assert torch.equal(norm.running_mean, torch.zeros(4))
+    assert torch.equal(norm.running_var, torch.ones(4))
     torch.testing.assert_close(beside, published.train().encode(image)[0][:1])
     usual = GenesisUNet3D(GenesisUNet3D.Config(first=4, norm="running"), 2).eval()
     torch.testing.assert_close(usual.encode(image[:1])[0], usual.encode(image)[0][:1])

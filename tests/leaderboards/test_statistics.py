@@ -215,3 +215,35 @@ def test_area_under_the_label_efficiency_curve():
         statistics.label_efficiency([1.0], flat[:1])
     with pytest.raises(ValueError, match="ascending"):
         statistics.label_efficiency([1.0, 0.5], flat[:2])
+
+
+def test_a_p_value_is_the_larger_of_wilcoxons_and_of_clarks_t_test():
+    """Clark's quasi-F for crossed seeds and cases, from its formula; the seeds' luck is the larger of two estimates."""
+    rng = np.random.default_rng(4)
+    for luck, number in ((0.02, 3), (0.001, 3), (0.01, 2)):
+        tables = simulate(rng, seeds=number, cases=15, seed_luck=luck, effect=0.012)
+        pooled = statistics.luck(tables)
+        run_means = [table[:, :, 0].mean(axis=1) for table in tables]
+        assert pooled.variance[-1] == pytest.approx(np.mean([means.var(ddof=1) for means in run_means]))
+        assert pooled.freedom == len(tables) * (number - 1)
+        found = statistics.p_values([(tables[1], tables[0])], pooled)[0][-1]
+        change = (tables[1] - tables[0])[:, :, 0]
+        per_case = change.mean(axis=0)
+        seeds = max(change.mean(axis=1).var(ddof=1), 2 * pooled.variance[-1]) / number
+        cases = per_case.var(ddof=1) / 15
+        freedom = (seeds + cases) ** 2 / (seeds**2 / pooled.freedom + cases**2 / 14)
+        crossed = 2 * stats.t.sf(abs(per_case.mean()) / np.sqrt(seeds + cases), freedom)
+        assert found == pytest.approx(max(crossed, stats.wilcoxon(per_case).pvalue), rel=1e-9)
+        assert statistics.p_values([(tables[0], tables[1])], pooled)[0][-1] == pytest.approx(found)
+
+
+def test_what_two_methods_share_is_not_in_the_interval_of_their_difference():
+    first = simulate(np.random.default_rng(5), methods=1, seed_luck=0.01)[0]
+    found = statistics.difference(first, first - 0.1)
+    assert found.high[-1] - found.low[-1] < 1e-9
+
+
+def test_the_area_is_the_trapezoidal_rules():
+    fractions, dice = [0.1, 0.2, 0.5, 1.0], [0.3, 0.6, 0.7, 0.75]
+    parts = [statistics.estimate(np.full((2, 6, 2), value)) for value in dice]
+    assert statistics.label_efficiency(fractions, parts)[0] == pytest.approx(np.trapezoid(dice, fractions) / 0.9)

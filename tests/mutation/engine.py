@@ -125,12 +125,23 @@ class Sandbox:
             "HARNESS_TEST_DATA": os.environ.get("HARNESS_TEST_DATA", str(root.parent / "shared" / "data")),
         }
         # -P: the folder of this file, which holds no package, stays out of sys.path.
-        words = [sys.executable, "-P", __file__, *heavy]
+        self.words, self.environment = [sys.executable, "-P", __file__, *heavy], environment
+        self.server = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
         pipe = subprocess.PIPE
-        self.server = subprocess.Popen(words, cwd=self.copy, env=environment, stdin=pipe, stdout=pipe, text=True)
+        return subprocess.Popen(
+            self.words, cwd=self.copy, env=self.environment, stdin=pipe, stdout=pipe, text=True, bufsize=1
+        )
 
     def run(self, tests: str, seconds: float = SECONDS) -> Ended:
-        """Run the fast tests of one file until the first one fails."""
+        """Run the fast tests of one file until the first one fails.
+
+        Raises:
+            RuntimeError: the server died, for instance of too little memory. The next call starts a new one.
+        """
+        if self.server.poll() is not None:
+            self.server = self._start()
         assert self.server.stdin is not None
         assert self.server.stdout is not None
         # Examples that hypothesis remembers from one mutant would be tried on the next.
@@ -139,7 +150,10 @@ class Sandbox:
         output.write_text("")
         request = {"tests": tests, "seconds": seconds, "output": str(output), "temporary": str(self.folder / "tmp")}
         print(json.dumps(request), file=self.server.stdin, flush=True)
-        status = json.loads(self.server.stdout.readline())
+        answer = self.server.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the server of {tests} died with status {self.server.wait()}")
+        status = json.loads(answer)
         return Ended(status, time.monotonic() - begin, output.read_text(errors="replace"))
 
     def run_mutant(self, mutant: Mutant, seconds: float = SECONDS) -> Ended:

@@ -71,6 +71,15 @@ def test_the_engine_tells_how_the_tests_of_a_mutant_end(tiny, new, seconds, stat
     assert tiny.run("tests/methods/test_double.py").status == 0, "the source is not as it was"
 
 
+def test_a_server_that_died_is_replaced(tiny):
+    tiny.server.kill()
+    tiny.server.wait()
+    assert tiny.run("tests/methods/test_double.py").status == 0
+    with pytest.raises(RuntimeError, match=r"the server of tests/methods/test_double\.py died with status -9"):
+        tiny.run_mutant(Mutant("methods/double.py", "doubling", "import time", "import os\n\nos.kill(os.getppid(), 9)"))
+    assert tiny.run("tests/methods/test_double.py").status == 0
+
+
 @pytest.mark.parametrize(("old", "new"), [("number", "other"), ("nothing", "other"), ("2 *", "2 *")])
 def test_a_mutant_that_is_no_single_change_is_refused(tiny, old, new):
     with pytest.raises(ValueError, match="doubling: `"):

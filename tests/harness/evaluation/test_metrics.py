@@ -283,6 +283,8 @@ def test_a_score_does_not_depend_on_which_mask_is_the_reference(definition):
 def test_a_distance_of_exactly_the_tolerance_is_within_it():
     a, b = np.zeros((12, 4, 4), bool), np.zeros((12, 4, 4), bool)
     a[2], b[5] = True, True
+    # The default is 1 mm.
+    assert [score(a[None], b[None], (edge, 1, 1))[0].surface_dice for edge in (1 / 3, 0.34)] == [1, 0]
     for spacing in (0.1, 0.7, 1.0):
         for tolerance, share in ((3 * spacing, 1.0), (2.9 * spacing, 0.0)):
             assert single(a, b, (spacing, 1, 1), tolerance=tolerance).surface_dice == share

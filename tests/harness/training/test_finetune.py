@@ -79,10 +79,17 @@ def test_crops_are_augmented_as_the_settings_say(stage):
         assert not np.array_equal(brighter["image"], before["image"])
 
 
-def test_the_result_depends_on_the_seed_and_not_on_what_ran_before(stage, tmp_path):
+def test_the_result_depends_on_the_seed_and_not_on_what_ran_before(stage, tmp_path, monkeypatch):
     """Otherwise `scratch` would not be a matched control."""
     config, plugins, task, volumes = stage
-    finals = []
+    finals, crops = [], []
+
+    def keep(*arguments):
+        data = finetune_data(*arguments)
+        crops.append(data[0]["image"])
+        return data
+
+    monkeypatch.setattr("harness.training.finetune.finetune_data", keep)
     for number, seed in enumerate((0, 0, 1)):
         torch.manual_seed(100 + number)
         folder = tmp_path / str(number)
@@ -92,6 +99,8 @@ def test_the_result_depends_on_the_seed_and_not_on_what_ran_before(stage, tmp_pa
         finals.append(load_file(folder / "weights.safetensors"))
     assert all(torch.equal(finals[0][key], finals[1][key]) for key in finals[0])
     assert not all(torch.equal(finals[0][key], finals[2][key]) for key in finals[0])
+    assert np.array_equal(crops[0], crops[1])
+    assert not np.array_equal(crops[0], crops[2])
 
 
 @pytest.mark.parametrize("protocol", ["finetune", "frozen"])

@@ -131,3 +131,20 @@ def test_a_stage_that_goes_on_ends_as_one_that_was_never_interrupted(tmp_path):
     assert parts.seen == whole.seen[12:]
     assert torch.equal(parts.weight, whole.weight)
     assert history.read_text() == (tmp_path / "whole" / "history.jsonl").read_text()
+
+
+def test_a_stage_that_goes_on_remembers_what_it_skipped(tmp_path):
+    def fail(step):
+        if step == 9:
+            raise ZeroDivisionError
+
+    context = StageContext(execution=Execution(on_nonfinite="skip", checkpoint_minutes=0))
+    with pytest.raises(ZeroDivisionError):
+        train(stage_plan(), Slope(), Crops(), tmp_path / "history.jsonl", new_accelerator(), context, fail)
+    done = train(stage_plan(), Slope(), Crops(), tmp_path / "history.jsonl", new_accelerator(), context)
+    assert (done.skipped, done.resumed) == ([5], 1)
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert (lines[4]["loss"], lines[4]["terms"], lines[4]["gradient_norm"]) == (None, {}, None)
+    # The loss is the square of a distance: its gradient is twice its root.
+    assert lines[0]["gradient_norm"] == pytest.approx(2 * lines[0]["loss"] ** 0.5)

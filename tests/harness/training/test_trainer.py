@@ -88,7 +88,8 @@ def test_steps_are_those_of_torchs_adamw_and_a_cosine():
         optimizer.zero_grad()
         expected = theirs({"image": image})
         sum(expected.values()).backward()
-        nn.utils.clip_grad_norm_(theirs.parameters(), 0.2)
+        norm = nn.utils.clip_grad_norm_(theirs.parameters(), 0.2)
+        assert float(trainer.gradient_norm) == pytest.approx(float(norm), rel=1e-6)
         optimizer.step()
         assert bool(terms.pop(FINITE))
         assert {k: float(v) for k, v in terms.items()} == {
@@ -108,6 +109,40 @@ def test_a_batch_in_parts_is_the_same_step(parts, module):
             torch.testing.assert_close(second[name], term, rtol=1e-6, atol=0)
     for mine, theirs in zip(module.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-10)
+
+
+class PerCrop(nn.Module):
+    """A mean over crops, which parts of a batch compute on their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv3d(1, 2, 1)
+
+    def forward(self, batch):
+        return {"sine": self.layer(batch["image"]).sin().mean(), "square": self.layer(batch["image"]).square().mean()}
+
+
+def test_terms_are_means_over_the_parts():
+    torch.manual_seed(0)
+    module = PerCrop().double()
+    other, image = copy.deepcopy(module), batches(1)[0] * torch.arange(1, 5).view(4, 1, 1, 1, 1)
+    first, second = step(new(module), 1, image), step(new(other, micro_batches=4), 1, image, 4)
+    for name, term in first.items():
+        torch.testing.assert_close(second[name], term, rtol=1e-6, atol=0)
+    for mine, theirs in zip(module.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-10)
+
+
+def test_the_methods_hook_sees_the_new_weights(module):
+    """An EMA teacher follows what the step has made."""
+    trainer, seen = new(module), []
+    before = module.layer.weight.detach().clone()
+    trainer.clock.start()
+    trainer.step(4, [{"image": batches(1)[0]}], lambda number: seen.append((number, module.layer.weight.detach().clone())))
+    ((number, after),) = seen
+    assert number == 4
+    assert torch.equal(after, module.layer.weight)
+    assert not torch.equal(after, before)
 
 
 def test_a_step_depends_on_its_number_and_not_on_what_was_drawn_before(module):
