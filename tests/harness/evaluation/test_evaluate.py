@@ -222,7 +222,10 @@ def test_a_summary_averages_cases_then_targets_and_counts_the_rest(registry):
     ]
     found = stage.summarise(task, rows)
     counts = {"n_missed": 1, "n_spurious": 0, "n_empty": 0}
-    assert found[first] == {"dice": pytest.approx(0.4), "hd95": 3.0, "surface_dice": pytest.approx(0.4), "n_cases": 3} | counts
+    assert (
+        found[first]
+        == {"dice": pytest.approx(0.4), "hd95": 3.0, "surface_dice": pytest.approx(0.4), "n_cases": 3} | counts
+    )
     counts = {"n_missed": 0, "n_spurious": 1, "n_empty": 1}
     assert found[second] == {"dice": 0.45, "hd95": 15.5, "surface_dice": 0.5, "n_cases": 2} | counts
     assert found["average"] == {

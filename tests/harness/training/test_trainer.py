@@ -138,7 +138,9 @@ def test_the_methods_hook_sees_the_new_weights(module):
     trainer, seen = new(module), []
     before = module.layer.weight.detach().clone()
     trainer.clock.start()
-    trainer.step(4, [{"image": batches(1)[0]}], lambda number: seen.append((number, module.layer.weight.detach().clone())))
+    trainer.step(
+        4, [{"image": batches(1)[0]}], lambda number: seen.append((number, module.layer.weight.detach().clone()))
+    )
     ((number, after),) = seen
     assert number == 4
     assert torch.equal(after, module.layer.weight)
