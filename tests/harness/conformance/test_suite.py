@@ -58,7 +58,10 @@ def test_needs_that_nothing_meets_are_refused(tmp_path, capsys):
         assert_conforms("toy", [plugin], ["unet"])
     assert main(["check-method", plugin, "--backbone", "unet"]) == 2
     assert main(["run", "--method", "toy", "--plugin", plugin, "--task", "brats", "--dry-run"]) == 2
-    assert "'unet' has sparse: choose --backbone from swinunetr, unetr" in capsys.readouterr().err
+    assert (
+        "the ability 'tokens', which 'unet' does not have: choose --backbone from swinunetr, unetr"
+        in capsys.readouterr().err
+    )
 
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "denoise"
