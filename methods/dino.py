@@ -88,7 +88,8 @@ class DINO(Method):
     )
     trains = ("encoder",)
     # With 0.996, a teacher keeps two thirds of its initial weights over 200 steps. Cosines of 256 channels spread too little
-    # for a temperature of 0.07 until the prototypes are trained: the teacher stays near log K.
+    # for a temperature of 0.07 until the prototypes are trained: the teacher stays near log K. So it does with 256 prototypes
+    # for the 4 teacher outputs of a batch of 2: Sinkhorn-Knopp then gives each output an equal share of them.
     presets = {
         "check": {
             "method.local_crops": 2,
@@ -98,6 +99,8 @@ class DINO(Method):
             "method.momentum": 0.8,
         },
         "demo": {
+            "pretrain.batch_size": 4,
+            "method.prototypes": 64,
             "method.local_crops": 4,
             "method.hidden": 512,
             "method.bottleneck": 64,
