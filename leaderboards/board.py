@@ -100,7 +100,9 @@ class Table:
         marks = "PHANTOM DATA, says nothing about any method - " if data.startswith("phantom") else ""
         if any(run.num_test_seen for group in self.groups for run in group.runs):
             marks += "TEST CASES WERE TRAINED OR PRE-TRAINED ON (column seen) - "
-        return f"{marks}{task}, {data}, preset {preset}, {mode}, {protocol}, {fraction:.0%} of the labels"
+        number = self.groups[0].runs[0].record["data"].get("n_train")
+        cases = f" ({number} cases)" if fraction < 1 and isinstance(number, int) else ""
+        return f"{marks}{task}, {data}, preset {preset}, {mode}, {protocol}, {fraction:.0%} of the labels{cases}"
 
 
 def gather(runs: Sequence[Run]) -> list[Table]:

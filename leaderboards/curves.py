@@ -1,16 +1,40 @@
-"""Dice over the share of the labels that was used (the paper's Figure 4), and the area under it."""
+"""Dice over the share of the labels (the paper's Figure 4) or over a training budget, and the area under each curve."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from leaderboards import statistics
 from leaderboards.board import Group, Table
-from leaderboards.records import SHARED
+from leaderboards.records import SHARED, Run
 from leaderboards.text import align, printable
 
 FRACTION = SHARED.index("label_fraction")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What a curve is drawn over.
+
+    Attributes:
+        label: of the axis in a figure.
+        values: in words, for messages.
+        form: value -> text.
+        scale: factor from the value to the number on the axis.
+    """
+
+    label: str
+    values: str
+    form: Callable[[float], str]
+    scale: float = 1
+
+
+AXES = {
+    "label_fraction": Axis("labels used, %", "label fractions", lambda value: f"{value:.0%}", 100),
+    "pretrain.steps": Axis("pre-training steps", "numbers of pre-training steps", lambda value: f"{value:.0f}"),
+    "finetune.steps": Axis("fine-tuning steps", "numbers of fine-tuning steps", lambda value: f"{value:.0f}"),
+}
 
 
 @dataclass(frozen=True)
@@ -18,55 +42,105 @@ class Curve:
     """The curve of one method on one backbone.
 
     Attributes:
-        fractions: the label fractions, in ascending order.
-        groups: the rows of the method, one per fraction.
+        points: label fractions or numbers of steps, in ascending order.
+        groups: the rows of the method, one per point.
         area: value, low, high; the area under the curve divided by its range, which is a mean Dice.
     """
 
     name: str
-    fractions: tuple[float, ...]
+    points: tuple[float, ...]
     groups: list[Group]
     area: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Curves that share everything but the label fraction. Areas are comparable only between curves over the same fractions."""
+    """Curves that share everything but `over`, a key of `AXES`. Areas are comparable only between curves over the same points."""
 
     title: str
+    over: str
     curves: list[Curve]
 
+    @property
+    def axis(self) -> Axis:
+        """What the curves are drawn over."""
+        return AXES[self.over]
+
     def __str__(self) -> str:
-        fractions = sorted({fraction for curve in self.curves for fraction in curve.fractions})
-        widest = max((curve.fractions for curve in self.curves), key=len)
-        rows = [["", *(f"{fraction:.0%}" for fraction in fractions), "area [95 % CI]"]]
+        points = sorted({point for curve in self.curves for point in curve.points})
+        widest = max((curve.points for curve in self.curves), key=len)
+        rows = [["", *map(self.axis.form, points), "area [95 % CI]"]]
         for curve in sorted(self.curves, key=lambda curve: -curve.area[0]):
-            dice = dict(zip(curve.fractions, (group.dice.mean[-1] for group in curve.groups), strict=True))
+            dice = dict(zip(curve.points, (group.dice.mean[-1] for group in curve.groups), strict=True))
             value, low, high = curve.area
-            note = "" if curve.fractions == widest else "  (other fractions: not comparable)"
-            table_cells = [f"{dice[fraction]:.4f}" if fraction in dice else "-" for fraction in fractions]
+            note = "" if curve.points == widest else f"  (other {self.axis.values}: not comparable)"
+            table_cells = [f"{dice[point]:.4f}" if point in dice else "-" for point in points]
             rows.append([printable(curve.name), *table_cells, f"{value:.4f} [{low:.4f}, {high:.4f}]{note}"])
-        return "\n".join([printable(self.title), *align(rows, right=range(1, 1 + len(fractions)))])
+        return "\n".join([printable(self.title), *align(rows, right=range(1, 1 + len(points)))])
 
 
-def find(tables: Sequence[Table]) -> list[Curves]:
-    """The curves of all methods with two or more label fractions, in sets that share everything else."""
-    sets: dict[tuple[Any, ...], dict[str, list[tuple[float, Group]]]] = defaultdict(lambda: defaultdict(list))
+def find(tables: Sequence[Table], over: str = "label_fraction") -> list[Curves]:
+    """The curves of all methods with two or more points, in sets that share everything else.
+
+    Over `pretrain.steps`, each curve begins at 0 with the control of its table and backbone.
+    """
+    sets: dict[tuple[Any, ...], dict[str, dict[float, Group]]] = defaultdict(lambda: defaultdict(dict))
     for table in tables:
-        rest = (*table.key[:FRACTION], *table.key[FRACTION + 1 :], table.targets)
         for group in table.groups:
-            sets[rest][group.name].append((table.key[FRACTION], group))
+            point = _point(group.runs[0], over)
+            if point is not None:
+                name = f"{group.runs[0].method_without(over)} ({group.backbone})"
+                sets[_rest(table, group.runs[0], over)][name][point] = group
     curve_sets = []
     for rest, members in sets.items():
+        if over == "pretrain.steps":
+            _begin_with_controls(members, [table for table in tables if _key(table) == rest])
         curves = []
-        for name, points in members.items():
-            if len(points) < 2:
+        for name, groups in members.items():
+            if len(groups) < 2:
                 continue
-            points.sort(key=lambda point: point[0])
-            fractions, groups = tuple(fraction for fraction, _ in points), [group for _, group in points]
-            area = statistics.label_efficiency(fractions, [group.dice for group in groups])
-            curves.append(Curve(name, fractions, groups, area))
+            points = tuple(sorted(groups))
+            ordered = [groups[point] for point in points]
+            area = statistics.area_under_curve(points, [group.dice for group in ordered])
+            curves.append(Curve(name, points, ordered, area))
         if curves:
-            task, data, preset, mode, protocol = rest[:5]
-            curve_sets.append(Curves(f"{task}, {data}, preset {preset}, {mode}, {protocol}", curves))
+            task, data, preset, mode, protocol, *fraction = rest[:6]
+            labels = "" if over == "label_fraction" else f", {fraction[0]:.0%} of the labels"
+            curve_sets.append(Curves(f"{task}, {data}, preset {preset}, {mode}, {protocol}{labels}", over, curves))
     return curve_sets
+
+
+def _begin_with_controls(members: dict[str, dict[float, Group]], tables: Sequence[Table]) -> None:
+    """Add the control of the same backbone at 0 steps to each curve that has another point."""
+    controls = {group.backbone: group for table in tables for group in table.groups if group.is_control}
+    for groups in members.values():
+        backbone = next(iter(groups.values())).backbone
+        if backbone in controls:
+            groups.setdefault(0.0, controls[backbone])
+
+
+def _point(run: Run, over: str) -> float | None:
+    """The value of a run on the axis; None where it has none: it pre-trains nothing, or its budget is in epochs."""
+    if over == "label_fraction":
+        return float(run.record["label_fraction"])
+    stage = over.partition(".")[0]
+    if stage not in run.record["timing"]["seconds"]:
+        return None
+    settings = run.record.get("config", {}).get(stage, {})
+    steps = settings.get("steps") if isinstance(settings, dict) else None
+    return float(steps) if isinstance(steps, int) else None
+
+
+def _rest(table: Table, run: Run, over: str) -> tuple[Any, ...]:
+    """What the runs of a set of curves share."""
+    if over == "label_fraction":
+        return (*table.key[:FRACTION], *table.key[FRACTION + 1 :], table.targets)
+    mode = SHARED.index("mode")
+    shared = run.table_without(over)
+    # The control is in the tables of every mode.
+    return (*shared[:mode], table.key[mode], *shared[mode + 1 :], table.targets)
+
+
+def _key(table: Table) -> tuple[Any, ...]:
+    """The key of a table with its targets."""
+    return (*table.key, table.targets)

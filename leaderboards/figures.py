@@ -235,29 +235,29 @@ def training(table: Table, groups: list[Group], path: Path) -> str:
     return f"Loss of fine-tuning; at its end: {ends}"
 
 
-def label_efficiency(curves: Curves, path: Path) -> str:
-    """Draw Dice over the share of the labels (the paper's Figure 4). Returns a description."""
+def efficiency(curves: Curves, path: Path) -> str:
+    """Draw Dice over the share of the labels (the paper's Figure 4) or over a number of steps. Returns a description."""
     best = sorted(curves.curves, key=lambda curve: -curve.area[0])[:MOST]
 
     def draw(axes: Axes) -> None:
         """Draw into the axes."""
         palette = colours(len(best))
         for number, curve in enumerate(best):
-            share = [100 * fraction for fraction in curve.fractions]
+            points = [curves.axis.scale * point for point in curve.points]
             mean, low, high = (
                 [getattr(group.dice, end)[-1] for group in curve.groups] for end in ("mean", "low", "high")
             )
             marker = MARKERS[number % len(MARKERS)]
             axes.plot(
-                share, mean, marker=marker, color=palette[number], label=f"{plain(curve.name)}: {curve.area[0]:.3f}"
+                points, mean, marker=marker, color=palette[number], label=f"{plain(curve.name)}: {curve.area[0]:.3f}"
             )
-            axes.fill_between(share, low, high, color=palette[number], alpha=0.15, linewidth=0)
-        axes.set_xlabel("labels used, %")
+            axes.fill_between(points, low, high, color=palette[number], alpha=0.15, linewidth=0)
+        axes.set_xlabel(curves.axis.label)
         axes.set_ylabel("Dice, average over targets")
         axes.legend(title="area under the curve", frameon=False, fontsize="small", loc="lower right")
 
     save(path, (6, 4), curves.title, draw)
-    return "Dice over the share of labels; area: " + ", ".join(
+    return f"Dice over {curves.axis.label.removesuffix(', %')}; area: " + ", ".join(
         f"{curve.name} {curve.area[0]:.3f} [{curve.area[1]:.3f}, {curve.area[2]:.3f}]" for curve in best
     )
 

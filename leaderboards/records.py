@@ -34,7 +34,7 @@ SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 LARGEST_MM = 1e6
 SHARED = (
     *("task", "data", "preset", "mode", "protocol", "label_fraction"),
-    *("metric_policy", "metric_definitions", "test_cases"),
+    *("label_subset", "metric_policy", "metric_definitions", "test_cases"),
 )
 """What two runs must have in common to share a table, in the order of `Run.table`."""
 
@@ -46,6 +46,11 @@ class RecordError(Exception):
 @dataclass(frozen=True)
 class Run:
     """One finished run.
+
+    Two versions of the rules say which runs share a table. Records name theirs (`rules`; 1 where they do not). Under rules 1,
+    runs with another `pretrain.*` setting are in another table, and labelled cases are the first ones of a fixed order. Under
+    rules 2, `pretrain.*` settings belong to the method, so that one control serves all of them, and labelled cases are drawn
+    for each seed.
 
     Attributes:
         cases: their names, in alphabetical order.
@@ -66,15 +71,21 @@ class Run:
     @cached_property
     def table(self) -> tuple[Any, ...]:
         """The fields that must be equal for two runs to share a table, in the order of `SHARED`."""
+        return self.table_without("")
+
+    def table_without(self, setting: str) -> tuple[Any, ...]:
+        """As `table`, but equal too for runs that differ in one changed setting, for instance `finetune.steps`."""
         record = self.record
+        overrides = {key: value for key, value in self._overrides.items() if key != setting}
         data, definitions = record["data"], record.get("metric_definitions", {})
         return (
             record["task"] if record["task_version"] == "1" else f"{record['task']}@{record['task_version']}",
             f"{data['source']}:{data['fingerprint'][:8]}",
-            _label(record["preset"], self._overrides, ("split", "task", "pretrain", "finetune", "evaluate")),
+            _label(record["preset"], overrides, ("split", "task", *self._budget[0], "finetune", "evaluate")),
             record["mode"],
             record["protocol"],
             float(record["label_fraction"]),
+            str(data.get("label_subset", "first")),
             record["metric_policy"],
             (definitions.get("hd95", "max-directed"), str(definitions.get("surface_dice_tolerance_mm"))),
             self.cases,
@@ -107,6 +118,11 @@ class Run:
         return bool(self.record["data"]["source"] != "real")
 
     @property
+    def _budget(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The section of the pre-training settings, if it belongs to the table; and if it belongs to the method."""
+        return (("pretrain",), ()) if self.record.get("rules", 1) == 1 else ((), ("pretrain",))
+
+    @property
     def _overrides(self) -> dict[str, str]:
         """The changed settings, with the split where it is not the fixed one."""
         split = self.record["data"].get("split", "fixed")
@@ -115,7 +131,11 @@ class Run:
     @cached_property
     def method(self) -> str:
         """The method's name with its corpora and changed settings; a file is given by name and digest, not by path."""
-        overrides = dict(self.record["overrides"])
+        return self.method_without("")
+
+    def method_without(self, setting: str) -> str:
+        """As `method`, but without one changed setting, for instance `pretrain.steps`."""
+        overrides = {key: value for key, value in self.record["overrides"].items() if key != setting}
         if corpora := self.record["data"].get("corpora"):
             overrides["method.corpus"] = "+".join(f"{corpus['name']}@{corpus['fingerprint']}" for corpus in corpora)
         requested = self.record.get("transfer", {}).get("requested", "method")
@@ -123,7 +143,7 @@ class Run:
             overrides["method.transfer"] = requested
         for field, digest in self.record.get("files", {}).items():
             overrides[f"method.{field}"] = f"{PurePath(overrides.get(f'method.{field}', field)).name}@{digest[:8]}"
-        return _label(self.record["method"], overrides, ("method",))
+        return _label(self.record["method"], overrides, ("method", *self._budget[1]))
 
     @cached_property
     def backbone(self) -> str:
@@ -367,9 +387,9 @@ def _line(error: BaseException) -> str:
 
 
 def _label(name: str, overrides: dict[str, str], sections: tuple[str, ...]) -> str:
-    """A name with the settings of these sections that were changed, in braces."""
+    """A name with the settings of these sections that were changed, in braces. Those of a plugin itself have no prefix."""
     changed = [
-        f"{key.partition('.')[2] if len(sections) == 1 else key}={value}"
+        f"{key.removeprefix('method.').removeprefix('backbone.')}={value}"
         for key, value in overrides.items()
         if key.partition(".")[0] in sections
     ]

@@ -60,6 +60,7 @@ class Data(Part):
     source: Literal["real", "phantom"]
     fingerprint: Annotated[str, Field(min_length=1, max_length=200)]
     n_test_seen: Count
+    label_subset: Name = "first"
     split: Name = "fixed"
     train: Cases | None = None
     pretrain: Cases | None = None
@@ -103,6 +104,7 @@ class Record(Part):
     """A run record of schema 1."""
 
     record_schema: Annotated[Literal[1], Field(alias="schema")]
+    rules: Literal[1, 2] = 1
     run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+=-]{0,199}$")]
     method: Name
     backbone: Name

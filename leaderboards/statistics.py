@@ -107,17 +107,17 @@ def combine(parts: Sequence[Estimate], weights: Sequence[float]) -> tuple[float,
     return float(mean), float(low), float(high)
 
 
-def label_efficiency(fractions: Sequence[float], parts: Sequence[Estimate]) -> tuple[float, float, float]:
-    """Area under the curve of Dice over the label fraction: value, low, high.
+def area_under_curve(points: Sequence[float], parts: Sequence[Estimate]) -> tuple[float, float, float]:
+    """Area under the curve of Dice over the label fraction, or over a number of steps: value, low, high.
 
-    The area follows the trapezoidal rule and is divided by the range of the fractions, so that it is a mean Dice.
+    The area follows the trapezoidal rule and is divided by the range of the points, so that it is a mean Dice.
 
     Raises:
-        ValueError: fewer than two fractions, or fractions that do not ascend.
+        ValueError: fewer than two points, or points that do not ascend.
     """
-    steps = np.diff(np.asarray(fractions, dtype=float))
+    steps = np.diff(np.asarray(points, dtype=float))
     if len(steps) < 1 or (steps <= 0).any():
-        raise ValueError("a curve needs at least two label fractions, in ascending order")
+        raise ValueError("a curve needs at least two points, in ascending order")
     weights = (np.append(steps, 0) + np.append(0, steps)) / 2 / steps.sum()
     return combine(parts, weights.tolist())
 

@@ -18,6 +18,7 @@ COLUMNS = [
     *("delta_dice_vs_scratch", "delta_ci_low", "delta_ci_high", "p_value_holm", "rank", "step_ms_p50"),
     *("pretrain_seconds", "source", "run_ids", "n_test_seen"),
     *("surface_dice", "surface_dice_ci_low", "surface_dice_ci_high", "surface_tolerance_mm", "metric_policy", "note"),
+    "label_subset",
 ]
 """The columns of the CSV, in an order that is a contract (docs/leaderboards.md); new columns are added only at the end."""
 
@@ -115,6 +116,7 @@ def _rows(table: Table) -> Iterable[dict[str, Any]]:
                 **_measured(group, number, number == last),
                 "rank": rank,
                 "metric_policy": table.shared("metric_policy"),
+                "label_subset": table.shared("label_subset"),
             }
 
 
@@ -217,13 +219,14 @@ HEADINGS = ["rank", "method", "backbone", "seeds", "Dice", "vs scratch", "p (Hol
 def _averages(frame: pd.DataFrame) -> Iterable[tuple[str, list[list[str]]]]:
     """Heading and rows of table cells for each group of rows that share a table."""
     average = frame[frame["target"] == "average"]
-    shared = [*COLUMNS[:6], "metric_policy", "source"]
+    shared = [*COLUMNS[:6], "metric_policy", "source", "label_subset"]
     for key, rows in average.groupby(shared, sort=False, dropna=False):
-        task, data, preset, mode, protocol, fraction, policy, source = map(str, key)
+        task, data, preset, mode, protocol, fraction, policy, source, subset = map(str, key)
         mark = "PHANTOM DATA, says nothing about any method: " if data.startswith("phantom") else ""
         if rows["n_test_seen"].fillna(0).any():
             mark += "TEST CASES WERE TRAINED OR PRE-TRAINED ON: "
         share = "" if fraction in ("nan", "") else f", {float(fraction):.0%} of the labels"
+        share += f", drawn {subset}" if share and float(fraction) < 1 and subset not in ("first", "nan", "") else ""
         heading = f"{mark}{task}, {data}, preset {preset}, {mode}, {protocol}{share}, {policy}, {source}"
         table_cells = [
             [

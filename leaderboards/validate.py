@@ -47,7 +47,9 @@ NUMBERS = {
 }
 POLICY = re.compile(r"empty-is-(?P<empty>worst|skipped|perfect)-v1(?:\+hd95-(?P<hd95>pooled|area-weighted))?")
 PLAIN = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", re.ASCII)
-SHARED = [*COLUMNS[:8], "metric_policy", "surface_tolerance_mm"]
+OLDER = {"label_subset": "first"}
+"""The last columns, which tables of earlier versions lack, and what their rows have in common."""
+SHARED = [*COLUMNS[:8], "metric_policy", "surface_tolerance_mm", "label_subset"]
 KEY = [*SHARED, "target", "source"]
 
 
@@ -159,7 +161,10 @@ def _check_policy(run: Run) -> Iterable[str]:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    """The table cells as text. Raises ValueError for another dialect or other columns."""
+    """The table cells as text. Raises ValueError for another dialect or other columns.
+
+    Columns that came later get the value that all rows of earlier versions have.
+    """
     text = path.read_text(encoding="utf-8-sig")
     first_line = text.partition("\n")[0].strip()
     for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
@@ -169,16 +174,22 @@ def _read_csv(path: Path) -> pd.DataFrame:
     header = rows[0] if rows else []
     if len(set(header)) < len(header):
         raise ValueError("has a column twice")
-    if header[: len(COLUMNS)] == COLUMNS and len(rows) == 1:
+    needed = [column for column in COLUMNS if column not in OLDER]
+    if header[: len(needed)] == needed and len(rows) == 1:
         raise ValueError("has no rows")
-    if header[: len(COLUMNS)] != COLUMNS:
+    if header[: len(COLUMNS)] != COLUMNS and header != needed:
         lacking = [column for column in COLUMNS if column not in header]
         problem = f"lacks the columns {', '.join(lacking)}" if lacking else "has its columns in another order"
         raise ValueError(f"{problem}: a leaderboard begins with {','.join(COLUMNS[:4])}, ...")
     for number, row in enumerate(rows[1:], 2):
         if len(row) != len(header):
             raise ValueError(f"line {number} has {len(row)} cells, its header {len(header)}: is it truncated?")
-    return pd.DataFrame(rows[1:], columns=header, dtype=str)
+    frame = pd.DataFrame(rows[1:], columns=header, dtype=str)
+    reported_rows = frame["source"] == "reported"
+    for column, value in OLDER.items():
+        if column not in frame:
+            frame[column] = np.where(reported_rows, "", value)
+    return frame
 
 
 def _check_cells(frame: pd.DataFrame) -> list[str]:

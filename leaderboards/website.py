@@ -146,9 +146,9 @@ class _Site:
             if not inline or rows + len(values["rows"]) <= INLINE:
                 inline.append(values)
                 rows += len(values["rows"])
-        curve_sets = curves.find(tables)
+        curve_sets = [each for over in curves.AXES for each in curves.find(tables, over)]
         efficiency = {
-            f"efficiency_{number}": figures.label_efficiency(each, self.folder / "figures" / f"efficiency_{number}")
+            f"efficiency_{number}": figures.efficiency(each, self.folder / "figures" / f"efficiency_{number}")
             for number, each in enumerate(curve_sets, 1)
         }
         columns = ["task", "mode", "method", "backbone", "label_fraction", "target", "dice", "hd95_mm", "note"]

@@ -36,7 +36,13 @@ def add_parser(commands: Any) -> None:
     pair.add_argument("second", metavar="B")
     pair.add_argument("--out", type=Path, metavar="CSV", help="every case and target")
     ranking = verbs.add_parser("ranks", help="how often each method holds each rank", allow_abbrev=False)
-    curve = verbs.add_parser("efficiency", help="Dice over label fractions, and its area", allow_abbrev=False)
+    curve = verbs.add_parser("efficiency", help="Dice over labels or steps, and its area", allow_abbrev=False)
+    curve.add_argument(
+        "--over",
+        default="label_fraction",
+        metavar="label_fraction|pretrain.steps|finetune.steps",
+        help="what the curves are drawn over (default: label_fraction)",
+    )
     validation = verbs.add_parser("validate", help="check records and CSVs from anywhere", allow_abbrev=False)
     validation.add_argument(
         "files", nargs="+", type=Path, metavar="FILE", help="CSVs, records, run folders, folders of runs, sites"
@@ -186,14 +192,17 @@ def ranks(arguments: argparse.Namespace) -> int:
 
 
 def efficiency(arguments: argparse.Namespace) -> int:
-    """Print Dice over label fractions and the area under the curve. Returns the exit status."""
+    """Print Dice over label fractions or steps and the area under the curve. Returns the exit status."""
     from leaderboards import board, curves
 
+    if arguments.over not in curves.AXES:
+        raise unknown("value of --over", arguments.over, curves.AXES)
     runs, problems = load(arguments)
-    curve_sets = curves.find(board.gather(runs))
+    curve_sets = curves.find(board.gather(runs), arguments.over)
     if not curve_sets:
+        example = "--label-fraction 0.1" if arguments.over == "label_fraction" else f"--set {arguments.over}=1000"
         raise UserError(
-            "no method was run at two label fractions or more: run it with `--label-fraction 0.1`, 0.2, 0.5 as well"
+            f"no method was run at two {curves.AXES[arguments.over].values} or more: run it with `{example}` as well"
         )
     print(*map(_lines, curve_sets), sep="\n\n")
     return _finish(problems)

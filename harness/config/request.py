@@ -238,6 +238,23 @@ class Request:
         record="label_fraction",
         always=True,
     )
+    shots: int = _option(
+        0,
+        "--shots",
+        "number of labelled training cases, instead of a share",
+        metavar="N",
+        parse=positive,
+        axis=int,
+    )
+    label_seed: int | None = _option(
+        None,
+        "--label-seed",
+        "of the draw of the labelled cases (default: that of --seed, so that each seed has other cases)",
+        metavar="N",
+        parse=whole_number,
+        axis=int,
+        record="config.label_seed",
+    )
     corpora: tuple[str, ...] = _option(
         (),
         "--corpus",
@@ -284,6 +301,11 @@ class Request:
         if not 0 < self.label_fraction <= 1:
             raise UserError(
                 f"--label-fraction {self.label_fraction:g} is not a share of the labels: give a number above 0 and at most 1"
+            )
+        if self.shots < 0 or (self.shots and self.label_fraction != 1):
+            raise UserError(
+                f"--shots {self.shots} with --label-fraction {self.label_fraction:g}: give one of them, a number of cases of 1 "
+                "or more, or a share"
             )
         _check_choices(self)
 

@@ -60,7 +60,39 @@ def resolve(request: Request, registry: Registry, task: Task) -> RunConfig:
         UserError: an unknown name or setting, a value that is out of range, or a plugin whose preset changes a section that
             it may not change.
     """
-    overrides, preset = parse_overrides(request.settings), request.preset
+    overrides = parse_overrides(request.settings)
+    method_class, backbone_class = registry.load("method", request.method), registry.load("backbone", request.backbone)
+    values = _combine(request, registry, task, overrides)
+    if not method_class.trains:
+        # One run without pre-training is the control of every pre-training budget, so its identity leaves the budget out.
+        build(Training, values["pretrain"], "pretrain")
+        overrides = {key: value for key, value in overrides.items() if not key.startswith("pretrain.")}
+        values = _combine(request, registry, task, overrides)
+    requested = {name: getattr(request, name) for name, _ in options(Request) if name in RunConfig.model_fields}
+    run = requested | {
+        "task": task.name,
+        "mode": request.mode if method_class.trains else "task-specific",
+        "corpora": (),  # filled in once the corpora are read, because it holds digests of their scans
+        "prepared": {
+            "spacing": task.spacing,
+            "normalisation": type(task.normalisation).__name__,
+            **asdict(task.normalisation),
+        },
+        "overrides": dict(sorted(overrides.items())),
+        "method_settings": build(method_class.Config, values["method"], "method"),
+        "backbone_settings": build(backbone_class.Config, values["backbone"], "backbone"),
+        "pretrain": build(Training, values["pretrain"], "pretrain"),
+        "finetune": build(Finetune, values["finetune"], "finetune"),
+        "evaluate": build(Evaluate, values["evaluate"], "evaluate"),
+    }
+    return build(RunConfig, run, "run")
+
+
+def _combine(
+    request: Request, registry: Registry, task: Task, overrides: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
+    """The values of each section, not validated yet. Raises UserError if a plugin's preset sets what it may not."""
+    preset = request.preset
     method_class, backbone_class = registry.load("method", request.method), registry.load("backbone", request.backbone)
     shipped = read_preset(preset)
     values: dict[str, dict[str, Any]] = {section: dict(shipped.get(section, {})) for section in SECTIONS}
@@ -80,21 +112,4 @@ def resolve(request: Request, registry: Registry, task: Task) -> RunConfig:
             if other and section in ("pretrain", "finetune"):
                 values[section].pop(other, None)
             values[section][field] = value
-    requested = {name: getattr(request, name) for name, _ in options(Request) if name in RunConfig.model_fields}
-    run = requested | {
-        "task": task.name,
-        "mode": request.mode if method_class.trains else "task-specific",
-        "corpora": (),  # filled in once the corpora are read, because it holds digests of their scans
-        "prepared": {
-            "spacing": task.spacing,
-            "normalisation": type(task.normalisation).__name__,
-            **asdict(task.normalisation),
-        },
-        "overrides": dict(sorted(overrides.items())),
-        "method_settings": build(method_class.Config, values["method"], "method"),
-        "backbone_settings": build(backbone_class.Config, values["backbone"], "backbone"),
-        "pretrain": build(Training, values["pretrain"], "pretrain"),
-        "finetune": build(Finetune, values["finetune"], "finetune"),
-        "evaluate": build(Evaluate, values["evaluate"], "evaluate"),
-    }
-    return build(RunConfig, run, "run")
+    return values

@@ -130,7 +130,10 @@ class RunConfig(Settings):
     transfer: TransferParts = "method"
     preset: str
     overrides: dict[str, str]
-    label_fraction: float = Field(1.0, gt=0, le=1, description="share of the training labels used in fine-tuning")
+    label_fraction: float = Field(1.0, gt=0, le=1, description="share of the training cases whose labels are used")
+    label_seed: int | None = Field(
+        None, ge=0, le=2**63 - 1, description="of the draw of the labelled cases; none: the run's seed"
+    )
     seed: int = Field(0, ge=0, le=2**63 - 1, description="of all randomness in the run")
     method_settings: SerializeAsAny[Settings]
     backbone_settings: SerializeAsAny[Settings]

@@ -6,6 +6,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from math import ceil
+
+import numpy as np
 
 from harness.api.task import Case, Task
 from harness.system.errors import UserError
@@ -20,7 +23,7 @@ class Split:
     """Training cases and test cases.
 
     Attributes:
-        train: in an order of which each label fraction is a prefix, so that fractions are nested.
+        train: in the order of a digest of the patients' names.
         test: sorted by id.
         by: "list" (shipped with the task), "rule" (a function of the patients' names), "fold", or "same".
         left_out: pairs (case, test case) of the same patient, where the test list has only the second one. The first one is
@@ -97,6 +100,28 @@ def split_cases(task: Task, cases: Sequence[Case], how: str = "fixed", same: Seq
     return Split(
         train, sorted((case for case in cases if case.id in test_ids), key=lambda case: case.id), by, left_out, repeated
     )
+
+
+def draw_labelled(train: Sequence[Case], fraction: float, seed: int) -> list[Case]:
+    """The training cases whose labels are used, in the order of `train`; at least one.
+
+    Patients are drawn in an order that depends on the seed alone. So the cases of a smaller share are among those of a larger
+    one, and the luck of the draw is part of the spread over seeds.
+
+    Args:
+        fraction: share of the cases, above 0 and at most 1.
+        seed: of the draw.
+    """
+    # A share such as 4/176 is not exact: the product may exceed a whole number by its last digit.
+    number = max(1, ceil(fraction * len(train) - 1e-9))
+    if number >= len(train):
+        return list(train)
+    patients = list(dict.fromkeys(case.patient or case.id for case in train))
+    order = np.random.default_rng(seed).permutation(len(patients))
+    rank = {patients[index]: position for position, index in enumerate(order)}
+    drawn = sorted(train, key=lambda case: rank[case.patient or case.id])[:number]
+    chosen = {case.id for case in drawn}
+    return [case for case in train if case.id in chosen]
 
 
 def _fold(task: Task, groups: Sequence[list[Case]], how: str) -> list[list[Case]]:

@@ -101,7 +101,9 @@ def _compute(run_plan: RunPlan, request: Request, folder: Path, context: StageCo
     seconds = {"prepare": time.perf_counter() - began}
     weights, stage = _pretrain_or_reuse(run_plan, request.runs, pretraining_volumes, context)
     seconds |= {"pretrain": stage["seconds"], "method_prepare": stage["prepare_seconds"]} if stage else {}
-    finetuned = _finetune_or_reuse(run_plan, train[: len(run_plan.label_cases)], weights, stage, folder, context)
+    labelled = {case.id for case in run_plan.label_cases}
+    labelled_volumes = [volume for volume in train if volume.case.id in labelled]
+    finetuned = _finetune_or_reuse(run_plan, labelled_volumes, weights, stage, folder, context)
     seconds["finetune"] = finetuned["trained"]["seconds"]
     network = _load_network(run_plan, folder)
     summary, seconds["evaluate"] = evaluate(

@@ -4,7 +4,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,12 @@ from harness.config.resolve import change_task, parse_overrides, resolve
 from harness.config.schema import RunConfig
 from harness.data.corpus import Corpus
 from harness.data.datasets import CorpusData, TaskData, check_overlap, open_corpora, open_task
+from harness.data.splits import draw_labelled
 from harness.runs.locate import locate
+from harness.system.errors import UserError
 from harness.system.files import digest, digest_file
 from harness.training.compatibility import check_fit
-from harness.training.models import Plugins
+from harness.training.models import Plugins, seed_for
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class RunPlan:
 
     @property
     def train(self) -> list[Case]:
-        """Training cases in a fixed order. A label fraction is a prefix of this list."""
+        """Training cases in a fixed order."""
         return self.data.split.train
 
     @property
@@ -65,7 +66,8 @@ class RunPlan:
     @property
     def label_cases(self) -> list[Case]:
         """The training cases whose labels are used; those of a smaller fraction are among those of a larger one."""
-        return self.train[: max(1, ceil(self.config.label_fraction * len(self.train)))]
+        seed = self.config.seed if self.config.label_seed is None else self.config.label_seed
+        return draw_labelled(self.train, self.config.label_fraction, seed_for(seed, "labelled cases"))
 
     @property
     def pretrain_channels(self) -> int:
@@ -158,8 +160,8 @@ def plan(
     sources = [registry.digest(kind, name) for kind, name in named if registry.plugin(kind, name).entry_point is None]
     # Paths say where a file lies, not what is in it.
     files = {name: digest_file(path) for name, path in config.method_settings if isinstance(path, Path)}
-    labels = tuple(corpus.label for corpus in corpora)
-    run_plan = RunPlan(config.model_copy(update={"corpora": labels}), plugins, data, corpora, overlap, sources, files)
+    known_now = {"corpora": tuple(corpus.label for corpus in corpora)} | _label_fraction(request, data)
+    run_plan = RunPlan(config.model_copy(update=known_now), plugins, data, corpora, overlap, sources, files)
     # Problems of fine-tuning must be known before pre-training.
     finetuning = [(config.finetune, len(run_plan.label_cases))]
     pretraining = [(config.pretrain, run_plan.num_pretrain)] if plugins.method.trains else []
@@ -167,6 +169,15 @@ def plan(
         settings.schedule(number)
         settings.rows(int(os.environ.get("WORLD_SIZE") or 1), num_micro_batches)
     return run_plan
+
+
+def _label_fraction(request: Request, data: TaskData) -> dict[str, float]:
+    """The share that `--shots` is of the training cases; empty without it. Raises UserError if there are fewer cases."""
+    if not request.shots:
+        return {}
+    if request.shots > (number := len(data.split.train)):
+        raise UserError(f"--shots {request.shots}: there are {number} training cases: give at most as many")
+    return {"label_fraction": request.shots / number}
 
 
 def plan_without_data(request: Request) -> tuple[RunConfig, RunPlan | None]:

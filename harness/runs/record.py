@@ -14,6 +14,9 @@ from harness.runs.plan import RunPlan
 SCHEMA = 1
 """Version of the record's fields."""
 
+RULES = 2
+"""Version of the rules that say which runs share a table, see `leaderboards.records.Run`."""
+
 
 def make_record(
     run_plan: RunPlan,
@@ -37,6 +40,7 @@ def make_record(
     transfer = {name: value for name, value in tuned["transfer"].items() if name != "text"}
     return {
         "schema": SCHEMA,
+        "rules": RULES,
         "run_id": run_plan.run_id,
         **{
             option.record: getattr(config, name)
@@ -83,7 +87,7 @@ def _most(peaks: list[dict[str, Any]], key: str) -> float | None:
 
 def _data_record(run_plan: RunPlan) -> dict[str, Any]:
     """What the record says about the data of a run."""
-    data, split = run_plan.data, run_plan.data.split
+    config, data, split = run_plan.config, run_plan.data, run_plan.data.split
     scans = [case.id for corpus in run_plan.corpora for case in corpus.cases]
     return {
         "source": "phantom" if run_plan.phantom else "real",
@@ -94,7 +98,8 @@ def _data_record(run_plan: RunPlan) -> dict[str, Any]:
         "train": [case.id for case in run_plan.label_cases],
         "pretrain": scans or [case.id for case in run_plan.train],
         "test": [case.id for case in run_plan.test],
-        "split": run_plan.config.split,
+        "label_subset": "per seed" if config.label_seed is None else f"by label seed {config.label_seed}",
+        "split": config.split,
         "split_by": split.by,
         "left_out": split.left_out,
         "repeated": split.repeated,

@@ -31,13 +31,15 @@ class SweepCell:
     def __str__(self) -> str:
         request = self.request
         fraction = f" {100 * request.label_fraction:g}% of the labels" if request.label_fraction < 1 else ""
+        shots = f" {request.shots} labelled cases" if request.shots else ""
+        drawn = f" label seed {request.label_seed}" if request.label_seed is not None else ""
         settings = f" {{{', '.join(request.settings)}}}" if request.settings else ""
         split = f" split {request.split}" if request.split != "fixed" else ""
         corpora = f" on {'+'.join(request.corpora)}" if request.corpora else ""
         protocol = f" {request.protocol}" if request.protocol != "finetune" else ""
         moved = f" transfer {request.transfer}" if request.transfer != "method" else ""
         name = f"{request.method} {request.backbone} {request.task} {request.preset} seed {request.seed}"
-        return f"{name}{protocol}{moved}{fraction}{split}{corpora}{settings}"
+        return f"{name}{protocol}{moved}{fraction}{shots}{drawn}{split}{corpora}{settings}"
 
     @property
     def name(self) -> str:
@@ -87,7 +89,8 @@ def read(path: Path, base: Request, preset: str = "") -> list[SweepCell]:
     """The cells of a sweep file, in the order of the file, without duplicates.
 
     The file holds `[[matrix]]` tables and a `[defaults]` table that applies to all of them. The value of a key is a single
-    value or a list. The keys are method, backbone, task, preset, mode, protocol, transfer, split, seed, label_fraction and
+    value or a list. The keys are method, backbone, task, preset, mode, protocol, transfer, split, seed, label_fraction,
+    shots, label_seed and
 
     * `settings`: a table of `--set` values, or a list of such tables,
     * `corpus`: a name or folder, a list of them, or a list of lists, where each inner list is pre-trained on together,
@@ -138,11 +141,11 @@ def _expand(path: Path, defaults: dict[str, Any], block: dict[str, Any], base: R
             raise UserError(
                 f"{path}: {key} is an empty list, which leaves nothing to run: give a value or take the key out"
             )
-        for value in axes[key]:
+        for value in axes[key] if key in merged or kind is str else ():
             if isinstance(value, int) and abs(value) >= 2**63:
                 raise UserError(f"{path}: {key} is a number of more than 63 bits: give a smaller one")
             if not value or isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-                if key == "seed" and value == 0 and not isinstance(value, bool):
+                if key in ("seed", "label_seed") and value == 0 and not isinstance(value, bool):
                     continue
                 raise UserError(
                     f"{path}: {key} = {_printable_value(value)} is not a {kind.__name__}: give one, or a list of them"

@@ -191,7 +191,7 @@ def test_the_title_warns_before_it_says_anything_else(tmp_path):
     write_run(tmp_path / "b", data={"source": "phantom"})
     write_run(tmp_path / "c", data={"n_test_seen": 2})
     titles = [tables(tmp_path / name)[0].title for name in "abc"]
-    assert titles[0] == "t, real:ffffffff, preset demo, task-specific, finetune, 50% of the labels"
+    assert titles[0] == "t, real:ffffffff, preset demo, task-specific, finetune, 50% of the labels (2 cases)"
     assert titles[1].startswith("PHANTOM DATA, says nothing about any method - t, phantom:ffffffff")
     assert titles[2].startswith("TEST CASES WERE TRAINED OR PRE-TRAINED ON (column seen) - t")
 

@@ -24,7 +24,7 @@ def test_efficiency(runs, capsys, tmp_path):
 def test_curves_over_other_fractions_are_not_compared(runs, capsys):
     write_run(runs, "short", label_fraction=0.1)
     write_run(runs, "short", label_fraction=0.5)
-    assert "(other fractions: not comparable)" in called(capsys, "leaderboard", "efficiency", "--runs", runs)
+    assert "(other label fractions: not comparable)" in called(capsys, "leaderboard", "efficiency", "--runs", runs)
 
 
 def test_the_area_is_numpys_under_the_means_of_the_cases(tmp_path):
@@ -35,7 +35,7 @@ def test_the_area_is_numpys_under_the_means_of_the_cases(tmp_path):
         means[fraction] = frame.groupby("target")["dice"].mean().mean()
     (found,) = curves.find(tables(tmp_path))
     (curve,) = found.curves
-    assert (curve.name, curve.fractions) == ("m (unet)", (0.1, 0.25, 1.0))
+    assert (curve.name, curve.points) == ("m (unet)", (0.1, 0.25, 1.0))
     value, low, high = curve.area
     assert value == pytest.approx(np.trapezoid(list(means.values()), list(means)) / 0.9)
     assert low < value < high
@@ -66,7 +66,7 @@ def test_the_largest_area_stands_first_and_what_is_missing_is_a_dash(tmp_path):
     _, heading, first, second = str(found).splitlines()
     assert heading.split()[:4] == ["10%", "50%", "100%", "area"]
     assert first.split()[:3] == ["high", "(unet)", "-"]
-    assert first.endswith("(other fractions: not comparable)")
+    assert first.endswith("(other label fractions: not comparable)")
     assert second.split()[:2] == ["low", "(unet)"]
     assert "-" not in second.split()
 
@@ -90,3 +90,46 @@ def test_the_table_shows_the_average_over_targets_at_each_fraction_and_the_best_
         assert [float(number) for number in numbers[:3]] == pytest.approx(expected, abs=0.01 + abs(noise))
         area = np.trapezoid([float(number) for number in numbers[:3]], [0.1, 0.5, 1.0]) / 0.9
         assert float(numbers[3]) == pytest.approx(area, abs=1e-3)
+
+
+def budget_run(folder, method, seed, steps=None, dice=0.8, finetune=400, **changes):
+    """A run under rules 2; `steps` of pre-training, or none for a method that is not pre-trained."""
+    overrides = {} if steps is None else {"pretrain.steps": str(steps)}
+    overrides |= {"finetune.steps": str(finetune)} if finetune != 400 else {}
+    config = {"pretrain": {"steps": steps or 200}, "finetune": {"steps": finetune}}
+    write_run(folder, method, seed, dice, overrides=overrides, rules=2, config=config, **changes)
+
+
+def test_curves_over_pre_training_begin_with_the_control(tmp_path, capsys):
+    for seed in (0, 1):
+        budget_run(tmp_path, "scratch", seed, dice=0.6)
+        budget_run(tmp_path, "m", seed, 500, dice=0.7)
+        budget_run(tmp_path, "m", seed, 1500, dice=0.8)
+        budget_run(tmp_path, "other", seed, 1500, dice=0.5)
+    (found,) = curves.find(tables(tmp_path), "pretrain.steps")
+    assert {curve.name: curve.points for curve in found.curves} == {
+        "m (unet)": (0, 500, 1500),
+        "other (unet)": (0, 1500),
+    }
+    first = found.curves[0].groups[0]
+    assert first.method == "scratch"
+    assert len(first.runs) == 2
+    said = called(capsys, "leaderboard", "efficiency", "--over", "pretrain.steps", "--runs", tmp_path)
+    assert said.splitlines()[1].split()[:3] == ["0", "500", "1500"]
+
+
+def test_curves_over_fine_tuning_join_the_tables_of_its_budgets(tmp_path):
+    for steps, dice in ((100, 0.5), (400, 0.7), (2000, 0.8)):
+        budget_run(tmp_path, "scratch", 0, dice=dice, finetune=steps)
+    budget_run(tmp_path, "scratch", 0, finetune=2000, label_fraction=0.5)
+    (found,) = curves.find(tables(tmp_path), "finetune.steps")
+    (curve,) = found.curves
+    assert (curve.name, curve.points) == ("scratch (unet)", (100, 400, 2000))
+    assert found.title.endswith("finetune, 100% of the labels")
+
+
+def test_an_unknown_axis_is_refused_with_those_that_there_are(runs, capsys):
+    said = called(capsys, "leaderboard", "efficiency", "--over", "steps", "--runs", runs, status=2)
+    assert "pretrain.steps" in said
+    said = called(capsys, "leaderboard", "efficiency", "--over", "finetune.steps", "--runs", runs, status=2)
+    assert "--set finetune.steps=1000" in said

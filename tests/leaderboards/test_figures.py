@@ -21,7 +21,7 @@ def test_figures_are_drawn_for_any_name_and_number(tmp_path):
     names = ("dice", "pareto", "ranks", "step_time", "training", "settings")
     assert found == {f"{name}.{ending}" for name in names for ending in ("png", "svg")}
     (curve,) = curves.find(tables(tmp_path / "runs"))
-    assert "area" in figures.label_efficiency(curve, tmp_path / "figures" / "curve")
+    assert "area" in figures.efficiency(curve, tmp_path / "figures" / "curve")
 
 
 def _drawn(each: board.Table, folder):

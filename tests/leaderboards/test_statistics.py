@@ -206,15 +206,15 @@ def test_kendalls_tau_is_scipys():
     assert statistics._tau(draws, means) == pytest.approx(expected)
 
 
-def test_area_under_the_label_efficiency_curve():
+def test_area_under_the_curve():
     flat = [statistics.estimate(np.full((2, 6, 1), 0.7))] * 3
-    assert statistics.label_efficiency([0.1, 0.2, 1.0], flat) == pytest.approx((0.7, 0.7, 0.7))
+    assert statistics.area_under_curve([0.1, 0.2, 1.0], flat) == pytest.approx((0.7, 0.7, 0.7))
     rising = [statistics.estimate(np.full((2, 6, 1), value)) for value in (0.0, 1.0)]
-    assert statistics.label_efficiency([0.5, 1.0], rising)[0] == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="two label fractions"):
-        statistics.label_efficiency([1.0], flat[:1])
+    assert statistics.area_under_curve([0.5, 1.0], rising)[0] == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="two points"):
+        statistics.area_under_curve([1.0], flat[:1])
     with pytest.raises(ValueError, match="ascending"):
-        statistics.label_efficiency([1.0, 0.5], flat[:2])
+        statistics.area_under_curve([1.0, 0.5], flat[:2])
 
 
 def test_a_p_value_is_the_larger_of_wilcoxons_and_of_clarks_t_test():
@@ -246,4 +246,4 @@ def test_what_two_methods_share_is_not_in_the_interval_of_their_difference():
 def test_the_area_is_the_trapezoidal_rules():
     fractions, dice = [0.1, 0.2, 0.5, 1.0], [0.3, 0.6, 0.7, 0.75]
     parts = [statistics.estimate(np.full((2, 6, 2), value)) for value in dice]
-    assert statistics.label_efficiency(fractions, parts)[0] == pytest.approx(np.trapezoid(dice, fractions) / 0.9)
+    assert statistics.area_under_curve(fractions, parts)[0] == pytest.approx(np.trapezoid(dice, fractions) / 0.9)

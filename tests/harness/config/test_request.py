@@ -44,6 +44,8 @@ REQUEST = {
     "split": WORD,
     "seed": st.integers(0, 2**70),
     "label_fraction": SHORT | st.just(1.0),
+    "shots": st.just(0),  # together with a fraction they are refused
+    "label_seed": st.none() | st.integers(0, 2**62),
     "corpora": WORDS,
     "settings": WORDS,
     "plugins": WORDS,
@@ -88,6 +90,7 @@ def test_each_field_alone_makes_it_to_the_other_side():
     changed = {"method": "voco", "backbone": "unetr", "task": "./a b", "preset": "paper", "mode": "generic"}
     changed |= {"protocol": "linear", "split": "2/5", "seed": 7, "label_fraction": 0.25, "data": Path("/d")}
     changed |= {"corpora": ("a=-5,5", "b"), "settings": ("x.y=1,2", "z="), "plugins": ("p.py",), "runs": Path("r/s")}
+    changed |= {"shots": 4, "label_seed": 0}
     changed |= {"transfer": "encoder", "allow_overlap": True, "skip_bad": True, "save_predictions": True}
     inner = {"checkpoint_minutes": 0.5, "micro_batches": 2, "on_nonfinite": "skip", "trackers": ("mlflow", "wandb")}
     requests = [replace(usual, **{name: value}) for name, value in changed.items()]
@@ -104,6 +107,12 @@ def test_each_field_alone_makes_it_to_the_other_side():
 def test_a_fraction_keeps_all_its_digits(fraction):
     request = Request(method="mae", task="brats", label_fraction=fraction)
     assert parsed(command(request)[1:]) == request
+
+
+@pytest.mark.parametrize(("shots", "fraction"), [(4, 0.5), (-1, 1.0)])
+def test_shots_and_a_share_are_not_given_together(shots, fraction):
+    with pytest.raises(UserError, match="give one of them"):
+        Request(method="mae", task="brats", shots=shots, label_fraction=fraction)
 
 
 def test_a_folder_whose_name_begins_with_a_dash_is_a_folder():
@@ -130,6 +139,7 @@ def test_a_record_gives_back_what_was_asked_for(hippocampus_phantom, tmp_path):
         transfer="encoder",
         split="1/2",
         label_fraction=0.5,
+        label_seed=3,
         data=hippocampus_phantom,
         runs=tmp_path,
         settings=("finetune.crop=32", "pretrain.crop=32,32,32", "backbone.features=4,4,8,8,8"),
@@ -148,20 +158,19 @@ def test_a_record_gives_back_what_was_asked_for(hippocampus_phantom, tmp_path):
 
 
 AXES = ("method", "backbone", "task", "preset", "mode", "protocol", "transfer", "split", "seed", "label_fraction")
+AXES = (*AXES, "shots", "label_seed")
 
 
 def test_the_axes_of_a_sweep_are_the_fields_with_an_axis(tmp_path):
     assert tuple(name for name, option in options(Request) if option.axis) == AXES
-    assert all(
-        f"{name}," in read.__doc__.replace("\n", " ").replace("label_fraction", "label_fraction,") for name in AXES
-    )
+    assert all(f"{name}," in read.__doc__.replace("\n", " ").replace("label_seed", "label_seed,") for name in AXES)
     values = {
         "mode": ["task-specific", "generic"],
         "protocol": ["finetune", "linear"],
         "transfer": ["method", "encoder"],
         "seed": [0, 1],
     }
-    values |= {"label_fraction": [0.5, 1.0]}
+    values |= {"label_fraction": [0.5, 1.0], "shots": [1, 4], "label_seed": [0, 1]}
     for name in AXES:
         (tmp_path / "s.toml").write_text(f"[[matrix]]\n{name} = {json.dumps(values.get(name, ['a', 'b']))}\n")
         requests = [cell.request for cell in read(tmp_path / "s.toml", Request(method="mae", task="brats"))]

@@ -1,7 +1,6 @@
 """What a run will do is known before it starts, and named after all that its result depends on, and nothing else."""
 
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -36,10 +35,49 @@ def test_label_fractions_are_nested_and_rounded_up(request_):
     sizes = []
     for fraction in (0.01, 0.1, 0.5, 1.0):
         part = planned(request_, label_fraction=fraction)
-        assert part.label_cases == whole.train[: len(part.label_cases)]
+        chosen = {case.id for case in part.label_cases}
+        assert part.label_cases == [case for case in whole.train if case.id in chosen]
         assert part.num_pretrain == 13  # pre-training needs no labels
         sizes.append(len(part.label_cases))
     assert sizes == [1, 2, 7, 13]
+
+
+def labelled(request, **changes):
+    return {case.id for case in planned(request, **changes).label_cases}
+
+
+def test_each_seed_draws_its_own_cases_unless_the_draw_has_a_seed(request_):
+    draws = [labelled(request_, shots=2, seed=seed) for seed in range(6)]
+    assert all(len(draw) == 2 for draw in draws)
+    assert len(set(map(frozenset, draws))) > 3
+    assert [labelled(request_, shots=2, seed=seed) for seed in range(6)] == draws
+    fixed = [labelled(request_, shots=2, seed=seed, label_seed=4) for seed in range(6)]
+    assert all(draw == draws[4] for draw in fixed)
+
+
+def test_more_shots_hold_fewer_shots(request_):
+    draws = [labelled(request_, shots=shots, seed=1) for shots in (1, 2, 4, 13)]
+    assert list(map(len, draws)) == [1, 2, 4, 13]
+    assert draws[0] < draws[1] < draws[2] < draws[3]
+    assert labelled(request_, seed=1) == draws[3]
+
+
+def test_shots_are_a_share_of_the_training_cases(request_):
+    few = planned(request_, shots=3)
+    assert few.config.label_fraction == 3 / 13
+    assert few.run_id == planned(request_, label_fraction=3 / 13).run_id
+    with pytest.raises(UserError, match="there are 13 training cases"):
+        planned(request_, shots=14)
+
+
+def test_a_control_serves_every_budget_of_pre_training(request_):
+    control = replace(request_, method="scratch", settings=("finetune.steps=9", "finetune.warmup_steps=0"))
+    plain = planned(control)
+    assert planned(control, "pretrain.steps=900").run_id == plain.run_id
+    assert planned(control, "pretrain.steps=900").config == plain.config
+    assert planned(control, "finetune.steps=8").run_id != plain.run_id
+    with pytest.raises(UserError, match=r"pretrain\.steps"):
+        planned(control, "pretrain.steps=-1")
 
 
 SAME_WEIGHTS = [
@@ -121,15 +159,3 @@ def test_a_dry_run_writes_no_phantom(request_, tmp_path):
     assert found.run_id == planned(request_).run_id
     with pytest.raises(UserError, match=r"33"):
         plan_without_data(replace(request_, data=None, settings=("finetune.crop=33,32,32",)))
-
-
-def test_label_fractions_are_nested(hippocampus_phantom, tmp_path):
-    used = []
-    for fraction in (0.1, 0.5, 0.7, 1.0):
-        request = Request(
-            method="scratch", task="msd_hippocampus", data=hippocampus_phantom, runs=tmp_path, label_fraction=fraction
-        )
-        used.append([case.id for case in plan(request, *locate(request)).label_cases])
-    assert [len(cases) for cases in used] == [1, 2, 3, 3]
-    for fewer, more in pairwise(used):
-        assert more[: len(fewer)] == fewer
