@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from harness.api.backbone import Backbone, Pyramid, crop, inflate
     from harness.api.global_batch import Dropout, gather, previous, rand, randn, total
-    from harness.api.losses import dice_loss
+    from harness.api.losses import dice_loss, segmentation_loss
     from harness.api.masks import any_box, inside_boxes, num_masked, random_integers, random_patches, to_voxels
     from harness.api.method import Batch, Method, Preparation, Source, Transform, VolumeSource
     from harness.api.settings import Settings, Size3, Triple, size_text
@@ -55,6 +55,7 @@ _HOME = {
     "random_origin": "harness.data.arrays",
     "size_text": "harness.api.settings",
     "dice_loss": "harness.api.losses",
+    "segmentation_loss": "harness.api.losses",
     "gather": "harness.api.global_batch",
     "inflate": "harness.api.backbone",
     "inside_boxes": "harness.api.masks",
@@ -113,6 +114,7 @@ __all__ = [
     "random_origin",
     "random_patches",
     "read_header",
+    "segmentation_loss",
     "size_text",
     "slug",
     "stem",

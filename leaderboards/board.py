@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from leaderboards import statistics
+from leaderboards.calibration import UNTRAINED, Calibration, Interval, calibrate
 from leaderboards.records import SHARED, Run
 from leaderboards.statistics import Estimate, Values
 
@@ -52,6 +53,28 @@ class Group:
         return self.runs[0].record["method"] == CONTROL
 
     @property
+    def uses_labels(self) -> bool:
+        """Whether the method pre-trains with labels."""
+        return bool(self.runs[0].record.get("uses_labels", False))
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether the row is the control without a single step of pre-training."""
+        return self.runs[0].record["method"] == UNTRAINED
+
+    @property
+    def is_calibration(self) -> bool:
+        """Whether the row calibrates the table; it is neither ranked nor tested."""
+        return self.uses_labels or self.is_untrained
+
+    @property
+    def control(self) -> str:
+        """What the row controls; empty for a method that is compared."""
+        if self.is_control:
+            return "matched"
+        return "positive" if self.uses_labels else "negative" if self.is_untrained else ""
+
+    @property
     def step_ms(self) -> float | None:
         """Median time of a pre-training step in ms, over the seeds; None where nothing was pre-trained."""
         timing = [run.record["timing"] for run in self.runs]
@@ -73,6 +96,12 @@ class Table:
     key: tuple[Any, ...]
     targets: tuple[str, ...]
     groups: list[Group]
+    calibrations: list[Calibration]
+
+    def share(self, group: Group) -> Interval | None:
+        """The share of the headroom that a row gains; None where it is not known."""
+        shares = [each.shares for each in self.calibrations if each.backbone == group.backbone]
+        return shares[0].get(group.method) if shares else None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -84,14 +113,21 @@ class Table:
         return self.key[SHARED.index(field)]
 
     def ranks(self, target: int = -1) -> list[int | None]:
-        """Rank of each group by its mean Dice; groups with equal means share a rank, a group without a mean has None."""
-        means = [group.dice.mean[target] for group in self.groups]
+        """Rank of each group by its mean Dice; groups with equal means share a rank.
+
+        A group without a mean and one that calibrates the table have None.
+        """
+        means = [np.nan if group.is_calibration else group.dice.mean[target] for group in self.groups]
         scored = sorted((mean for mean in means if not np.isnan(mean)), reverse=True)
         return [None if np.isnan(mean) else scored.index(mean) + 1 for mean in means]
 
     def stability(self) -> statistics.Ranks:
         """Rank stability of the average Dice over the resamples."""
-        return statistics.ranks([group.dice for group in self.groups])
+        unranked = [
+            replace(group.dice, mean=np.full_like(group.dice.mean, np.nan)) if group.is_calibration else group.dice
+            for group in self.groups
+        ]
+        return statistics.ranks(unranked)
 
     @property
     def title(self) -> str:
@@ -106,19 +142,24 @@ class Table:
 
 
 def gather(runs: Sequence[Run]) -> list[Table]:
-    """Tables of runs that share everything but method and backbone. The control is in the tables of every mode."""
+    """Tables of runs that share everything but method and backbone. Controls are in the tables of every mode."""
     tables: dict[tuple[Any, ...], dict[tuple[str, str], list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         tables[(*run.table, run.targets)][run.method, run.backbone].append(run)
     by_rest: dict[tuple[Any, ...], list[tuple[Any, ...]]] = defaultdict(list)
     for key in tables:
         by_rest[without_mode(key)].append(key)
-    for run in [run for run in runs if run.record["method"] == CONTROL]:
+    for run in [run for run in runs if _serves_all_modes(run)]:
         own_key = (*run.table, run.targets)
         for key in by_rest[without_mode(own_key)]:
             if key != own_key:
                 tables[key][run.method, run.backbone].append(run)
     return [_table(key, tables[key]) for key in sorted(tables)]
+
+
+def _serves_all_modes(run: Run) -> bool:
+    """Whether a run is a control, which is the same in every mode."""
+    return run.record["method"] in (CONTROL, UNTRAINED) or bool(run.record.get("uses_labels", False))
 
 
 def without_mode(table: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -131,7 +172,7 @@ def differing(first: Run, second: Run) -> list[str]:
     """The fields that keep two runs out of one table, in words; empty where they share a table."""
     differences = []
     for name, first_value, second_value in zip(SHARED, first.table, second.table, strict=True):
-        if name == "mode" and CONTROL in (first.record["method"], second.record["method"]):
+        if name == "mode" and (_serves_all_modes(first) or _serves_all_modes(second)):
             continue
         if first_value != second_value:
             texts = (
@@ -167,7 +208,8 @@ def _table(key: tuple[Any, ...], members: dict[tuple[str, str], list[Run]]) -> T
     estimates += [
         statistics.estimates([stack(seeds, field) for seeds in runs.values()]) for field in ("hd95", "surface_dice")
     ]
-    deltas, p, notes = _against_control(runs, statistics.luck(dice), len(key[-1]))
+    pooled = statistics.luck(dice)
+    deltas, p, notes = _against_control(runs, pooled, len(key[-1]))
     groups = []
     for index, (method, backbone) in enumerate(runs):
         dice_of_row, hd95, surface = (column[index] for column in estimates)
@@ -178,7 +220,7 @@ def _table(key: tuple[Any, ...], members: dict[tuple[str, str], list[Run]]) -> T
             method, backbone, runs[name], slim, _means(hd95), _means(surface), deltas.get(name), p[index], text
         )
         groups.append(group)
-    return Table(key[:-1], key[-1], groups)
+    return Table(key[:-1], key[-1], groups, calibrate(groups, pooled))
 
 
 def _against_control(
@@ -203,12 +245,23 @@ def _against_control(
                 notes[name] = statistics.why_no_test(len(first), len(first[0].cases))
             else:
                 notes[name] = "no seed in common with scratch"
+        notes[name] = "; ".join(filter(None, (_role(own_runs[0]), notes[name])))
     both = list(pairs.values())
     deltas = dict(zip(pairs, map(_means, statistics.differences(both)), strict=True))
     tested = dict(zip(pairs, statistics.p_values(both, pooled), strict=True))
+    tested = {name: values for name, values in tested.items() if not _role(runs[name][0])}
     p = np.array([tested.get(name, np.full(num_targets + 1, np.nan)) for name in runs])
     corrected = np.array([statistics.holm(column.tolist()) for column in p.T]).T
     return deltas, corrected, notes
+
+
+def _role(run: Run) -> str:
+    """What a run calibrates, in words; empty for a method that is compared."""
+    if run.record.get("uses_labels", False):
+        return "positive control: pre-trained with labels, neither ranked nor tested"
+    return (
+        "negative control: nothing pre-trained, neither ranked nor tested" if run.record["method"] == UNTRAINED else ""
+    )
 
 
 def _means(estimate: Estimate) -> Estimate:

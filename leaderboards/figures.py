@@ -37,7 +37,7 @@ def table_figures(table: Table, folder: Path) -> dict[str, str]:
     descriptions = {}
     kinds: tuple[tuple[str, bool, Callable[[Table, list[Group], Path], str]], ...] = (
         ("dice", True, dice_bars),
-        ("ranks", len(groups) > 1, rank_stability),
+        ("ranks", sum(not group.is_calibration for group in groups) > 1, rank_stability),
         ("pareto", any(group.pretrain_seconds for group in groups), pareto),
         ("step_time", any(group.step_ms for group in groups), step_times),
         ("settings", len(_settings(groups)) > 0, settings_and_time),
@@ -82,7 +82,7 @@ def dice_bars(table: Table, groups: list[Group], path: Path) -> str:
 
 def rank_stability(table: Table, groups: list[Group], path: Path) -> str:
     """Draw how often each method holds each rank over the bootstrap resamples. Returns a description."""
-    stability = table.stability()
+    stability, groups = table.stability(), [group for group in groups if not group.is_calibration]
     indices = [table.groups.index(group) for group in groups]
     shares = stability.shares[indices][:, : len(groups)]
 

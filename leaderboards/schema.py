@@ -105,6 +105,7 @@ class Record(Part):
 
     record_schema: Annotated[Literal[1], Field(alias="schema")]
     rules: Literal[1, 2] = 1
+    uses_labels: bool = False
     run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+=-]{0,199}$")]
     method: Name
     backbone: Name

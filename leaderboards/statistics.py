@@ -12,13 +12,13 @@ Satterthwaite's degrees of freedom.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, stats
 
 RESAMPLES = 2000
 MIN_CASES = 2
@@ -185,6 +185,46 @@ def p_values(pairs: Sequence[tuple[Values, Values]], pooled: Luck) -> list[Value
             p[tested] = np.maximum(_signed_rank(per_case[tested]), crossed[tested])
         results |= zip(indices, p, strict=True)
     return [results[index] for index in range(len(pairs))]
+
+
+def share(method: Values, control: Values, positive: Values, pooled: Luck) -> tuple[float, float, float]:
+    """The share that a method gains of what a positive control gains over the control: value, low, high.
+
+    The interval is Fieller's (1954, doi 10.1111/j.2517-6161.1954.tb00159.x): all shares that the t test of `p_values` does
+    not reject. An end is infinite where the headroom is too small to bound the share, and NaN where no test can be made.
+
+    Args:
+        method, control, positive: Dice of the same seeds and cases.
+        pooled: the variance over seeds in the table.
+    """
+    gain, headroom = (_contributions(side[None], control[None])[0, -1] for side in (method, positive))  # (seeds, cases)
+    value = float(np.nansum(gain) / np.nansum(headroom))
+    num_seeds, num_cases = gain.shape
+
+    def margin(candidate: float) -> float:
+        """How far the test is from rejecting a share; below 0 it does not reject."""
+        contrast = gain - candidate * headroom
+        per_case = nanmean(contrast, 0)
+        own = _nanvar(nanmean(contrast, 1)[None])[0]
+        # Three runs enter the contrast, the control with what is left of it.
+        expected = pooled.variance[-1] * (1 + candidate**2 + (1 - candidate) ** 2)
+        seeds, cases = np.fmax(own, expected) / num_seeds, _nanvar(per_case[None])[0] / num_cases
+        freedom = (seeds + cases) ** 2 / (seeds**2 / max(pooled.freedom, 1) + cases**2 / (num_cases - 1))
+        return float(abs(nanmean(per_case, 0)) - stats.t.ppf(0.975, freedom) * np.sqrt(seeds + cases))
+
+    if num_cases < MIN_CASES or num_seeds < MIN_SEEDS_TEST or not np.isfinite(margin(value)):
+        return value, np.nan, np.nan
+    return value, _root(margin, value, -1), _root(margin, value, 1)
+
+
+def _root(margin: Callable[[float], float], value: float, direction: int) -> float:
+    """The first zero of `margin` on one side of `value`; infinite if there is none within 1000."""
+    step = 1 / 64
+    while step < 1000:
+        if margin(value + direction * step) > 0:
+            return float(optimize.brentq(margin, value, value + direction * step))
+        step *= 2
+    return direction * np.inf
 
 
 def _contributions(first: Values, second: Values) -> Values:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from leaderboards.board import Group, Table
+from leaderboards.calibration import share_text
 from leaderboards.statistics import Estimate
 from leaderboards.text import align, escape_cell, escape_latex, escape_markdown, printable
 
@@ -18,7 +19,7 @@ COLUMNS = [
     *("delta_dice_vs_scratch", "delta_ci_low", "delta_ci_high", "p_value_holm", "rank", "step_ms_p50"),
     *("pretrain_seconds", "source", "run_ids", "n_test_seen"),
     *("surface_dice", "surface_dice_ci_low", "surface_dice_ci_high", "surface_tolerance_mm", "metric_policy", "note"),
-    "label_subset",
+    *("label_subset", "control", "headroom_share", "headroom_share_ci_low", "headroom_share_ci_high"),
 ]
 """The columns of the CSV, in an order that is a contract (docs/leaderboards.md); new columns are added only at the end."""
 
@@ -58,7 +59,8 @@ def render(tables: Sequence[Table], reported: pd.DataFrame | None = None) -> str
         rows = _grid(table)
         lines = align(rows)
         notes = dict.fromkeys(f"  {group.name}: {group.note}" for group in table.groups if _worth_saying(group))
-        blocks.append("\n".join([printable(table.title), *map(printable, [*lines, *list(notes)[:20]])]))
+        said = [f"  {sentence}" for each in table.calibrations for sentence in each.sentences()]
+        blocks.append("\n".join([printable(table.title), *map(printable, [*lines, *said, *list(notes)[:20]])]))
     if reported is not None and not reported.empty:
         averages = reported[reported["target"] == "average"][
             ["task", "mode", "method", "backbone", "dice", "hd95_mm", "note"]
@@ -117,7 +119,17 @@ def _rows(table: Table) -> Iterable[dict[str, Any]]:
                 "rank": rank,
                 "metric_policy": table.shared("metric_policy"),
                 "label_subset": table.shared("label_subset"),
+                "control": group.control,
+                **(_share(table, group) if number == last else {}),
             }
+
+
+def _share(table: Table, group: Group) -> dict[str, float | None]:
+    """The columns of a row's share of the headroom."""
+    interval = table.share(group)
+    columns = ("headroom_share", "headroom_share_ci_low", "headroom_share_ci_high")
+    # An end may be infinite, which no CSV should hold.
+    return dict(zip(columns, (_value(end) if np.isfinite(end) else None for end in interval or ()), strict=False))
 
 
 def _measured(group: Group, number: int, average: bool) -> dict[str, Any]:
@@ -183,7 +195,16 @@ def _grid(table: Table) -> list[list[str]]:
     """Heading and rows of a table for the terminal."""
     seen = any(run.num_test_seen for group in table.groups for run in group.runs)
     heading = ["rank", "method", "backbone", "seeds", "Dice [95 % CI]", "vs scratch [95 % CI]", "p (Holm)", "HD95 mm"]
-    heading += [*table.targets, "cases", "missed", *(["seen"] if seen else []), "pretrain s", "ms/step"]
+    shares = any(each.shares for each in table.calibrations)
+    heading += [
+        *(["of headroom [95 % CI]"] if shares else []),
+        *table.targets,
+        "cases",
+        "missed",
+        *(["seen"] if seen else []),
+        "pretrain s",
+        "ms/step",
+    ]
     lines = []
     for rank, group in zip(table.ranks(), table.groups, strict=True):
         row = _measured(group, len(table.targets), average=True)
@@ -197,6 +218,7 @@ def _grid(table: Table) -> list[list[str]]:
                 _interval(row, "delta_dice_vs_scratch", "delta", "+.4f"),
                 _number(row["p_value_holm"], ".3g"),
                 _number(row["hd95_mm"], ".2f"),
+                *([share_text(table.share(group))] if shares else []),
                 *(_number(value, ".4f") for value in group.dice.mean[:-1]),
                 str(row["n_cases"]),
                 str(row["n_missed"]),

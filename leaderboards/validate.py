@@ -44,10 +44,13 @@ NUMBERS = {
     "surface_dice_ci_low": (-1, 2),
     "surface_dice_ci_high": (-1, 2),
     "surface_tolerance_mm": (0, math.inf),
+    "headroom_share": (-math.inf, math.inf),
+    "headroom_share_ci_low": (-math.inf, math.inf),
+    "headroom_share_ci_high": (-math.inf, math.inf),
 }
 POLICY = re.compile(r"empty-is-(?P<empty>worst|skipped|perfect)-v1(?:\+hd95-(?P<hd95>pooled|area-weighted))?")
 PLAIN = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", re.ASCII)
-OLDER = {"label_subset": "first"}
+OLDER = {"label_subset": "first", "control": ""} | dict.fromkeys(COLUMNS[-3:], "")
 """The last columns, which tables of earlier versions lack, and what their rows have in common."""
 SHARED = [*COLUMNS[:8], "metric_policy", "surface_tolerance_mm", "label_subset"]
 KEY = [*SHARED, "target", "source"]

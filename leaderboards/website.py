@@ -19,6 +19,7 @@ import pandas as pd
 
 from leaderboards import board, curves, figures, table
 from leaderboards.board import Table
+from leaderboards.calibration import share_text
 from leaderboards.records import Run
 
 MARK = ".harness-site"
@@ -116,7 +117,8 @@ class _Site:
         for rank, group in zip(ranked.ranks(), ranked.groups, strict=True):
             missed = sum(int(run.missed.sum()) for run in group.runs)
             seen = max(run.num_test_seen for run in group.runs)
-            rows.append({"rank": rank, "group": group, "missed": missed, "seen": seen})
+            share = share_text(ranked.share(group))
+            rows.append({"rank": rank, "group": group, "missed": missed, "seen": seen, "share": share})
         rows.sort(key=_sort_key)
         drawn = figures.table_figures(ranked, self.folder / "figures" / str(number)) if len(rows) > 1 else {}
         values = {
@@ -126,6 +128,8 @@ class _Site:
             "shared": ranked.shared,
             "rows": rows,
             "seen": any(row["seen"] for row in rows),
+            "shares": any(each.shares for each in ranked.calibrations),
+            "sentences": [sentence for each in ranked.calibrations for sentence in each.sentences()],
             "figures": drawn,
             "main_figures": {name: text for name, text in drawn.items() if name in ("dice", "ranks", "pareto")},
         }

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from harness.api.backbone import Backbone
 from harness.api.settings import Settings, Triple
+from harness.api.task import Task
 
 Batch = dict[str, Tensor]
 """A batch of samples: `image`, (N, C, x, y, z) in [0, 1], and all tensors that the source or the method's transform adds."""
@@ -60,12 +61,14 @@ class Preparation(Protocol):
         device: the device on which `train` trains.
         crop: extent of the pre-training crop in voxels.
         steps: number of optimizer steps of pre-training, for schedules.
+        task: of the labels, for a method that uses them; otherwise None.
     """
 
     seed: int
     device: torch.device
     crop: Triple
     steps: int
+    task: Task | None
 
     def train(
         self, module: nn.Module, sources: Sequence[Source], *, size: Triple, steps: int, batch_size: int, lr: float
@@ -111,6 +114,8 @@ class Method(nn.Module):
         trains: names of the backbone parts that the method trains and passes on to fine-tuning. The other parts are
             frozen. If it is empty, there is no pre-training, and fine-tuning starts directly from `weights`.
         needs: optional abilities that the backbone must have, see `Backbone.abilities`.
+        uses_labels: whether pre-training sees the labels of the training cases: batches then hold `target` too. Such a method
+            is a control. Tables mark it and never rank it, and it pre-trains on the task's own training cases only.
         variants: variant name -> {"section.field": value}, for `harness profile --compare NAME NAME`.
         generator: the run's random generator on the training device; the harness seeds it before every step. Values
             drawn with `harness.rand`, `random_integers` and `random_patches` do not depend on how the batch is divided
@@ -124,6 +129,7 @@ class Method(nn.Module):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     trains: tuple[str, ...] = ("encoder", "decoder")
     needs: ClassVar[frozenset[str]] = frozenset()
+    uses_labels: ClassVar[bool] = False
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     generator: torch.Generator | None = None
 

@@ -71,7 +71,7 @@ def resolve(request: Request, registry: Registry, task: Task) -> RunConfig:
     requested = {name: getattr(request, name) for name, _ in options(Request) if name in RunConfig.model_fields}
     run = requested | {
         "task": task.name,
-        "mode": request.mode if method_class.trains else "task-specific",
+        "mode": request.mode if method_class.trains and not method_class.uses_labels else "task-specific",
         "corpora": (),  # filled in once the corpora are read, because it holds digests of their scans
         "prepared": {
             "spacing": task.spacing,

@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from harness.api.backbone import Backbone
 from harness.api.method import Batch, Method, Source, Transform
+from harness.api.registry import Registry
 from harness.api.settings import Triple, build
+from harness.api.task import Task
 from harness.compute.processes import SingleProcess
 from harness.config.schema import Training
 from harness.data.arrays import cut, random_origin
@@ -59,6 +61,17 @@ class PhantomVolume:
             image += inside * rng.uniform(-0.4, 0.4, (self.channels, 1, 1, 1))
         low, high = image.min(), image.max()
         return (0.001 + 0.999 * (image - low) / (high - low)).astype(np.float32)
+
+    @cached_property
+    def label(self) -> NDArray[np.uint8]:
+        """A label map (x, y, z) that follows from the image: 2 where it is bright, 1 where it is less so, 0 elsewhere."""
+        return np.digitize(self.image[0], (0.6, 0.75)).astype(np.uint8)
+
+    @cached_property
+    def points(self) -> NDArray[np.int64]:
+        """Labelled voxels as rows (number of the target, x, y, z)."""
+        voxels = np.argwhere(self.label > 0)
+        return np.column_stack([self.label[tuple(voxels.T)] - 1, voxels]).astype(np.int64)
 
     def crop(self, origin: Sequence[int], size: Sequence[int]) -> NDArray[np.float32]:
         """The crop of this size at `origin`, (C, *size), with zeros outside the volume."""
@@ -102,8 +115,10 @@ class MethodFixture:
         volumes = [PhantomVolume(number, channels, shape) for number in range(4)]
         budget = build(Training, {**BUDGET, "crop": crop, "batch_size": batch}, "pretrain")
         preparation = PreparationContext(seed, CPU, crop, budget, [self.method.name, channels, crop], self.folder)
+        preparation.task = Registry().task("msd_hippocampus") if method.uses_labels else None
         sources = preparation.prepare(method, volumes) if method.trains else volumes
-        built = BuiltMethod(method.train(), sources, self.method.transform(method.config), budget, seed)
+        transform = self.method.transform(method.config)
+        built = BuiltMethod(method.train(), sources, transform, budget, seed, preparation.task)
         built.reseed()
         return built
 
@@ -122,6 +137,7 @@ class BuiltMethod:
     transform: Transform | None
     budget: Training
     seed: int
+    task: Task | None = None  # of the labels, for a method that uses them
 
     @property
     def crop(self) -> Triple:
@@ -135,7 +151,7 @@ class BuiltMethod:
 
     def data(self, length: int) -> CropDataset:
         """A data set of `length` samples."""
-        return CropDataset(self.sources, self.crop, length, self.seed, transform=self.transform)
+        return CropDataset(self.sources, self.crop, length, self.seed, self.transform, self.task)
 
     def batches(self, number: int, rank: int = 0, workers: int = 0) -> list[Batch]:
         """The first `number` batches of a rank; each rank has its own samples."""

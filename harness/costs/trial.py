@@ -149,7 +149,7 @@ class Trial:
         self.trainer = Trainer(module, settings, 10**6, 0, new_accelerator())
         if spec.stage == "pretrain":
             module.generator = torch.Generator(self.trainer.device)
-            self.data = pretrain_data(spec.config, spec.plugins, sources, 10**6, 0)
+            self.data = pretrain_data(spec.config, spec.plugins, spec.task, sources, 10**6, 0)
         else:
             self.data = finetune_data(spec.config, spec.task, volumes, 10**6, 0)
         samples = [self.data[number] for number in range(settings.batch_size)]
@@ -217,6 +217,7 @@ def _module(spec: TrialSpec, volumes: Sequence[Any], folder: Path) -> tuple[Any,
     method = spec.plugins.new_method(config, channels)
     device = new_accelerator().device
     preparation = _ShortPreparation(0, device, config.pretrain.crop, config.pretrain, [str(spec), channels], folder)
+    preparation.task = spec.task if method.uses_labels else None
     return method, preparation.prepare(method, volumes), preparation.seconds
 
 

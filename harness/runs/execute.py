@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ from harness.system.files import digest_file, write_atomic
 from harness.system.locks import Lock
 from harness.training.finetune import finetune
 from harness.training.loop import StageContext
-from harness.training.models import new_network
+from harness.training.models import new_network, seed_for
 from harness.training.pretrain import PICTURE, pretrain
 from harness.training.stage_files import read_stage
 from harness.training.trackers import tracked
@@ -155,6 +156,7 @@ def _pretrain_or_reuse(
     """
     config, plugins, channels = run_plan.config, run_plan.plugins, run_plan.pretrain_channels
     if not plugins.method.trains:
+        torch.manual_seed(seed_for(config.seed, "pretrain init"))
         return plugins.new_method(config, channels).weights(), {}
     folder, processes = run_plan.pretrain_folder(runs), context.processes
     with processes.held(folder / "stage", f"the pre-training {folder.name}") as lock:
@@ -165,7 +167,7 @@ def _pretrain_or_reuse(
             cache = (run_plan.preparation_identity, runs / "cache" / "prepared-by-methods" / config.method)
             mark = "PHANTOM - " if run_plan.phantom else ""
             title = f"{mark}{config.method} on {config.backbone}, after pre-training"
-            pretrain(config, plugins, channels, volumes, folder, cache, context.under(lock), title)
+            pretrain(config, plugins, run_plan.task, channels, volumes, folder, cache, context.under(lock), title)
             stage = processes.decide(lambda: _read_pretraining(folder))
     if stage is None:
         raise UserError(f"{folder} was changed while the run wrote to it: ask again, and it goes on")

@@ -12,7 +12,7 @@ from harness.api.task import Case, Task
 from harness.compute.devices import micro_batches
 from harness.config.request import Request
 from harness.config.resolve import change_task, parse_overrides, resolve
-from harness.config.schema import RunConfig
+from harness.config.schema import Finetune, RunConfig, Training
 from harness.data.corpus import Corpus
 from harness.data.datasets import CorpusData, TaskData, check_overlap, open_corpora, open_task
 from harness.data.splits import draw_labelled
@@ -84,6 +84,9 @@ class RunPlan:
         """Digest of everything that determines the pre-trained weights."""
         names = self.config.model_dump(mode="json", include={"method", "backbone", "seed", "mode", "pretrain"})
         settings = self.config.model_dump(mode="json", include={"method_settings", "backbone_settings"})
+        if self.plugins.method.uses_labels:
+            own = set(Finetune.model_fields) - set(Training.model_fields)  # how labelled crops are drawn and augmented
+            settings["finetune"] = self.config.finetune.model_dump(mode="json", include=own)
         versions = [self.plugins.method.version, self.plugins.backbone.version, version("ssl-seg-harness")]
         return digest([names, settings, versions, self._pretrain_data, self.sources, self.files])
 
@@ -145,8 +148,8 @@ def plan(
         UserError: something does not fit. All such problems are found before anything is computed.
     """
     plugins = Plugins(registry.load("method", request.method), registry.load("backbone", request.backbone))
-    if not plugins.method.trains:
-        located = ()  # without pre-training, one run serves both modes
+    if not plugins.method.trains or plugins.method.uses_labels:
+        located = ()  # one run serves both modes
     config = resolve(request, registry, task)
     channels = len(located[0][0].channels if located else task.channels)
     num_micro_batches = micro_batches(request.execution.micro_batches)

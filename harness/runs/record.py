@@ -47,6 +47,7 @@ def make_record(
             for name, option in options(Request)
             if option.record in RunConfig.model_fields
         },
+        "uses_labels": run_plan.plugins.method.uses_labels,
         "method_version": run_plan.plugins.method.version,
         "task_version": task.version,
         "overrides": config.overrides,

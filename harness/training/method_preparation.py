@@ -13,6 +13,7 @@ from torch import nn
 
 from harness.api.method import Method, Source, VolumeSource
 from harness.api.settings import Triple
+from harness.api.task import Task
 from harness.compute.processes import SingleProcess
 from harness.config.request import DEFAULT_EXECUTION, Execution
 from harness.config.schema import Training
@@ -36,6 +37,7 @@ class PreparationContext:
         folder: of the cache.
         execution: options for the checkpoints of `train`.
         steps: number of optimizer steps of pre-training.
+        task: of the labels, for a method that uses them.
         seconds: that the preparation took; a cached value counts with the seconds that its computation took.
         values: that `report` adds to the record.
     """
@@ -48,6 +50,7 @@ class PreparationContext:
     folder: Path
     execution: Execution = DEFAULT_EXECUTION
     steps: int = 0
+    task: Task | None = None
     seconds: float = 0.0
     values: dict[str, Any] = field(default_factory=dict)
     _training_folder: Path | None = None

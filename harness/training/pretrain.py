@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from harness.api.method import Method, Source
+from harness.api.task import Task
 from harness.compute.devices import new_accelerator
 from harness.compute.memory import is_out_of_memory, peak_memory
 from harness.config.request import Execution
@@ -19,6 +20,7 @@ from harness.data.crops import CropDataset
 from harness.data.volumes import Volume
 from harness.system.console import say
 from harness.system.files import digest_file, write_atomic
+from harness.training.augmentation import Augment
 from harness.training.loop import StageContext, StagePlan, train
 from harness.training.method_preparation import PreparationContext
 from harness.training.models import Plugins, seed_for
@@ -35,6 +37,7 @@ PICTURE = "restoration.png"
 def pretrain(
     config: RunConfig,
     plugins: Plugins,
+    task: Task,
     channels: int,
     volumes: Sequence[Volume],
     folder: Path,
@@ -47,6 +50,7 @@ def pretrain(
     An interrupted pre-training in `folder` goes on from its last checkpoint.
 
     Args:
+        task: of the labels, for a method that uses them.
         channels: of the images.
         title: of the picture.
 
@@ -57,21 +61,25 @@ def pretrain(
     say(f"pre-training into {folder}")
     processes, accelerator = context.processes, new_accelerator(context.execution.micro_batches)
     method, sources, preparation = processes.first(
-        lambda: _prepare(config, plugins, channels, volumes, cache, accelerator.device, context.execution)
+        lambda: _prepare(config, plugins, task, channels, volumes, cache, accelerator.device, context.execution)
     )
     method.generator = torch.Generator(accelerator.device)
     settings = config.pretrain
     steps, warmup = settings.schedule(len(volumes))
     plan = StagePlan("pretrain", settings, steps, warmup, seed_for(config.seed, "pretrain steps"))
-    data = pretrain_data(config, plugins, sources, steps * settings.batch_size, seed_for(config.seed, "pretrain crops"))
+    length, seed = steps * settings.batch_size, seed_for(config.seed, "pretrain crops")
+    data = pretrain_data(config, plugins, task, sources, length, seed)
     report = train(plan, method, data, folder / "history.jsonl", accelerator, context, method.after_step)
     processes.decide(partial(_finish, config, method, data, volumes, report, preparation, folder, title, context))
 
 
 def pretrain_data(
-    config: RunConfig, plugins: Plugins, sources: Sequence[Source], length: int, seed: int
+    config: RunConfig, plugins: Plugins, task: Task, sources: Sequence[Any], length: int, seed: int
 ) -> CropDataset:
-    """`length` random crops, changed by the method's `transform`."""
+    """`length` random crops, changed by the method's `transform`; with labels, those that fine-tuning would draw."""
+    if plugins.method.uses_labels:
+        augment, foreground = Augment(config.finetune), config.finetune.foreground
+        return CropDataset(sources, config.pretrain.crop, length, seed, augment, task, foreground)
     transform = plugins.method.transform(config.method_settings)
     return CropDataset(sources, config.pretrain.crop, length, seed, transform)
 
@@ -79,6 +87,7 @@ def pretrain_data(
 def _prepare(
     config: RunConfig,
     plugins: Plugins,
+    task: Task,
     channels: int,
     volumes: Sequence[Volume],
     cache: PreparationCache,
@@ -93,6 +102,7 @@ def _prepare(
     preparation = PreparationContext(
         seed, device, config.pretrain.crop, config.pretrain, identity, folder, execution=execution
     )
+    preparation.task = task if plugins.method.uses_labels else None
     torch.manual_seed(seed)
     return method, preparation.prepare(method, volumes), preparation
 

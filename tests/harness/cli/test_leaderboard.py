@@ -19,7 +19,7 @@ def test_leaderboard_has_the_contracts_columns(finished_runs, capsys):
         "task,data,preset,mode,protocol,label_fraction,method,backbone,n_seeds,target,dice,dice_ci_low,dice_ci_high,"
         "hd95_mm,hd95_ci_low,hd95_ci_high,n_cases,n_missed,delta_dice_vs_scratch,delta_ci_low,delta_ci_high,"
         "p_value_holm,rank,step_ms_p50,pretrain_seconds,source,run_ids,n_test_seen,"
-        "surface_dice,surface_dice_ci_low,surface_dice_ci_high,surface_tolerance_mm,metric_policy,note"
+        "surface_dice,surface_dice_ci_low,surface_dice_ci_high,surface_tolerance_mm,metric_policy,note,label_subset"
     )
     average = frame[frame["target"] == "average"].set_index("method")
     difference = average.loc["hybridmim", "dice"] - average.loc["scratch", "dice"]
@@ -34,7 +34,7 @@ def test_one_control_serves_both_modes(corpus_runs, capsys):
     average = frame[frame["target"] == "average"].set_index(["mode", "method"])
     assert {mode for mode, method in average.index if method == "scratch"} == {"generic", "task-specific"}
     (generic,) = [method for mode, method in average.index if mode == "generic" and method != "scratch"]
-    assert re.fullmatch(r"simmim\{corpus=scans@[0-9a-f]{8}\}", generic)
+    assert re.fullmatch(r"simmim\{pretrain[^{}]*, corpus=scans@[0-9a-f]{8}\}", generic)
     assert not pd.isna(average.loc[("generic", generic), "delta_dice_vs_scratch"])
     assert (frame["n_test_seen"] == 0).all()
 

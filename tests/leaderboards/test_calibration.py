@@ -1,0 +1,155 @@
+"""The calibration controls: headroom, shares of it, and what a table says where it cannot tell anything."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from leaderboards import statistics
+from leaderboards.calibration import Calibration
+from tests.leaderboards.made import built, called, tables, write_run
+
+SEEDS, CASES = 3, 24
+
+
+def simulated(rng, *gains, seed_spread=0.006):
+    """Dice (seeds, cases, 1) of a control, and of methods that gain this much; cases differ, and seeds have luck."""
+    case = rng.normal(0.8, 0.05, CASES)
+    rows = []
+    for gain in (0.0, *gains):
+        luck, reaction = rng.normal(0, seed_spread, (SEEDS, 1)), rng.normal(0, 0.01, CASES)
+        rows.append((case + gain + luck + reaction + rng.normal(0, 0.01, (SEEDS, CASES)))[..., None])
+    return rows
+
+
+@pytest.mark.parametrize(("share", "headroom"), [(0.5, 0.06), (0.0, 0.06), (1.2, 0.04)])
+def test_the_interval_of_a_share_holds_the_true_share_in_95_percent_of_tables(share, headroom):
+    rng, covered, number = np.random.default_rng(7), 0, 1000
+    for _ in range(number):
+        control, positive, method, *others = simulated(rng, headroom, share * headroom, 0.0, 0.01, 0.02)
+        pooled = statistics.luck([control, positive, method, *others])
+        _, low, high = statistics.share(method, control, positive, pooled)
+        covered += low <= share <= high
+    # Two standard errors of a share of 1000 tables are 0.014; a test that is somewhat too careful is no fault.
+    assert 0.95 - 0.014 <= covered / number <= 0.985
+
+
+@pytest.mark.parametrize(("headroom", "least", "most"), [(0.0, 0.96, 1.0), (0.06, 0.0, 0.02)])
+def test_insensitive_is_said_where_there_is_nothing_to_gain(headroom, least, most):
+    """Without headroom in all but the 2.5 % in which an interval of 95 % lies above 0 by luck."""
+    rng, number = np.random.default_rng(3), 400
+    pairs = [tuple(reversed(simulated(rng, headroom))) for _ in range(number)]
+    said = 0
+    for estimate in statistics.differences(pairs):
+        interval = tuple(float(end[-1]) for end in (estimate.mean, estimate.low, estimate.high))
+        said += Calibration("unet", headroom=interval).insensitive
+    assert least <= said / number <= most
+
+
+def test_a_share_is_the_ratio_of_two_differences():
+    rng = np.random.default_rng(0)
+    control, positive, method = simulated(rng, 0.05, 0.02)
+    value, low, high = statistics.share(method, control, positive, statistics.luck([control, positive, method]))
+    assert value == pytest.approx((method.mean() - control.mean()) / (positive.mean() - control.mean()))
+    assert low < value < high
+
+
+def test_without_headroom_a_share_has_no_bounds():
+    rng = np.random.default_rng(1)
+    control, positive, method = simulated(rng, 0.0005, 0.03, seed_spread=0.02)
+    _, low, high = statistics.share(method, control, positive, statistics.luck([control, positive, method]))
+    assert np.isinf([low, high]).any()
+
+
+def test_one_seed_gives_a_share_without_an_interval():
+    control, positive, method = (side[:1] for side in simulated(np.random.default_rng(2), 0.05, 0.02))
+    value, low, high = statistics.share(method, control, positive, statistics.luck([control, positive, method]))
+    assert np.isfinite(value)
+    assert np.isnan([low, high]).all()
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Scratch 0.7, both calibration controls, and a method that gains half of the headroom; three seeds."""
+    for seed in (0, 1, 2):
+        luck = 0.002 * (seed - 1)
+        write_run(tmp_path, "scratch", seed, dice=0.7 + luck, rules=2)
+        write_run(tmp_path, "supervised", seed, dice=0.8 - luck, rules=2, uses_labels=True)
+        write_run(tmp_path, "untrained", seed, dice=0.7 - luck, rules=2)
+        write_run(tmp_path, "m", seed, dice=0.75, rules=2)
+    return tmp_path
+
+
+def test_controls_are_neither_ranked_nor_tested(runs):
+    frame = built(runs)
+    average = frame[frame["target"] == "average"].set_index("method")
+    assert average["rank"].dropna().to_dict() == {"m": 1, "scratch": 2}
+    assert average["p_value_holm"].dropna().index.to_list() == ["m"]
+    assert average["control"].to_dict() == {
+        "m": "",
+        "scratch": "matched",
+        "supervised": "positive",
+        "untrained": "negative",
+    }
+    assert average.loc["supervised", "delta_dice_vs_scratch"] == pytest.approx(0.05, abs=1e-6)
+    assert "neither ranked nor tested" in average.loc["supervised", "note"]
+
+
+def test_a_method_has_its_share_of_the_headroom(runs):
+    frame = built(runs)
+    row = frame[(frame["method"] == "m") & (frame["target"] == "average")].iloc[0]
+    assert row["headroom_share"] == pytest.approx(0.5, abs=1e-6)
+    assert row["headroom_share_ci_low"] < 0.5 < row["headroom_share_ci_high"]
+    others = frame[(frame["method"] != "m") | (frame["target"] != "average")]
+    assert others["headroom_share"].isna().all()
+
+
+def test_the_table_says_what_the_controls_say(runs, capsys):
+    said = called(capsys, "leaderboard", "build", "--runs", runs)
+    assert "of headroom [95 % CI]" in said
+    assert "unet: headroom +0.0500" in said
+    assert "luck, as it must be" in said
+    assert pd.read_csv(runs / "leaderboard.csv")["control"].value_counts()["positive"] == 3
+
+
+def test_a_table_that_cannot_tell_anything_says_so(tmp_path, capsys):
+    for seed, luck in enumerate((-0.05, 0.0, 0.06)):
+        write_run(tmp_path, "scratch", seed, dice=0.7, rules=2)
+        write_run(tmp_path, "supervised", seed, dice=0.7 + luck, rules=2, uses_labels=True)
+        write_run(tmp_path, "untrained", seed, dice=0.6, rules=2)
+        write_run(tmp_path, "m", seed, dice=0.75, rules=2)
+    (only,) = tables(tmp_path)
+    (calibration,) = only.calibrations
+    assert calibration.insensitive
+    assert calibration.miscalibrated
+    assert calibration.shares == {}
+    said = called(capsys, "leaderboard", "build", "--runs", tmp_path)
+    assert "unet: INSENSITIVE" in said
+    assert "unet: MIS-CALIBRATED" in said
+    assert "of headroom" not in said.splitlines()[1]
+
+
+def test_the_pages_say_it_too(runs, capsys):
+    called(capsys, "leaderboard", "publish", "--runs", runs, "--out", runs / "site")
+    page = (runs / "site" / "tables" / "1.html").read_text()
+    assert '<th scope="col">of headroom</th>' in page
+    assert "unet: headroom +0.0500" in page
+
+
+def test_without_controls_there_is_no_calibration(tmp_path):
+    write_run(tmp_path, "scratch")
+    write_run(tmp_path, "m")
+    assert tables(tmp_path)[0].calibrations == []
+
+
+def test_controls_serve_the_tables_of_every_mode(tmp_path):
+    for method in ("scratch", "untrained"):
+        write_run(tmp_path, method, rules=2)
+    write_run(tmp_path, "supervised", rules=2, uses_labels=True)
+    write_run(tmp_path, "m", rules=2, mode="generic")
+    generic = next(each for each in tables(tmp_path) if each.shared("mode") == "generic")
+    assert [group.method for group in generic.groups] == ["m", "scratch", "supervised", "untrained"]
+
+
+def test_one_case_has_no_interval_and_nothing_is_said():
+    calibration = Calibration("unet", (0.1, float("nan"), float("nan")), (-0.1, float("nan"), float("nan")))
+    assert (calibration.insensitive, calibration.miscalibrated, calibration.sentences()) == (False, False, [])
