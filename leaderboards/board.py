@@ -9,6 +9,7 @@ import numpy as np
 
 from leaderboards import statistics
 from leaderboards.calibration import UNTRAINED, Calibration, Interval, calibrate
+from leaderboards.convergence import unconverged
 from leaderboards.records import SHARED, Run
 from leaderboards.statistics import Estimate, Values
 
@@ -97,6 +98,16 @@ class Table:
     targets: tuple[str, ...]
     groups: list[Group]
     calibrations: list[Calibration]
+
+    @property
+    def sentences(self) -> list[str]:
+        """What a reader must know about the whole table, one sentence each."""
+        number = sum(bool(unconverged(group.runs)) for group in self.groups)
+        said = [
+            f"NOT CONVERGED: the fine-tuning of {number} of {len(self.groups)} rows ended too early for a comparison: give more "
+            "steps or a higher learning rate"
+        ]
+        return said * (number > 0) + [sentence for each in self.calibrations for sentence in each.sentences()]
 
     def share(self, group: Group) -> Interval | None:
         """The share of the headroom that a row gains; None where it is not known."""
@@ -214,7 +225,7 @@ def _table(key: tuple[Any, ...], members: dict[tuple[str, str], list[Run]]) -> T
     for index, (method, backbone) in enumerate(runs):
         dice_of_row, hd95, surface = (column[index] for column in estimates)
         name = method, backbone
-        text = "; ".join(note for note in (chosen[name][1], notes[name]) if note)
+        text = "; ".join(note for note in (unconverged(runs[name]), chosen[name][1], notes[name]) if note)
         slim = replace(dice_of_row, draws=dice_of_row.draws[:, -1:].copy())
         group = Group(
             method, backbone, runs[name], slim, _means(hd95), _means(surface), deltas.get(name), p[index], text

@@ -106,6 +106,7 @@ class Record(Part):
     record_schema: Annotated[Literal[1], Field(alias="schema")]
     rules: Literal[1, 2] = 1
     uses_labels: bool = False
+    final_soft_dice: Annotated[float, Field(ge=-1, le=1)] | None = None
     run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+=-]{0,199}$")]
     method: Name
     backbone: Name

@@ -59,7 +59,7 @@ def render(tables: Sequence[Table], reported: pd.DataFrame | None = None) -> str
         rows = _grid(table)
         lines = align(rows)
         notes = dict.fromkeys(f"  {group.name}: {group.note}" for group in table.groups if _worth_saying(group))
-        said = [f"  {sentence}" for each in table.calibrations for sentence in each.sentences()]
+        said = [f"  {sentence}" for sentence in table.sentences]
         blocks.append("\n".join([printable(table.title), *map(printable, [*lines, *said, *list(notes)[:20]])]))
     if reported is not None and not reported.empty:
         averages = reported[reported["target"] == "average"][

@@ -129,7 +129,7 @@ class _Site:
             "rows": rows,
             "seen": any(row["seen"] for row in rows),
             "shares": any(each.shares for each in ranked.calibrations),
-            "sentences": [sentence for each in ranked.calibrations for sentence in each.sentences()],
+            "sentences": ranked.sentences,
             "figures": drawn,
             "main_figures": {name: text for name, text in drawn.items() if name in ("dice", "ranks", "pareto")},
         }

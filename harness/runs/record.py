@@ -74,6 +74,7 @@ def make_record(
         "memory": {"pretrain": stage.get("memory"), "run": {key: _most(peaks, key) for key in peaks[0]}},
         "environment": environment.describe_environment(device),
         "transfer": transfer,
+        "final_soft_dice": tuned.get("final_soft_dice"),
         "method_prepare": stage.get("prepared", {}),
         "files": run_plan.files,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

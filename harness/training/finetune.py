@@ -21,7 +21,7 @@ from harness.training.effective_rank import effective_ranks
 from harness.training.loop import StageContext, StagePlan, train
 from harness.training.models import Plugins, new_network, seed_for
 from harness.training.segmenter import Segmenter
-from harness.training.stage_files import assert_unchanged, first_gradient_norms, write_weights
+from harness.training.stage_files import assert_unchanged, final_soft_dice, first_gradient_norms, write_weights
 from harness.training.transfer import select_parts, transfer
 
 PROBES = 2
@@ -94,6 +94,7 @@ def finetune(
         stage = {
             "trained": asdict(report),
             "transfer": transferred.as_record() | moved,
+            "final_soft_dice": final_soft_dice(folder / "history.jsonl"),
             "memory": peak_memory(accelerator.device),
             "weights": digest_file(path),
         }

@@ -28,6 +28,14 @@ def first_gradient_norms(history: Path, stage: str, number: int = 10) -> list[fl
     return [float(f"{norm:.4g}") for norm in norms if norm is not None]
 
 
+def final_soft_dice(history: Path) -> float | None:
+    """1 minus the Dice loss of fine-tuning, averaged over the last tenth of the steps; None if every step was left out."""
+    lines = (json.loads(line) for line in history.read_text().splitlines())
+    losses = [line["terms"]["dice"] for line in lines if line.get("stage") == "finetune"]
+    last = [loss for loss in losses[-max(1, len(losses) // 10) :] if loss is not None]
+    return round(1 - sum(last) / len(last), 4) if last else None
+
+
 def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     """Write weights by renaming a finished file, so that nobody reads half of it. Raises OSError if the disk is full."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
