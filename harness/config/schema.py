@@ -74,6 +74,9 @@ class Training(Settings):
 class Finetune(Training):
     """Fine-tuning with the DiceCE loss and the paper's light augmentation (section IV-C)."""
 
+    validation: NonNegativeInt = Field(
+        4, description="training cases that are held out to watch fine-tuning, at most one in twenty; 0: none; here"
+    )
     foreground: float = Field(
         0.5,
         ge=0,

@@ -109,7 +109,7 @@ class Estimator:
     def _preprocessing(self, run_plan: RunPlan, cache: Path, estimate: Estimate) -> None:
         """Add the preprocessing. The first missing case is timed, and stays in the cache; each other case takes as long."""
         image_sets: list[tuple[Any, Sequence[Case], Any]] = [
-            (run_plan.task, (*run_plan.train, *run_plan.test), run_plan.data.inventory.digests),
+            (run_plan.task, (*run_plan.train, *run_plan.validation, *run_plan.test), run_plan.data.inventory.digests),
             *((corpus.corpus, corpus.cases, corpus.inventory.digests) for corpus in run_plan.corpora),
         ]
         seconds = 0.0

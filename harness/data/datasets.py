@@ -112,11 +112,12 @@ def read_spec(registry: Registry, spec: str) -> tuple[str, Path | None, Percenti
     raise unknown("corpus (nor is it a folder)", name, registry.names("corpus"))
 
 
-def open_task(task: Task, root: Path, cache: Path, how: str) -> TaskData:
+def open_task(task: Task, root: Path, cache: Path, how: str, validation: int = 0) -> TaskData:
     """Open, check and split the cases of a task; cases that are the same scan count as one patient.
 
     Args:
         how: value of `--split`, as `check_split` returns it.
+        validation: largest number of training cases that are held out.
 
     Raises:
         UserError: a case cannot be used, or the split leaves no case on one side.
@@ -128,7 +129,8 @@ def open_task(task: Task, root: Path, cache: Path, how: str) -> TaskData:
     for case in cases:
         check_name(case.id)
     inventory = take_inventory(task, cases, cache)
-    split = split_cases(task, cases, how, duplicate_pairs([inventory.signatures[case.id] for case in cases]))
+    pairs = duplicate_pairs([inventory.signatures[case.id] for case in cases])
+    split = split_cases(task, cases, how, pairs, validation)
     if split.by == SAME:
         say(
             "PLUMBING CHECK: trained and tested on the same cases (--split same); the numbers say nothing about a method"

@@ -16,11 +16,13 @@ from harness.system.errors import UserError
 FOLD = re.compile(r"([1-9]\d{0,2})/([1-9]\d{0,2})")
 SAME = "same"
 TEST_SHARE = Fraction(1, 5)
+VALIDATION_SHARE = Fraction(1, 20)
+"""The largest share of the training cases that may be validation cases."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Training cases and test cases.
+    """Training cases, validation cases and test cases.
 
     Attributes:
         train: in the order of a digest of the patients' names.
@@ -29,6 +31,7 @@ class Split:
         left_out: pairs (case, test case) of the same patient, where the test list has only the second one. The first one is
             not used for training.
         repeated: pairs of cases that are the same scan.
+        validation: a few cases that would be training cases, held out to watch fine-tuning; none where there are few cases.
     """
 
     train: list[Case]
@@ -36,6 +39,7 @@ class Split:
     by: str
     left_out: list[tuple[str, str]] = field(default_factory=list)
     repeated: list[tuple[str, str]] = field(default_factory=list)
+    validation: list[Case] = field(default_factory=list)
 
 
 def check_split(how: str) -> str:
@@ -53,7 +57,13 @@ def check_split(how: str) -> str:
     )
 
 
-def split_cases(task: Task, cases: Sequence[Case], how: str = "fixed", same: Sequence[tuple[int, int]] = ()) -> Split:
+def split_cases(
+    task: Task,
+    cases: Sequence[Case],
+    how: str = "fixed",
+    same: Sequence[tuple[int, int]] = (),
+    validation: int = 0,
+) -> Split:
     """Split labelled cases.
 
     The rule orders patients by a digest of their names alone. So the same scans in another layout are split in the same
@@ -62,6 +72,7 @@ def split_cases(task: Task, cases: Sequence[Case], how: str = "fixed", same: Seq
     Args:
         how: as `check_split` returns it.
         same: pairs of indices of `cases` that are the same scan; they count as one patient.
+        validation: largest number of training cases that are held out; at most one in twenty is.
 
     Raises:
         UserError: no case is left on one side, or there are more folds than patients.
@@ -85,21 +96,31 @@ def split_cases(task: Task, cases: Sequence[Case], how: str = "fixed", same: Seq
             if sum(map(len, test)) < num_test:
                 test.append(group)
     test_ids = {case.id for group in test for case in group}
-    train = []
+    training: list[list[Case]] = []
     for group in groups:
         test_id = next((case.id for case in group if case.id in test_ids), None)
         if test_id is None:
-            train += group
+            training.append(group)
         else:
             left_out += [(case.id, test_id) for case in group if case.id not in test_ids]
+    held_out = _hold_out(training, validation)
+    train = [case for group in training for case in group]
     if not train or not test_ids:
         raise UserError(
             f"task {task.name!r}: {len(cases)} labelled cases split into {len(train)} for training and {len(test_ids)} for "
             "testing; both need at least one: give the whole data set, or --split same for a plumbing check"
         )
-    return Split(
-        train, sorted((case for case in cases if case.id in test_ids), key=lambda case: case.id), by, left_out, repeated
-    )
+    tested = sorted((case for case in cases if case.id in test_ids), key=lambda case: case.id)
+    return Split(train, tested, by, left_out, repeated, held_out)
+
+
+def _hold_out(training: list[list[Case]], number: int) -> list[Case]:
+    """Take at most `number` validation cases out of the training patients: the last patients, as many as the share allows."""
+    most = min(number, int(VALIDATION_SHARE * sum(map(len, training))))
+    validation: list[Case] = []
+    while training and len(validation) + len(training[-1]) <= most:
+        validation += training.pop()
+    return validation
 
 
 def draw_labelled(train: Sequence[Case], fraction: float, seed: int) -> list[Case]:

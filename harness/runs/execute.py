@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from harness.compute.processes import Processes
 from harness.config.request import Request
 from harness.data.volumes import Volume, preprocess_cases
 from harness.evaluation.evaluate import evaluate
+from harness.evaluation.validation import Validation
 from harness.runs.finished import FinishedRun, digest_request, finished_folder, read_finished
 from harness.runs.locate import locate
 from harness.runs.plan import RunPlan, plan
@@ -74,8 +76,8 @@ def pretrain_only(request: Request) -> Path:
     if not run_plan.plugins.method.trains:
         raise UserError(f"method {request.method!r} pre-trains nothing: leave --until pretrain out")
     with _tracked(run_plan, request, processes) as context:
-        _, _, pretraining_volumes = processes.first(lambda: _volumes(run_plan, request.runs / "cache"))
-        _pretrain_or_reuse(run_plan, request.runs, pretraining_volumes, context)
+        volumes = processes.first(lambda: _volumes(run_plan, request.runs / "cache"))
+        _pretrain_or_reuse(run_plan, request.runs, volumes.pretrain, context)
     return run_plan.pretrain_folder(request.runs)
 
 
@@ -98,13 +100,13 @@ def _compute(run_plan: RunPlan, request: Request, folder: Path, context: StageCo
     config, task, processes, began = run_plan.config, run_plan.task, context.processes, time.perf_counter()
     say(f"run {run_plan.run_id}")
     processes.decide(lambda: write_atomic(folder / "config.json", config.model_dump_json(indent=1)))
-    train, test, pretraining_volumes = processes.first(lambda: _volumes(run_plan, request.runs / "cache"))
+    volumes = processes.first(lambda: _volumes(run_plan, request.runs / "cache"))
     seconds = {"prepare": time.perf_counter() - began}
-    weights, stage = _pretrain_or_reuse(run_plan, request.runs, pretraining_volumes, context)
+    weights, stage = _pretrain_or_reuse(run_plan, request.runs, volumes.pretrain, context)
     seconds |= {"pretrain": stage["seconds"], "method_prepare": stage["prepare_seconds"]} if stage else {}
-    labelled = {case.id for case in run_plan.label_cases}
-    labelled_volumes = [volume for volume in train if volume.case.id in labelled]
-    finetuned = _finetune_or_reuse(run_plan, labelled_volumes, weights, stage, folder, context)
+    steps, _ = config.finetune.schedule(len(volumes.labelled))
+    validation = Validation(config, task, volumes.validation, steps, folder / "validation.json")
+    finetuned = _finetune_or_reuse(run_plan, volumes.labelled, weights, stage, folder, context, validation)
     seconds["finetune"] = finetuned["trained"]["seconds"]
     network = _load_network(run_plan, folder)
     summary, seconds["evaluate"] = evaluate(
@@ -112,7 +114,7 @@ def _compute(run_plan: RunPlan, request: Request, folder: Path, context: StageCo
         task,
         network,
         finetuned["weights"],
-        test,
+        volumes.test,
         folder,
         _title(run_plan),
         processes,
@@ -120,6 +122,7 @@ def _compute(run_plan: RunPlan, request: Request, folder: Path, context: StageCo
     )
     context.check()
     record = make_record(run_plan, summary, seconds, finetuned, network, stage)
+    record["validation"] = validation.record()
 
     def finish() -> None:
         """Write the record, and remove the per-case scores that `cases.csv` now has."""
@@ -130,21 +133,34 @@ def _compute(run_plan: RunPlan, request: Request, folder: Path, context: StageCo
     processes.decide(finish)
 
 
-def _volumes(run_plan: RunPlan, cache: Path) -> tuple[list[Volume], list[Volume], list[Volume]]:
-    """Preprocess the cases of a run. Returns the volumes for training, for testing and for pre-training."""
+@dataclass(frozen=True)
+class _Volumes:
+    """The preprocessed cases of a run. `labelled` are those of the training cases whose labels are used."""
+
+    labelled: list[Volume]
+    validation: list[Volume]
+    test: list[Volume]
+    pretrain: list[Volume]
+
+
+def _volumes(run_plan: RunPlan, cache: Path) -> _Volumes:
+    """Preprocess the cases of a run."""
     digests = run_plan.data.inventory.digests
-    cases = {case.id: case for case in (*run_plan.train, *run_plan.test)}
+    cases = {case.id: case for case in (*run_plan.train, *run_plan.validation, *run_plan.test)}
     # The cache is verified, because a record must be true. One pass over the files costs little compared with a training.
     preprocessed = preprocess_cases(run_plan.task, list(cases.values()), digests, cache, verify=True)
     volumes = dict(zip(cases, preprocessed, strict=True))
-    train, test = ([volumes[case.id] for case in subset] for subset in (run_plan.train, run_plan.test))
-    if not run_plan.corpora:
-        return train, test, train
     scans = [
         preprocess_cases(data.corpus, data.cases, data.inventory.digests, cache, verify=True)
         for data in run_plan.corpora
     ]
-    return train, test, [volume for corpus_volumes in scans for volume in corpus_volumes]
+    return _Volumes(
+        labelled=[volumes[case.id] for case in run_plan.label_cases],
+        validation=[volumes[case.id] for case in run_plan.validation],
+        test=[volumes[case.id] for case in run_plan.test],
+        pretrain=[volume for corpus_volumes in scans for volume in corpus_volumes]
+        or [volumes[case.id] for case in run_plan.train],
+    )
 
 
 def _pretrain_or_reuse(
@@ -189,6 +205,7 @@ def _finetune_or_reuse(
     stage: dict[str, Any],
     folder: Path,
     context: StageContext,
+    validation: Validation,
 ) -> dict[str, Any]:
     """The report of fine-tuning. A finished fine-tuning in the run's folder is used again."""
     file, task = folder / "finetune.json", run_plan.task
@@ -210,7 +227,9 @@ def _finetune_or_reuse(
 
     history = context.processes.decide(take_over_pretraining)
     repeat_stem = run_plan.pretrain_channels == 1 < len(task.channels) and bool(run_plan.corpora)
-    finetune(run_plan.config, run_plan.plugins, task, volumes, weights, folder, context, repeat_stem, history)
+    finetune(
+        run_plan.config, run_plan.plugins, task, volumes, weights, folder, context, repeat_stem, history, validation
+    )
     finetuned = context.processes.decide(lambda: read_stage(file))
     if finetuned is None:
         raise UserError(f"{folder} was changed while the run wrote to it: ask again, and it goes on")
@@ -221,7 +240,7 @@ def _finetune_or_reuse(
 def _predict_again(run_plan: RunPlan, runs: Path, folder: Path, processes: Processes) -> None:
     """Evaluate a finished run once more to write its predictions; its scores stay unchanged."""
     network = _load_network(run_plan, folder)
-    _, test, _ = processes.first(lambda: _volumes(run_plan, runs / "cache"))
+    test = processes.first(lambda: _volumes(run_plan, runs / "cache")).test
     again, weights = folder / ".again", digest_file(folder / "weights.safetensors")
     evaluate(
         run_plan.config,

@@ -59,6 +59,11 @@ class RunPlan:
         return self.data.split.test
 
     @property
+    def validation(self) -> list[Case]:
+        """Cases that are held out to watch fine-tuning."""
+        return self.data.split.validation
+
+    @property
     def phantom(self) -> bool:
         """Whether any data of the run is a phantom."""
         return self.data.phantom or any(corpus.phantom for corpus in self.corpora)
@@ -155,7 +160,7 @@ def plan(
     num_micro_batches = micro_batches(request.execution.micro_batches)
     check_fit(registry, config, plugins, len(task.channels), channels, num_micro_batches)
     cache = request.runs / "cache"
-    data = open_task(task, root, cache, request.split)
+    data = open_task(task, root, cache, request.split, config.finetune.validation)
     corpora = open_corpora(located, cache, request.skip_bad)
     overlap = check_overlap(data, corpora, request.allow_overlap)
     # A plugin that is given as a file may change without a new version. Installed plugins state their version.

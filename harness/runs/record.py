@@ -99,6 +99,7 @@ def _data_record(run_plan: RunPlan) -> dict[str, Any]:
         "n_test": len(run_plan.test),
         "train": [case.id for case in run_plan.label_cases],
         "pretrain": scans or [case.id for case in run_plan.train],
+        "validation": [case.id for case in split.validation],
         "test": [case.id for case in run_plan.test],
         "label_subset": "per seed" if config.label_seed is None else f"by label seed {config.label_seed}",
         "split": config.split,

@@ -90,6 +90,7 @@ def train(
     accelerator: Accelerator | SingleProcess,
     context: StageContext | None = None,
     after_step: Callable[[int], None] | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> StageReport:
     """Minimise the sum of the loss terms that `module(batch)` returns, and write one line per step to `history`.
 
@@ -97,7 +98,8 @@ def train(
 
     Args:
         data: samples of all steps in their order; each step takes the next `batch_size` samples.
-        after_step: is called with the number of each step, from 1.
+        after_step: is called with the number of each step, from 1; its time is part of the step.
+        watch: as `after_step`, on the main process, with a time that does not count.
 
     Raises:
         UserError: as `TrainingLoop.run` and `Trainer`.
@@ -106,7 +108,7 @@ def train(
     context = context or StageContext()
     skip = context.execution.on_nonfinite == "skip"
     trainer = Trainer(module, plan.settings, plan.steps, plan.warmup, accelerator, plan.seed, skip)
-    return TrainingLoop(plan, trainer, data, history, context).run(after_step)
+    return TrainingLoop(plan, trainer, data, history, context).run(after_step, watch)
 
 
 class TrainingLoop:
@@ -127,11 +129,13 @@ class TrainingLoop:
         self.skipped: list[int] = []
         self.unread: list[tuple[int, float, Tensor, dict[str, Tensor]]] = []
 
-    def run(self, after_step: Callable[[int], None] | None = None) -> StageReport:
+    def run(
+        self, after_step: Callable[[int], None] | None = None, watch: Callable[[int], None] | None = None
+    ) -> StageReport:
         """Compute all remaining steps.
 
         Args:
-            after_step: is called with the number of each step, from 1.
+            after_step, watch: as for `train`.
 
         Raises:
             UserError: a loss is not finite, the memory does not suffice, or the disk is full.
@@ -152,6 +156,10 @@ class TrainingLoop:
                 self.step += 1
                 self.unread.append((self.step, trainer.optimizer.param_groups[0]["lr"], trainer.gradient_norm, terms))
                 bar.update()
+                if watch is not None and self.main:
+                    paused = time.perf_counter()
+                    watch(self.step)
+                    began += time.perf_counter() - paused
                 if self.step % self.read_every == 0 or self.step == self.steps:
                     bar.set_postfix_str(f"loss {self._read(lines):.4f}", refresh=False)
                     clock.read()

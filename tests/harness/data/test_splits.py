@@ -102,3 +102,24 @@ def test_brats_time_points_share_a_patient(tmp_path):
     for k in (1, 2, 3):
         split = split_cases(task, found, f"{k}/3")
         assert not {case.patient for case in split.train} & {case.patient for case in split.test}
+
+
+@pytest.mark.parametrize(
+    ("number", "asked", "expected"), [(220, 4, 4), (220, 0, 0), (60, 4, 2), (24, 4, 0), (220, 20, 8)]
+)
+def test_validation_cases_are_held_out_of_training_and_are_few(number, asked, expected):
+    whole, split = (split_cases(TASK, cases(number), validation=most) for most in (0, asked))
+    assert len(split.validation) == expected
+    assert split.test == whole.test
+    assert split.train == whole.train[: len(whole.train) - expected]
+    assert ids(split.train) | ids(split.validation) == ids(whole.train)
+    assert not ids(split.validation) & (ids(split.train) | ids(split.test))
+
+
+def test_a_patient_is_not_divided_between_training_and_validation():
+    """Patients of three scans: of at most four validation cases three are taken."""
+    some = [replace(case, patient=f"p{number // 3}") for number, case in enumerate(cases(300))]
+    split = split_cases(TASK, some, validation=4)
+    assert len(split.validation) == 3
+    assert len({case.patient for case in split.validation}) == 1
+    assert not {case.patient for case in split.validation} & {case.patient for case in split.train}
