@@ -10,7 +10,7 @@ from typing import Any
 from harness.api.registry import Registry
 from harness.api.settings import build
 from harness.api.task import Task, Window
-from harness.config.presets import read_preset
+from harness.config.presets import lineage, settings_of
 from harness.config.request import Request, options
 from harness.config.schema import Evaluate, Finetune, RunConfig, TaskSettings, Training
 from harness.system.errors import UserError, unknown
@@ -92,22 +92,26 @@ def _combine(
     request: Request, registry: Registry, task: Task, overrides: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
     """The values of each section, not validated yet. Raises UserError if a plugin's preset sets what it may not."""
-    preset = request.preset
     method_class, backbone_class = registry.load("method", request.method), registry.load("backbone", request.backbone)
-    shipped = read_preset(preset)
-    values: dict[str, dict[str, Any]] = {section: dict(shipped.get(section, {})) for section in SECTIONS}
-    layers = [
-        (f"task {task.name!r}", task.presets, SECTIONS[2:]),
-        (f"backbone {request.backbone!r}", backbone_class.presets, ("backbone",)),
-        # A method may not change fine-tuning, because its control must be fine-tuned in the same way.
-        (f"method {request.method!r}", method_class.presets, ("method", "pretrain")),
-        ("--set", {preset: {k: v for k, v in overrides.items() if not k.startswith("task.")}}, SECTIONS),
-    ]
+    values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    layers: list[tuple[str, Mapping[str, Any], Sequence[str]]] = []
+    for preset in lineage(request.preset):
+        shipped = {f"{section}.{key}": value for section, key, value in settings_of(preset)}
+        layers += [
+            (f"preset {preset!r}", shipped, SECTIONS),
+            (f"task {task.name!r}", task.presets.get(preset, {}), SECTIONS[2:]),
+            (f"backbone {request.backbone!r}", backbone_class.presets.get(preset, {}), ("backbone",)),
+            # A method may not change fine-tuning, because its control must be fine-tuned in the same way.
+            (f"method {request.method!r}", method_class.presets.get(preset, {}), ("method", "pretrain")),
+        ]
+    layers.append(("--set", {key: text for key, text in overrides.items() if not key.startswith("task.")}, SECTIONS))
     for origin, layer, allowed in layers:
-        for key, value in layer.get(preset, {}).items():
+        for key, value in layer.items():
             section, _, field = key.partition(".")
             if section not in allowed:
-                raise UserError(f"{origin} sets {key} in its preset {preset!r}; it may set {', '.join(allowed)} only")
+                raise UserError(
+                    f"{origin} sets {key} in its preset {request.preset!r}; it may set {', '.join(allowed)} only"
+                )
             other = {"steps": "epochs", "epochs": "steps"}.get(field)
             if other and section in ("pretrain", "finetune"):
                 values[section].pop(other, None)

@@ -10,6 +10,7 @@ from typing import Any
 from harness.api.registry import Registry
 from harness.api.task import Case, Task
 from harness.compute.devices import micro_batches
+from harness.config.presets import read_preset
 from harness.config.request import Request
 from harness.config.resolve import change_task, parse_overrides, resolve
 from harness.config.schema import Finetune, RunConfig, Training
@@ -180,12 +181,17 @@ def plan(
 
 
 def _label_fraction(request: Request, data: TaskData) -> dict[str, float]:
-    """The share that `--shots` is of the training cases; empty without it. Raises UserError if there are fewer cases."""
-    if not request.shots:
-        return {}
-    if request.shots > (number := len(data.split.train)):
-        raise UserError(f"--shots {request.shots}: there are {number} training cases: give at most as many")
-    return {"label_fraction": request.shots / number}
+    """The share that `--shots`, or the preset's number, is of the training cases; empty where a share is given.
+
+    Raises:
+        UserError: there are fewer cases.
+    """
+    of_preset = read_preset(request.preset).get("shots", 0) if request.label_fraction == 1 else 0
+    shots, number = request.shots or of_preset, len(data.split.train)
+    if shots > number:
+        origin = "--shots" if request.shots else f"preset {request.preset!r} labels"
+        raise UserError(f"{origin} {shots}: there are {number} training cases: give --shots, at most as many")
+    return {"label_fraction": shots / number} if shots else {}
 
 
 def plan_without_data(request: Request) -> tuple[RunConfig, RunPlan | None]:

@@ -20,10 +20,16 @@ def test_every_file_is_a_preset_and_every_preset_a_file():
     for name, content in files.items():
         assert read_preset(name) == content
         assert isinstance(content["description"], str)
-        assert set(content) - {"description"} <= {"method", "backbone", "pretrain", "finetune", "evaluate"}
+        assert set(content) - {"description", "extends", "shots"} <= {
+            "method",
+            "backbone",
+            "pretrain",
+            "finetune",
+            "evaluate",
+        }
 
 
-@pytest.mark.parametrize("preset", ["demo", "small", "paper"])
+@pytest.mark.parametrize("preset", ["demo", "fewshot", "small", "paper"])
 def test_a_preset_and_what_plugins_lay_over_it_is_a_whole_configuration(preset, registry, tmp_path):
     (tmp_path / "weights.safetensors").touch()
     for task in TASKS:
@@ -34,6 +40,20 @@ def test_a_preset_and_what_plugins_lay_over_it_is_a_whole_configuration(preset, 
             for stage in (config.pretrain, config.finetune):
                 steps, warmup = stage.schedule(num_cases=100)
                 assert steps > warmup >= 0
+
+
+@pytest.mark.parametrize("task", ["msd_hippocampus", "msd_spleen"])
+def test_a_preset_that_extends_another_has_its_values_where_it_has_none(task, registry):
+    """The spleen sets few steps in `demo`; four labelled cases are fine-tuned until they converge all the same."""
+    demo, few = (
+        resolve(Request(method="simclr", task=task, preset=preset), registry, registry.task(task))
+        for preset in ("demo", "fewshot")
+    )
+    assert (few.finetune.steps, few.finetune.lr, few.finetune.warmup_steps) == (1000, 3e-3, 50)
+    assert few.pretrain == demo.pretrain
+    assert few.pretrain.batch_size == 4  # simclr's own, in `demo`
+    assert few.backbone_settings == demo.backbone_settings
+    assert few.finetune.crop == demo.finetune.crop
 
 
 def test_who_asks_for_other_settings_changes_no_preset(registry):

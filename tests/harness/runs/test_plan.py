@@ -70,6 +70,22 @@ def test_shots_are_a_share_of_the_training_cases(request_):
         planned(request_, shots=14)
 
 
+def test_the_preset_fewshot_labels_four_cases_unless_told_otherwise(request_):
+    few = replace(request_, preset="fewshot")
+    assert len(planned(few).label_cases) == 4
+    assert planned(few).config.label_fraction == 4 / 13
+    assert len(planned(few, shots=2).label_cases) == 2
+    assert len(planned(few, label_fraction=0.5).label_cases) == 7
+
+
+def test_a_preset_says_that_there_are_fewer_cases_than_it_labels(hippocampus_phantom, tmp_path):
+    request = Request(
+        method="scratch", task="msd_hippocampus", preset="fewshot", data=hippocampus_phantom, runs=tmp_path
+    )
+    with pytest.raises(UserError, match="preset 'fewshot' labels 4: there are 3 training cases"):
+        plan(request, *locate(request))
+
+
 def test_a_control_serves_every_budget_of_pre_training(request_):
     control = replace(request_, method="scratch", settings=("finetune.steps=9", "finetune.warmup_steps=0"))
     plain = planned(control)
