@@ -3,13 +3,14 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from leaderboards import statistics
 from leaderboards.calibration import UNTRAINED, Calibration, Interval, calibrate
-from leaderboards.convergence import unconverged
+from leaderboards.convergence import Curve, curve, unconverged
 from leaderboards.records import SHARED, Run
 from leaderboards.statistics import Estimate, Values
 
@@ -75,6 +76,11 @@ class Group:
             return "matched"
         return "positive" if self.uses_labels else "negative" if self.is_untrained else ""
 
+    @cached_property
+    def learning(self) -> Curve | None:
+        """Dice on validation cases while fine-tuning ran; None where it was not recorded."""
+        return curve(self.runs)
+
     @property
     def step_ms(self) -> float | None:
         """Median time of a pre-training step in ms, over the seeds; None where nothing was pre-trained."""
@@ -98,6 +104,15 @@ class Table:
     targets: tuple[str, ...]
     groups: list[Group]
     calibrations: list[Calibration]
+
+    def to_scratch(self, group: Group) -> tuple[int, float] | None:
+        """Fine-tuning steps and seconds (pre-training included) in which a row reaches the final validation Dice of scratch.
+
+        None where a curve is missing, or it is not reached.
+        """
+        control = next((each for each in self.groups if each.is_control and each.backbone == group.backbone), None)
+        own, aim = group.learning, control.learning if control is not None else None
+        return own.reaches(aim.dice[-1]) if own is not None and aim is not None else None
 
     @property
     def sentences(self) -> list[str]:

@@ -1,8 +1,9 @@
-"""Whether fine-tuning had converged when it ended: a comparison of runs that have not says little."""
+"""How fast fine-tuning learned, and whether it had converged when it ended: a comparison of runs that have not says little."""
 
-import json
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+
+import numpy as np
 
 from leaderboards.records import Run
 
@@ -16,9 +17,9 @@ it is sure, so that soft Dice is far below.
 
 
 def soft_dice(run: Run) -> float | None:
-    """Soft Dice at the end of fine-tuning, from the record, or else from the history; None where neither has it."""
+    """Soft Dice at the end of fine-tuning; None in records of versions before 0.5.0, which do not have it."""
     recorded = run.record.get("final_soft_dice")
-    return float(recorded) if recorded is not None else _from_history(run)
+    return None if recorded is None else float(recorded)
 
 
 def unconverged(runs: Sequence[Run]) -> str:
@@ -36,18 +37,34 @@ def unconverged(runs: Sequence[Run]) -> str:
     return f"not converged ({seeds}): soft Dice {soft:.2f} on the last crops, Dice {dice:.2f} on the test cases"
 
 
-def _from_history(run: Run) -> float | None:
-    """Soft Dice at the end of fine-tuning from `history.jsonl`; None if there is none, or it is not readable."""
-    path = run.folder / "history.jsonl"
-    if not path.is_file():
+@dataclass(frozen=True)
+class Curve:
+    """Mean Dice on the validation cases while fine-tuning runs, over the seeds.
+
+    Attributes:
+        steps: at which the cases were scored, in ascending order.
+        dice: at these steps.
+        seconds: of pre-training and of fine-tuning up to these steps.
+    """
+
+    steps: tuple[int, ...]
+    dice: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    def reaches(self, dice: float) -> tuple[int, float] | None:
+        """The first step with this Dice or more, and its seconds; None if it is never reached."""
+        points = zip(self.steps, self.dice, self.seconds, strict=True)
+        return next(((step, seconds) for step, value, seconds in points if value >= dice), None)
+
+
+def curve(runs: Sequence[Run]) -> Curve | None:
+    """The curve of a row; None where a run has none, or runs were scored at different steps."""
+    points = [run.record.get("validation", {}).get("curve", []) for run in runs]
+    steps = {tuple(step for step, _ in each) for each in points}
+    if len(steps) != 1 or not (own := steps.pop()):
         return None
-    losses = []
-    try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            step: Any = json.loads(line)
-            if step["stage"] == "finetune":
-                losses.append(float(step["terms"]["dice"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # a foreign file: the mark is an extra, the table does not depend on it
-    last = losses[-max(1, len(losses) // 10) :]
-    return 1 - sum(last) / len(last) if last else None
+    dice = np.mean([[value for _, value in each] for each in points], axis=0)
+    timing = [run.record["timing"]["seconds"] for run in runs]
+    before = float(np.mean([each.get("pretrain", 0) + each.get("method_prepare", 0) for each in timing]))
+    finetune = float(np.mean([each.get("finetune", 0) for each in timing]))
+    return Curve(own, tuple(map(float, dice)), tuple(before + finetune * step / own[-1] for step in own))

@@ -41,6 +41,7 @@ def table_figures(table: Table, folder: Path) -> dict[str, str]:
         ("pareto", any(group.pretrain_seconds for group in groups), pareto),
         ("step_time", any(group.step_ms for group in groups), step_times),
         ("settings", len(_settings(groups)) > 0, settings_and_time),
+        ("convergence", any(group.learning for group in groups), convergence),
         ("training", any((group.runs[0].folder / "history.jsonl").exists() for group in groups), training),
     )
     for name, drawable, draw in kinds:
@@ -260,6 +261,27 @@ def efficiency(curves: Curves, path: Path) -> str:
     return f"Dice over {curves.axis.label.removesuffix(', %')}; area: " + ", ".join(
         f"{curve.name} {curve.area[0]:.3f} [{curve.area[1]:.3f}, {curve.area[2]:.3f}]" for curve in best
     )
+
+
+def convergence(table: Table, groups: list[Group], path: Path) -> str:
+    """Draw Dice on the validation cases over the steps of fine-tuning. Returns a description."""
+    drawn = [(group, line) for group in groups if (line := group.learning) is not None]
+
+    def draw(axes: Axes) -> None:
+        """Draw into the axes."""
+        palette = colours(len(drawn))
+        for number, (group, line) in enumerate(drawn):
+            marker = MARKERS[number % len(MARKERS)]
+            axes.plot(line.steps, line.dice, marker=marker, color=palette[number], label=plain(group.name))
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(drawn[0][1].steps, [str(step) for step in drawn[0][1].steps])
+        axes.set_xlabel("fine-tuning steps")
+        axes.set_ylabel("Dice on validation cases")
+        legend(axes, outside=True)
+
+    save(path, (7, 4), table.title, draw)
+    ends = ", ".join(f"{group.name} {line.dice[-1]:.3f}" for group, line in drawn[:8])
+    return f"Dice on the validation cases while fine-tuning runs, means over seeds; at its end: {ends}"
 
 
 def _best(table: Table) -> list[Group]:

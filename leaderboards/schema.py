@@ -100,12 +100,20 @@ class Transferred(Part):
     requested: Literal["method", "encoder", "all"] = "method"
 
 
+class Validation(Part):
+    """Validation cases and their mean Dice while fine-tuning ran: (step, Dice), in ascending order."""
+
+    cases: Cases = []
+    curve: list[Annotated[list[Annotated[float, Field(ge=0, le=1e9)]], Field(min_length=2, max_length=2)]] = []
+
+
 class Record(Part):
     """A run record of schema 1."""
 
     record_schema: Annotated[Literal[1], Field(alias="schema")]
     rules: Literal[1, 2] = 1
     uses_labels: bool = False
+    validation: Validation = Validation()
     final_soft_dice: Annotated[float, Field(ge=-1, le=1)] | None = None
     run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+=-]{0,199}$")]
     method: Name

@@ -20,6 +20,7 @@ COLUMNS = [
     *("pretrain_seconds", "source", "run_ids", "n_test_seen"),
     *("surface_dice", "surface_dice_ci_low", "surface_dice_ci_high", "surface_tolerance_mm", "metric_policy", "note"),
     *("label_subset", "control", "headroom_share", "headroom_share_ci_low", "headroom_share_ci_high"),
+    *("steps_to_scratch", "seconds_to_scratch"),
 ]
 """The columns of the CSV, in an order that is a contract (docs/leaderboards.md); new columns are added only at the end."""
 
@@ -120,7 +121,7 @@ def _rows(table: Table) -> Iterable[dict[str, Any]]:
                 "metric_policy": table.shared("metric_policy"),
                 "label_subset": table.shared("label_subset"),
                 "control": group.control,
-                **(_share(table, group) if number == last else {}),
+                **(_share(table, group) | _to_scratch(table, group) if number == last else {}),
             }
 
 
@@ -130,6 +131,11 @@ def _share(table: Table, group: Group) -> dict[str, float | None]:
     columns = ("headroom_share", "headroom_share_ci_low", "headroom_share_ci_high")
     # An end may be infinite, which no CSV should hold.
     return dict(zip(columns, (_value(end) if np.isfinite(end) else None for end in interval or ()), strict=False))
+
+
+def _to_scratch(table: Table, group: Group) -> dict[str, float]:
+    """The columns of the budget in which a row is as good as scratch at its end."""
+    return dict(zip(("steps_to_scratch", "seconds_to_scratch"), table.to_scratch(group) or (), strict=False))
 
 
 def _measured(group: Group, number: int, average: bool) -> dict[str, Any]:

@@ -47,10 +47,12 @@ NUMBERS = {
     "headroom_share": (-math.inf, math.inf),
     "headroom_share_ci_low": (-math.inf, math.inf),
     "headroom_share_ci_high": (-math.inf, math.inf),
+    "steps_to_scratch": (1, math.inf),
+    "seconds_to_scratch": (0, math.inf),
 }
 POLICY = re.compile(r"empty-is-(?P<empty>worst|skipped|perfect)-v1(?:\+hd95-(?P<hd95>pooled|area-weighted))?")
 PLAIN = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", re.ASCII)
-OLDER = {"label_subset": "first", "control": ""} | dict.fromkeys(COLUMNS[-3:], "")
+OLDER = {"label_subset": "first", "control": ""} | dict.fromkeys(COLUMNS[-5:], "")
 """The last columns, which tables of earlier versions lack, and what their rows have in common."""
 SHARED = [*COLUMNS[:8], "metric_policy", "surface_tolerance_mm", "label_subset"]
 KEY = [*SHARED, "target", "source"]

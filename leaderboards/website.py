@@ -119,6 +119,7 @@ class _Site:
             seen = max(run.num_test_seen for run in group.runs)
             share = share_text(ranked.share(group))
             rows.append({"rank": rank, "group": group, "missed": missed, "seen": seen, "share": share})
+            rows[-1]["to_scratch"] = ranked.to_scratch(group)
         rows.sort(key=_sort_key)
         drawn = figures.table_figures(ranked, self.folder / "figures" / str(number)) if len(rows) > 1 else {}
         values = {
@@ -128,6 +129,7 @@ class _Site:
             "shared": ranked.shared,
             "rows": rows,
             "seen": any(row["seen"] for row in rows),
+            "to_scratch": any(row["to_scratch"] for row in rows),
             "shares": any(each.shares for each in ranked.calibrations),
             "sentences": ranked.sentences,
             "figures": drawn,

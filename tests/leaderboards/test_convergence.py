@@ -2,64 +2,32 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from leaderboards import convergence, records
 from tests.leaderboards.made import built, called, tables, write_run
 
 
-def curve(last, steps=400):
-    """A Dice loss that falls from 0.8 and stays at `last` for the last tenth."""
-    losses = np.linspace(0.8, last, steps)
-    losses[-steps // 10 :] = last
-    return losses
-
-
-def write_history(folder, losses):
-    steps = [{"stage": "pretrain", "step": 1, "loss": 9.0, "terms": {"dice": 0.9}}]
-    steps += [
-        {"stage": "finetune", "step": step, "loss": 2.0, "terms": {"dice": loss}} for step, loss in enumerate(losses, 1)
-    ]
-    (folder / "history.jsonl").write_text("\n".join(map(json.dumps, steps)) + "\n")
-
-
 # What was measured on hippocampi: 400 steps at a learning rate of 0.001, 400 at 0.005, and 2000 at 0.003.
 @pytest.mark.parametrize(("loss", "dice", "marked"), [(0.45, 0.82, True), (0.16, 0.83, False), (0.12, 0.876, False)])
 def test_the_rule_on_what_was_measured(tmp_path, loss, dice, marked):
-    """Target b of the made-up runs has 0.5, so that target a is set for the average."""
-    folder = write_run(tmp_path, "scratch", dice=0.9)
-    write_history(folder, curve(loss))
+    folder = write_run(tmp_path, "scratch", final_soft_dice=1 - loss)
     record = json.loads((folder / "record.json").read_text())
     record["metrics"]["average"]["dice"] = dice
     (folder / "record.json").write_text(json.dumps(record))
-    run = records.load_run(folder)
-    assert convergence.soft_dice(run) == pytest.approx(1 - loss)
-    assert bool(convergence.unconverged([run])) is marked
+    assert bool(convergence.unconverged([records.load_run(folder)])) is marked
 
 
-def test_the_record_counts_more_than_the_history(tmp_path):
-    folder = write_run(tmp_path, "scratch", final_soft_dice=0.3)
-    write_history(folder, curve(0.1))
-    run = records.load_run(folder)
-    assert convergence.soft_dice(run) == 0.3
-    assert convergence.unconverged([run]).startswith("not converged (seed 0): soft Dice 0.30")
+def test_the_mark_has_the_numbers(tmp_path):
+    runs = [records.load_run(write_run(tmp_path, "m", seed, final_soft_dice=0.3 + 0.1 * seed)) for seed in (0, 1)]
+    assert convergence.unconverged(runs[:1]) == (
+        "not converged (seed 0): soft Dice 0.30 on the last crops, Dice 0.65 on the test cases"
+    )
+    assert convergence.unconverged(runs).startswith("not converged (seeds 0, 1): soft Dice 0.30")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "no json\n", "[]\n", '{"stage": "finetune", "terms": {}}\n', '{"stage": "pretrain"}\n']
-)
-def test_a_foreign_history_says_nothing(tmp_path, text):
-    folder = write_run(tmp_path, "scratch")
-    (folder / "history.jsonl").write_text(text)
-    assert convergence.soft_dice(records.load_run(folder)) is None
-    assert built(tmp_path)["note"].to_list() == ["the control"] * 3
-
-
-def test_a_missing_history_says_nothing(tmp_path):
-    folder = write_run(tmp_path, "scratch")
-    (folder / "history.jsonl").unlink()
-    assert convergence.unconverged([records.load_run(folder)]) == ""
+def test_an_older_record_says_nothing(tmp_path):
+    assert convergence.unconverged([records.load_run(write_run(tmp_path, "scratch"))]) == ""
 
 
 def test_row_and_table_say_it(tmp_path, capsys):
@@ -72,3 +40,45 @@ def test_row_and_table_say_it(tmp_path, capsys):
     assert all(note.startswith("not converged (seed 0)") for note in notes["m"])
     assert set(notes["scratch"]) == {"the control"}
     assert "NOT CONVERGED" in called(capsys, "leaderboard", "build", "--runs", tmp_path)
+
+
+def with_curve(folder, method, seed, dice, steps=(1, 2, 4), seconds=None):
+    values = {"validation": {"cases": ["v"], "curve": [[step, value] for step, value in zip(steps, dice, strict=True)]}}
+    timing = {"timing": {"seconds": seconds}} if seconds else {}
+    write_run(folder, method, seed, rules=2, **values, **timing)
+
+
+def test_a_row_reaches_scratch_at_the_first_step_of_its_mean_curve(tmp_path, capsys):
+    """Scratch ends at 0.7, the mean of its seeds. The method is there in step 2, after all of its pre-training."""
+    with_curve(tmp_path, "scratch", 0, (0.1, 0.5, 0.6))
+    with_curve(tmp_path, "scratch", 1, (0.1, 0.5, 0.8))
+    with_curve(tmp_path, "m", 0, (0.3, 0.8, 0.9), seconds={"pretrain": 100.0, "method_prepare": 3.0, "finetune": 60.0})
+    with_curve(tmp_path, "m", 1, (0.3, 0.6, 0.9), seconds={"pretrain": 100.0, "method_prepare": 3.0, "finetune": 60.0})
+    with_curve(tmp_path, "never", 0, (0.1, 0.2, 0.3))
+    average = built(tmp_path).query("target == 'average'").set_index("method")
+    assert average["steps_to_scratch"].to_dict() == {
+        "m": 2,
+        "never": pytest.approx(float("nan"), nan_ok=True),
+        "scratch": 4,
+    }
+    assert average.loc["m", "seconds_to_scratch"] == pytest.approx(103 + 60 * 2 / 4)
+    assert average.loc["scratch", "seconds_to_scratch"] == pytest.approx(60)
+    called(capsys, "leaderboard", "publish", "--runs", tmp_path, "--out", tmp_path / "site")
+    assert '<th scope="col">steps to scratch</th>' in (tmp_path / "site" / "tables" / "1.html").read_text()
+    assert (tmp_path / "site" / "figures" / "1" / "convergence.png").exists()
+
+
+def test_curves_of_other_steps_are_not_averaged(tmp_path):
+    with_curve(tmp_path, "scratch", 0, (0.1, 0.5, 0.6))
+    with_curve(tmp_path, "scratch", 1, (0.1, 0.5, 0.6), steps=(2, 4, 8))
+    (only,) = tables(tmp_path)
+    assert convergence.curve(only.groups[0].runs) is None
+    assert only.to_scratch(only.groups[0]) is None
+
+
+def test_without_curves_there_is_no_column(tmp_path, capsys):
+    write_run(tmp_path, "scratch")
+    write_run(tmp_path, "m")
+    assert built(tmp_path)["steps_to_scratch"].isna().all()
+    called(capsys, "leaderboard", "publish", "--runs", tmp_path, "--out", tmp_path / "site")
+    assert "steps to scratch" not in (tmp_path / "site" / "tables" / "1.html").read_text()
