@@ -446,14 +446,20 @@ def retrieval(made, crops):
     return np.mean(hits), 1 / (rows - 1)
 
 
-LEARNED = ["pretrain.batch_size=8"]
+LEARNED = {
+    "unet": ("pretrain.crop=32,32,32",),
+    # With the learning rate of 0.001, or crops of 8 % and flips, it does not learn in 200 steps (docs/methods/simclr.md).
+    "swinunetr": ("pretrain.crop=32,64,32", "pretrain.lr=2e-4", "method.smallest=0.3", "method.flip=0,0,0"),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backbone", "steps", "crop"), [("unet", 250, "32,32,32")])
-def test_views_of_held_out_volumes_are_told_apart(backbone, steps, crop, real_hippocampus, tmp_path):
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("backbone", "steps"), [("unet", 250), ("swinunetr", 450)])
+def test_views_of_held_out_volumes_are_told_apart(backbone, steps, real_hippocampus, tmp_path):
     """NT-Xent is below its prior log(2 N - 1), and the other view of a volume is retrieved more often than by chance."""
-    learned = learn(real_hippocampus, tmp_path, "simclr", backbone, steps, [*LEARNED, f"pretrain.crop={crop}"])
+    settings = ("pretrain.batch_size=8", *LEARNED[backbone])
+    learned = learn(real_hippocampus, tmp_path, "simclr", backbone, steps, settings)
     rate, chance = retrieval(learned.method, learned.crops)
     prior = np.log(2 * 8 - 1)
     before, after = learned.before["nt_xent"], learned.after["nt_xent"]
