@@ -93,6 +93,16 @@ def scores(dice: float, cases: int) -> pd.DataFrame:
     return pd.DataFrame(rows)[["case", "target", "status", "dice", "hd95_mm", "surface_dice"]]
 
 
+def simulated(rng, *gains, seed_spread=0.006, seeds=3, cases=24):
+    """Dice (seeds, cases, 1) of a control, and of methods that gain this much; cases differ, and seeds have luck."""
+    case = rng.normal(0.8, 0.05, cases)
+    rows = []
+    for gain in (0.0, *gains):
+        luck, reaction = rng.normal(0, seed_spread, (seeds, 1)), rng.normal(0, 0.01, cases)
+        rows.append((case + gain + luck + reaction + rng.normal(0, 0.01, (seeds, cases)))[..., None])
+    return rows
+
+
 def merge(record: dict, changes: dict) -> dict:
     """`changes` laid over the record; tables into tables."""
     return record | {k: merge(record[k], v) if isinstance(v, dict) and k in record else v for k, v in changes.items()}

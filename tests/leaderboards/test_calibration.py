@@ -6,31 +6,7 @@ import pytest
 
 from leaderboards import statistics
 from leaderboards.calibration import Calibration
-from tests.leaderboards.made import built, called, tables, write_run
-
-SEEDS, CASES = 3, 24
-
-
-def simulated(rng, *gains, seed_spread=0.006):
-    """Dice (seeds, cases, 1) of a control, and of methods that gain this much; cases differ, and seeds have luck."""
-    case = rng.normal(0.8, 0.05, CASES)
-    rows = []
-    for gain in (0.0, *gains):
-        luck, reaction = rng.normal(0, seed_spread, (SEEDS, 1)), rng.normal(0, 0.01, CASES)
-        rows.append((case + gain + luck + reaction + rng.normal(0, 0.01, (SEEDS, CASES)))[..., None])
-    return rows
-
-
-@pytest.mark.parametrize(("share", "headroom"), [(0.5, 0.06), (0.0, 0.06), (1.2, 0.04)])
-def test_the_interval_of_a_share_holds_the_true_share_in_95_percent_of_tables(share, headroom):
-    rng, covered, number = np.random.default_rng(7), 0, 1000
-    for _ in range(number):
-        control, positive, method, *others = simulated(rng, headroom, share * headroom, 0.0, 0.01, 0.02)
-        pooled = statistics.luck([control, positive, method, *others])
-        _, low, high = statistics.share(method, control, positive, pooled)
-        covered += low <= share <= high
-    # Two standard errors of a share of 1000 tables are 0.014; a test that is somewhat too careful is no fault.
-    assert 0.95 - 0.014 <= covered / number <= 0.985
+from tests.leaderboards.made import built, called, simulated, tables, write_run
 
 
 @pytest.mark.parametrize(("headroom", "least", "most"), [(0.0, 0.96, 1.0), (0.06, 0.0, 0.02)])
@@ -43,28 +19,6 @@ def test_insensitive_is_said_where_there_is_nothing_to_gain(headroom, least, mos
         interval = tuple(float(end[-1]) for end in (estimate.mean, estimate.low, estimate.high))
         said += Calibration("unet", headroom=interval).insensitive
     assert least <= said / number <= most
-
-
-def test_a_share_is_the_ratio_of_two_differences():
-    rng = np.random.default_rng(0)
-    control, positive, method = simulated(rng, 0.05, 0.02)
-    value, low, high = statistics.share(method, control, positive, statistics.luck([control, positive, method]))
-    assert value == pytest.approx((method.mean() - control.mean()) / (positive.mean() - control.mean()))
-    assert low < value < high
-
-
-def test_without_headroom_a_share_has_no_bounds():
-    rng = np.random.default_rng(1)
-    control, positive, method = simulated(rng, 0.0005, 0.03, seed_spread=0.02)
-    _, low, high = statistics.share(method, control, positive, statistics.luck([control, positive, method]))
-    assert np.isinf([low, high]).any()
-
-
-def test_one_seed_gives_a_share_without_an_interval():
-    control, positive, method = (side[:1] for side in simulated(np.random.default_rng(2), 0.05, 0.02))
-    value, low, high = statistics.share(method, control, positive, statistics.luck([control, positive, method]))
-    assert np.isfinite(value)
-    assert np.isnan([low, high]).all()
 
 
 @pytest.fixture

@@ -15,7 +15,10 @@ from tests.mutation.engine import CONTROL_SECONDS, ROOT, Ended, Mutant, Sandbox,
 EXTRA = os.environ.get("HARNESS_MUTANTS")
 CHOSEN = read_mutants(Path(EXTRA)) if EXTRA else read_mutants()
 IN_ALL, A_METHOD = 120, 8
-WITHOUT_PRETEXT_TASK = {"methods/scratch.py": "it trains nothing before fine-tuning"}
+WITHOUT_PRETEXT_TASK = {
+    "methods/scratch.py": "it trains nothing before fine-tuning",
+    "methods/untrained.py": "it trains nothing before fine-tuning",
+}
 
 
 @pytest.mark.parametrize("mutant", CHOSEN, ids=str)

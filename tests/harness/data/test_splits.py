@@ -1,13 +1,14 @@
 """Splits: by list, rule and fold; nested, disjoint, the same for the same names, no patient on both sides."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from harness.api.registry import Registry
 from harness.api.task import Case
-from harness.data.splits import check_split, split_cases
+from harness.data.splits import check_split, draw_labelled, split_cases
 from harness.system.errors import UserError
 
 TASK = replace(Registry().task("msd_hippocampus"), test_ids=None)
@@ -123,3 +124,31 @@ def test_a_patient_is_not_divided_between_training_and_validation():
     assert len(split.validation) == 3
     assert len({case.patient for case in split.validation}) == 1
     assert not {case.patient for case in split.validation} & {case.patient for case in split.train}
+
+
+@pytest.mark.parametrize(
+    ("fraction", "number"), [(1.0, 100), (0.5, 50), (0.07, 7), (4 / 100, 4), (0.041, 5), (1e-9, 1)]
+)
+def test_the_number_of_labelled_cases_is_rounded_up(fraction, number):
+    """7 % of 100 is 7.000000000000001 in floating point, and 7 all the same."""
+    assert len(draw_labelled(cases(100), fraction, seed=0)) == number
+
+
+def test_a_seed_draws_cases_of_its_own_and_larger_shares_hold_smaller_ones():
+    train = cases(50)
+    draws = [draw_labelled(train, 0.1, seed) for seed in range(5)]
+    assert len({tuple(case.id for case in draw) for draw in draws}) == 5
+    for seed in range(5):
+        sets = [ids(draw_labelled(train, fraction, seed)) for fraction in (0.02, 0.1, 0.3, 0.9, 1.0)]
+        assert all(fewer < more for fewer, more in pairwise(sets))
+    for draw in draws:
+        assert draw == [case for case in train if case in draw]
+    counts = [sum(case in draw_labelled(train, 0.2, seed) for seed in range(400)) for case in train]
+    assert 40 < min(counts) < max(counts) < 125  # 80 expected, five standard deviations
+
+
+def test_the_scans_of_a_patient_are_drawn_together():
+    train = cases(60, patient=lambda i: f"p{i // 3}")
+    for seed in range(5):
+        drawn = draw_labelled(train, 0.5, seed)
+        assert len({case.patient for case in drawn}) == 10
