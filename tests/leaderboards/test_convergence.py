@@ -52,8 +52,8 @@ def test_a_row_reaches_scratch_at_the_first_step_of_its_mean_curve(tmp_path, cap
     """Scratch ends at 0.7, the mean of its seeds. The method is there in step 2, after all of its pre-training."""
     with_curve(tmp_path, "scratch", 0, (0.1, 0.5, 0.6))
     with_curve(tmp_path, "scratch", 1, (0.1, 0.5, 0.8))
-    with_curve(tmp_path, "m", 0, (0.3, 0.8, 0.9), seconds={"pretrain": 100.0, "method_prepare": 3.0, "finetune": 60.0})
-    with_curve(tmp_path, "m", 1, (0.3, 0.6, 0.9), seconds={"pretrain": 100.0, "method_prepare": 3.0, "finetune": 60.0})
+    with_curve(tmp_path, "m", 0, (0.3, 0.5, 0.9), seconds={"pretrain": 100.0, "method_prepare": 3.0, "finetune": 60.0})
+    with_curve(tmp_path, "m", 1, (0.3, 0.95, 0.9), seconds={"pretrain": 100.0, "method_prepare": 3.0, "finetune": 60.0})
     with_curve(tmp_path, "never", 0, (0.1, 0.2, 0.3))
     average = built(tmp_path).query("target == 'average'").set_index("method")
     assert average["steps_to_scratch"].to_dict() == {

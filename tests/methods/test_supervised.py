@@ -51,6 +51,16 @@ def test_it_learns_to_segment_and_passes_on_encoder_and_decoder(built):
     assert {built.method.backbone.part_of(key) for key in built.method.weights()} == {"encoder", "decoder"}
 
 
+def test_its_picture_shows_the_probability_of_each_output(built):
+    (batch,) = built.batches(1)
+    shown = built.method.show(batch)
+    crop, *outputs = shown.values()
+    assert list(shown) == ["crop", "output 0", "output 1", "output 2"]
+    assert torch.equal(crop, batch["image"])
+    torch.testing.assert_close(sum(outputs), torch.ones_like(outputs[0]))
+    assert min(float(each.min()) for each in outputs) >= 0
+
+
 def test_without_labels_it_cannot_be_prepared():
     with pytest.raises(RuntimeError, match="call it first"):
         Supervised(Supervised.Config(), unet())({"image": torch.zeros(1, 1, 16, 16, 16)})
