@@ -143,7 +143,8 @@ class Run:
             overrides["method.transfer"] = requested
         for field, digest in self.record.get("files", {}).items():
             overrides[f"method.{field}"] = f"{PurePath(overrides.get(f'method.{field}', field)).name}@{digest[:8]}"
-        return _label(self.record["method"], overrides, ("method", *self._budget[1]))
+        own_first = dict(sorted(overrides.items(), key=lambda pair: not pair[0].startswith("method.")))
+        return _label(self.record["method"], own_first, ("method", *self._budget[1]))
 
     @cached_property
     def backbone(self) -> str:

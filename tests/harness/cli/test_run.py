@@ -128,7 +128,7 @@ def test_a_third_partys_method_in_one_file(two_phantoms, tmp_path, capsys):
     plugin.write_text(PLUGIN)
     words = [*short_run("denoise", two_phantoms / "msd_hippocampus"), "--set", "method.noise=0.2"]
     harness(*words, "--plugin", plugin, "--runs", tmp_path / "runs")
-    assert "denoise{noise=0.2}" in capsys.readouterr().out
+    assert "denoise{noise=0.2, pretrain.crop=" in capsys.readouterr().out
     finished = set((tmp_path / "runs").glob("*/record.json"))
     edited = tmp_path / "edited" / "denoise.py"
     edited.parent.mkdir()
