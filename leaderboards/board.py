@@ -57,7 +57,7 @@ class Group:
     @property
     def uses_labels(self) -> bool:
         """Whether the method pre-trains with labels."""
-        return bool(self.runs[0].record.get("uses_labels", False))
+        return any(run.record.get("uses_labels", False) for run in self.runs)
 
     @property
     def is_untrained(self) -> bool:
@@ -108,11 +108,14 @@ class Table:
     def to_scratch(self, group: Group) -> tuple[int, float] | None:
         """Fine-tuning steps and seconds (pre-training included) in which a row reaches the final validation Dice of scratch.
 
-        None where a curve is missing, or it is not reached.
+        Over the seeds that both have. None where a curve is missing or of other cases, or it is not reached.
         """
         control = next((each for each in self.groups if each.is_control and each.backbone == group.backbone), None)
-        own, aim = group.learning, control.learning if control is not None else None
-        return own.reaches(aim.dice[-1]) if own is not None and aim is not None else None
+        if control is None:
+            return None
+        first, second = paired(group.runs, control.runs)
+        own, aim = curve(first), curve(second)
+        return own.reaches(aim.dice[-1]) if own is not None and aim is not None and own.cases == aim.cases else None
 
     @property
     def sentences(self) -> list[str]:
@@ -163,7 +166,9 @@ class Table:
         if any(run.num_test_seen for group in self.groups for run in group.runs):
             marks += "TEST CASES WERE TRAINED OR PRE-TRAINED ON (column seen) - "
         number = self.groups[0].runs[0].record["data"].get("n_train")
-        cases = f" ({number} cases)" if fraction < 1 and isinstance(number, int) else ""
+        subset = self.shared("label_subset")
+        drawn = "" if subset == "first" else f", drawn {subset}"
+        cases = f" ({number} cases{drawn})" if fraction < 1 and isinstance(number, int) else ""
         return f"{marks}{task}, {data}, preset {preset}, {mode}, {protocol}, {fraction:.0%} of the labels{cases}"
 
 

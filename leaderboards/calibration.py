@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from leaderboards import statistics
+from leaderboards.statistics import Values
 
 if TYPE_CHECKING:
     from leaderboards.board import Group
@@ -21,14 +22,16 @@ class Calibration:
     """The calibration of the rows of one backbone, in Dice averaged over targets.
 
     Attributes:
-        headroom: `supervised` minus `scratch`; None without one of them.
-        luck: `untrained` minus `scratch`; None without one of them.
-        shares: name of a method -> its share of the headroom; empty where the headroom is not above its interval.
+        positive: the method of the positive control, of several the one with the largest gain; empty without one.
+        headroom: what it gains over `scratch`; None without both.
+        luck: method of each negative control -> its difference from `scratch`.
+        shares: method -> its share of the headroom; empty where the headroom is not above its interval.
     """
 
     backbone: str
+    positive: str = ""
     headroom: Interval | None = None
-    luck: Interval | None = None
+    luck: dict[str, Interval] = field(default_factory=dict)
     shares: dict[str, Interval] = field(default_factory=dict)
 
     @property
@@ -37,32 +40,34 @@ class Calibration:
         return self.headroom is not None and self.headroom[1] <= 0
 
     @property
-    def miscalibrated(self) -> bool:
-        """Whether other initial values alone make a difference that the interval does not cover."""
-        return self.luck is not None and (self.luck[1] > 0 or self.luck[2] < 0)
+    def miscalibrated(self) -> list[str]:
+        """The negative controls whose initial values alone make a difference that the interval does not cover."""
+        return [method for method, (_, low, high) in self.luck.items() if low > 0 or high < 0]
 
     def sentences(self) -> list[str]:
         """What a reader must know, one sentence each. Without an interval nothing can be said."""
         said = []
         if self.headroom is not None and np.isfinite(self.headroom).all():
-            text = f"headroom {interval_text(self.headroom, '+.4f')} (supervised minus scratch)"
+            text = f"headroom {interval_text(self.headroom, '+.4f')} ({self.positive} minus scratch)"
             said.append(
                 f"{self.backbone}: INSENSITIVE, {text} is not above 0: this table cannot show the benefit of any method"
                 if self.insensitive
                 else f"{self.backbone}: {text}: what a pre-training that has all labels gains"
             )
-        if self.luck is not None and np.isfinite(self.luck).all():
-            text = f"untrained minus scratch is {interval_text(self.luck, '+.4f')}"
-            said.append(
-                f"{self.backbone}: MIS-CALIBRATED, {text}, although only the initial values differ: the intervals are too narrow"
-                if self.miscalibrated
-                else f"{self.backbone}: {text}: luck, as it must be"
-            )
+        for method, interval in self.luck.items():
+            text = f"{method} minus scratch is {interval_text(interval, '+.4f')}"
+            if method in self.miscalibrated:
+                said.append(
+                    f"{self.backbone}: MIS-CALIBRATED, {text}, although only the initial values differ: the intervals are too "
+                    "narrow"
+                )
+            elif np.isfinite(interval).all():
+                said.append(f"{self.backbone}: {text}: luck, as it must be")
         return said
 
 
 def calibrate(groups: Sequence["Group"], pooled: statistics.Luck) -> list[Calibration]:
-    """The calibration of each backbone that has a control for it.
+    """The calibration of each backbone that has scratch and a control for it, with two seeds in common or more.
 
     Args:
         groups: the rows of a table.
@@ -71,13 +76,21 @@ def calibrate(groups: Sequence["Group"], pooled: statistics.Luck) -> list[Calibr
     calibrations = []
     for backbone in dict.fromkeys(group.backbone for group in groups):
         rows = [group for group in groups if group.backbone == backbone]
-        headroom = next((_difference(group) for group in rows if group.uses_labels and group.delta), None)
-        luck = next((_difference(group) for group in rows if group.is_untrained and group.delta), None)
-        if headroom is None and luck is None:
+        scratch = next((_by_seed(group) for group in rows if group.is_control), None)
+        if scratch is None:
             continue
-        calibration = Calibration(backbone, headroom, luck)
-        if headroom is not None and headroom[1] > 0:
-            calibration.shares.update(_shares(rows, pooled))
+        compared = [
+            group for group in rows if len(_by_seed(group).keys() & scratch.keys()) >= statistics.MIN_SEEDS_TEST
+        ]
+        positives = [group for group in compared if group.uses_labels]
+        luck = {group.method: _difference(group) for group in compared if group.is_untrained}
+        positive = max(positives, key=lambda group: _difference(group)[0], default=None)
+        if positive is None and not luck:
+            continue
+        headroom = None if positive is None else _difference(positive)
+        calibration = Calibration(backbone, "" if positive is None else positive.method, headroom, luck)
+        if positive is not None and headroom is not None and headroom[1] > 0:
+            calibration.shares.update(_shares(rows, scratch, _by_seed(positive), pooled))
         calibrations.append(calibration)
     return calibrations
 
@@ -93,7 +106,9 @@ def share_text(share: Interval | None) -> str:
     if share is None:
         return "-"
     value, low, high = share
-    return f"{value:.0%}" if np.isnan(low) or np.isnan(high) else f"{value:.0%} [{low:.0%}, {high:.0%}]"
+    if np.isnan([low, high]).any():
+        return f"{value:.0%}"
+    return f"{value:.0%} [{low:.0%}, {high:.0%}]" if np.isfinite([low, high]).all() else f"{value:.0%} [unbounded]"
 
 
 def _difference(group: "Group") -> Interval:
@@ -102,18 +117,19 @@ def _difference(group: "Group") -> Interval:
     return float(group.delta.mean[-1]), float(group.delta.low[-1]), float(group.delta.high[-1])
 
 
-def _shares(rows: Sequence["Group"], pooled: statistics.Luck) -> dict[str, Interval]:
-    """The share of the headroom that each method gains, over the seeds that it, scratch and `supervised` have."""
-    by_seed = {group.method: {run.seed: run.dice for run in group.runs} for group in rows}
-    control = next(by_seed[group.method] for group in rows if group.is_control)
-    positive = next(by_seed[group.method] for group in rows if group.uses_labels)
-    shares = {}
+def _by_seed(group: "Group") -> dict[int, Values]:
+    """Dice (cases, targets) of each seed of a row."""
+    return {run.seed: run.dice for run in group.runs}
+
+
+def _shares(
+    rows: Sequence["Group"], scratch: dict[int, Values], positive: dict[int, Values], pooled: statistics.Luck
+) -> dict[str, Interval]:
+    """The share of the headroom that each method gains which has all seeds of the headroom."""
+    seeds, shares = sorted(scratch.keys() & positive.keys()), {}
     for group in rows:
-        if group.is_control or group.is_calibration:
-            continue
-        own = by_seed[group.method]
-        seeds = sorted(own.keys() & control.keys() & positive.keys())
-        if seeds:
-            first, base, best = (np.stack([side[seed] for seed in seeds]) for side in (own, control, positive))
+        own = _by_seed(group)
+        if not group.is_control and not group.is_calibration and own.keys() >= set(seeds):
+            first, base, best = (np.stack([side[seed] for seed in seeds]) for side in (own, scratch, positive))
             shares[group.method] = statistics.share(first, base, best, pooled)
     return shares

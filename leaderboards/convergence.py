@@ -42,11 +42,13 @@ class Curve:
     """Mean Dice on the validation cases while fine-tuning runs, over the seeds.
 
     Attributes:
+        cases: their names.
         steps: at which the cases were scored, in ascending order.
         dice: at these steps.
         seconds: of pre-training and of fine-tuning up to these steps.
     """
 
+    cases: tuple[str, ...]
     steps: tuple[int, ...]
     dice: tuple[float, ...]
     seconds: tuple[float, ...]
@@ -58,13 +60,15 @@ class Curve:
 
 
 def curve(runs: Sequence[Run]) -> Curve | None:
-    """The curve of a row; None where a run has none, or runs were scored at different steps."""
-    points = [run.record.get("validation", {}).get("curve", []) for run in runs]
+    """The curve of runs; None where a run has none, or runs were scored at different steps or on different cases."""
+    validations = [run.record.get("validation", {}) for run in runs]
+    points = [each.get("curve", []) for each in validations]
     steps = {tuple(step for step, _ in each) for each in points}
-    if len(steps) != 1 or not (own := steps.pop()):
+    cases = {tuple(each.get("cases", [])) for each in validations}
+    if len(steps) != 1 or len(cases) != 1 or not (own := steps.pop()):
         return None
     dice = np.mean([[value for _, value in each] for each in points], axis=0)
     timing = [run.record["timing"]["seconds"] for run in runs]
     before = float(np.mean([each.get("pretrain", 0) + each.get("method_prepare", 0) for each in timing]))
     finetune = float(np.mean([each.get("finetune", 0) for each in timing]))
-    return Curve(own, tuple(map(float, dice)), tuple(before + finetune * step / own[-1] for step in own))
+    return Curve(cases.pop(), own, tuple(map(float, dice)), tuple(before + finetune * step / own[-1] for step in own))

@@ -10,6 +10,7 @@ from leaderboards.board import Group, Table
 from leaderboards.records import SHARED, Run
 from leaderboards.text import align, printable
 
+MOST_STEPS = 10**12
 FRACTION = SHARED.index("label_fraction")
 
 
@@ -55,11 +56,16 @@ class Curve:
 
 @dataclass(frozen=True)
 class Curves:
-    """Curves that share everything but `over`, a key of `AXES`. Areas are comparable only between curves over the same points."""
+    """Curves that share everything but `over`, a key of `AXES`. Areas are comparable only between curves over the same points.
+
+    Attributes:
+        left_out: rows that have the same point as another row of their curve.
+    """
 
     title: str
     over: str
     curves: list[Curve]
+    left_out: list[str]
 
     @property
     def axis(self) -> Axis:
@@ -76,21 +82,27 @@ class Curves:
             note = "" if curve.points == widest else f"  (other {self.axis.values}: not comparable)"
             table_cells = [f"{dice[point]:.4f}" if point in dice else "-" for point in points]
             rows.append([printable(curve.name), *table_cells, f"{value:.4f} [{low:.4f}, {high:.4f}]{note}"])
-        return "\n".join([printable(self.title), *align(rows, right=range(1, 1 + len(points)))])
+        lines = [printable(self.title), *align(rows, right=range(1, 1 + len(points)))]
+        lines += [f"  left out, as another row has the same point: {printable(name)}" for name in self.left_out]
+        return "\n".join(lines)
 
 
 def find(tables: Sequence[Table], over: str = "label_fraction") -> list[Curves]:
     """The curves of all methods with two or more points, in sets that share everything else.
 
-    Over `pretrain.steps`, each curve begins at 0 with the control of its table and backbone.
+    Over `pretrain.steps`, each curve begins at 0 with the control of its table and backbone. It does not for records under
+    rules 1, where another budget is another table.
     """
+    left_out: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     sets: dict[tuple[Any, ...], dict[str, dict[float, Group]]] = defaultdict(lambda: defaultdict(dict))
     for table in tables:
         for group in table.groups:
             point = _point(group.runs[0], over)
             if point is not None:
                 name = f"{group.runs[0].method_without(over)} ({group.backbone})"
-                sets[_rest(table, group.runs[0], over)][name][point] = group
+                rest = _rest(table, group.runs[0], over)
+                if sets[rest][name].setdefault(point, group) is not group:
+                    left_out[rest].append(f"{group.name}, {AXES[over].form(point)}")
     curve_sets = []
     for rest, members in sets.items():
         if over == "pretrain.steps":
@@ -106,7 +118,9 @@ def find(tables: Sequence[Table], over: str = "label_fraction") -> list[Curves]:
         if curves:
             task, data, preset, mode, protocol, *fraction = rest[:6]
             labels = "" if over == "label_fraction" else f", {fraction[0]:.0%} of the labels"
-            curve_sets.append(Curves(f"{task}, {data}, preset {preset}, {mode}, {protocol}{labels}", over, curves))
+            curve_sets.append(
+                Curves(f"{task}, {data}, preset {preset}, {mode}, {protocol}{labels}", over, curves, left_out[rest])
+            )
     return curve_sets
 
 
@@ -126,9 +140,12 @@ def _point(run: Run, over: str) -> float | None:
     stage = over.partition(".")[0]
     if stage not in run.record["timing"]["seconds"]:
         return None
-    settings = run.record.get("config", {}).get(stage, {})
+    config = run.record.get("config", {})
+    settings = config.get(stage, {}) if isinstance(config, dict) else {}
     steps = settings.get("steps") if isinstance(settings, dict) else None
-    return float(steps) if isinstance(steps, int) else None
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 0 < steps <= MOST_STEPS:
+        return None
+    return float(steps)
 
 
 def _rest(table: Table, run: Run, over: str) -> tuple[Any, ...]:

@@ -1,14 +1,19 @@
 """The fields that a record must have before anything is computed from it. Further fields are kept, but not checked or used."""
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
 Digest = Annotated[str, Field(max_length=200)]
 Number = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=10**9)]
 Cases = list[Annotated[str, Field(min_length=1, max_length=1000)]]
+
+
+Point = Annotated[list[Number], Field(min_length=2, max_length=2)]
+"""A step and the Dice there."""
 
 
 class Part(BaseModel):
@@ -60,7 +65,7 @@ class Data(Part):
     source: Literal["real", "phantom"]
     fingerprint: Annotated[str, Field(min_length=1, max_length=200)]
     n_test_seen: Count
-    label_subset: Name = "first"
+    label_subset: Annotated[str, Field(pattern=r"^(first|per seed|by label seed \d{1,19})$")] = "first"
     split: Name = "fixed"
     train: Cases | None = None
     pretrain: Cases | None = None
@@ -104,7 +109,18 @@ class Validation(Part):
     """Validation cases and their mean Dice while fine-tuning ran: (step, Dice), in ascending order."""
 
     cases: Cases = []
-    curve: list[Annotated[list[Annotated[float, Field(ge=0, le=1e9)]], Field(min_length=2, max_length=2)]] = []
+    curve: list[Point] = []
+
+    @field_validator("curve")
+    @classmethod
+    def _ascends(cls, points: list[list[float]]) -> list[list[float]]:
+        """Steps must be whole numbers of 1 or more in ascending order, Dice in 0..1."""
+        steps = [step for step, _ in points]
+        if any(step != int(step) or step < 1 for step in steps) or any(b <= a for a, b in pairwise(steps)):
+            raise ValueError("steps must be whole numbers from 1 in ascending order")
+        if any(dice > 1 for _, dice in points):
+            raise ValueError("a Dice exceeds 1")
+        return points
 
 
 class Record(Part):

@@ -209,6 +209,8 @@ def share(method: Values, control: Values, positive: Values, pooled: Luck) -> tu
         # Three runs enter the contrast, the control with what is left of it.
         expected = pooled.variance[-1] * (1 + candidate**2 + (1 - candidate) ** 2)
         seeds, cases = np.fmax(own, expected) / num_seeds, _nanvar(per_case[None])[0] / num_cases
+        if seeds + cases == 0:  # no spread at all: only the value itself is not rejected
+            return float(abs(nanmean(per_case, 0)))
         freedom = (seeds + cases) ** 2 / (seeds**2 / max(pooled.freedom, 1) + cases**2 / (num_cases - 1))
         return float(abs(nanmean(per_case, 0)) - stats.t.ppf(0.975, freedom) * np.sqrt(seeds + cases))
 
@@ -219,6 +221,8 @@ def share(method: Values, control: Values, positive: Values, pooled: Luck) -> tu
 
 def _root(margin: Callable[[float], float], value: float, direction: int) -> float:
     """The first zero of `margin` on one side of `value`; infinite if there is none within 1000."""
+    if margin(value) >= 0:  # without any spread, up to rounding
+        return value
     step = 1 / 64
     while step < 1000:
         if margin(value + direction * step) > 0:

@@ -66,6 +66,7 @@ def check_run(folder: Path) -> list[str]:
     except RecordError as error:
         return [str(error)]
     problems = [*_check_digests(run), *_check_aggregates(run), *_check_lists(run), *_check_policy(run)]
+    problems += [*_check_validation(run), *_check_control(run)]
     config = run.record.get("config")
     for name in ("method", "backbone", "task", "mode", "protocol", "preset", "overrides", "seed", "label_fraction"):
         if isinstance(config, dict) and config.get(name, run.record[name]) != run.record[name]:
@@ -147,6 +148,39 @@ def _check_lists(run: Run) -> Iterable[str]:
     seen = (set(lists["train"] or ()) | set(lists["pretrain"] or ()) | overlapping) & set(run.cases)
     if len(seen) > run.num_test_seen:
         yield f"{len(seen)} test cases were trained or pre-trained on ({min(seen)} ...), n_test_seen is {run.num_test_seen}"
+
+
+def _check_validation(run: Run) -> Iterable[str]:
+    """The problems of the validation cases: trained on, tested, or not those that the curve is about."""
+    data, validation = run.record["data"], run.record.get("validation", {})
+    held_out, scored = data.get("validation") or [], validation.get("cases", [])
+    for name in ("train", "pretrain", "test"):
+        cases = data.get(name) or []
+        if len(set(cases)) < len(cases):
+            yield f"data.{name} names a case twice"
+        if both := set(cases) & {*held_out, *scored}:
+            yield f"{len(both)} validation cases are {name} cases ({min(both)} ...)"
+    if scored and sorted(scored) != sorted(held_out):
+        yield f"validation scores {len(scored)} cases, data.validation names {len(held_out)}, not the same ones"
+    if len(set(scored)) < len(scored) or (validation.get("curve") and not scored):
+        yield "validation has a case twice, or a curve without cases"
+    settings = run.record.get("config", {})
+    steps = settings.get("finetune", {}).get("steps") if isinstance(settings, dict) else None
+    if isinstance(steps, int) and any(step > steps for step, _ in validation.get("curve", [])):
+        yield f"validation has a step beyond the {steps} of fine-tuning"
+
+
+def _check_control(run: Run) -> Iterable[str]:
+    """The problems of what a record says about its method's role, and of the draw of its labelled cases."""
+    record = run.record
+    method, labels = record["method"], record.get("uses_labels", False)
+    if method in ("scratch", "untrained") and (labels or "pretrain" in record["timing"]["seconds"]):
+        yield f"{method} pre-trains nothing and uses no labels before fine-tuning, the record says otherwise"
+    if method == "supervised" and not labels:
+        yield "supervised uses labels, the record says that it does not"
+    subset = record["data"].get("label_subset", "first")
+    if (subset == "first") != (record.get("rules", 1) == 1):
+        yield f"label_subset is {subset!r} under rules {record.get('rules', 1)}: first belongs to rules 1, a draw to rules 2"
 
 
 def _check_policy(run: Run) -> Iterable[str]:

@@ -302,11 +302,10 @@ class Request:
             raise UserError(
                 f"--label-fraction {self.label_fraction:g} is not a share of the labels: give a number above 0 and at most 1"
             )
-        if self.shots < 0 or (self.shots and self.label_fraction != 1):
-            raise UserError(
-                f"--shots {self.shots} with --label-fraction {self.label_fraction:g}: give one of them, a number of cases of 1 "
-                "or more, or a share"
-            )
+        if self.shots < 0:
+            raise UserError(f"--shots {self.shots} is not a number of cases: give 1 or more")
+        if self.shots and self.label_fraction != 1:
+            raise UserError(f"--shots {self.shots} with --label-fraction {self.label_fraction:g}: give one of them")
         _check_choices(self)
 
 
@@ -358,5 +357,9 @@ def recorded_fields(record: Mapping[str, Any]) -> dict[str, Any]:
         for key in option.record.split(".") if option.record else ():
             value = value.get(key) if isinstance(value, Mapping) else None
         if option.record and value is not None:
+            if option.axis is int and not isinstance(value, int):
+                raise UserError(
+                    f"the record's {option.record} is {str(value)[:40]!r}, which is no whole number: is it damaged?"
+                )
             values[name] = option.axis(value) if option.axis else value
     return values

@@ -18,6 +18,7 @@ from harness.data.corpus import Corpus
 from harness.data.datasets import CorpusData, TaskData, check_overlap, open_corpora, open_task
 from harness.data.splits import draw_labelled
 from harness.runs.locate import locate
+from harness.system.console import say
 from harness.system.errors import UserError
 from harness.system.files import digest, digest_file
 from harness.training.compatibility import check_fit
@@ -169,7 +170,7 @@ def plan(
     sources = [registry.digest(kind, name) for kind, name in named if registry.plugin(kind, name).entry_point is None]
     # Paths say where a file lies, not what is in it.
     files = {name: digest_file(path) for name, path in config.method_settings if isinstance(path, Path)}
-    known_now = {"corpora": tuple(corpus.label for corpus in corpora)} | _label_fraction(request, data)
+    known_now = {"corpora": tuple(corpus.label for corpus in corpora)} | _labelled(request, data)
     run_plan = RunPlan(config.model_copy(update=known_now), plugins, data, corpora, overlap, sources, files)
     # Problems of fine-tuning must be known before pre-training.
     finetuning = [(config.finetune, len(run_plan.label_cases))]
@@ -180,8 +181,8 @@ def plan(
     return run_plan
 
 
-def _label_fraction(request: Request, data: TaskData) -> dict[str, float]:
-    """The share that `--shots`, or the preset's number, is of the training cases; empty where a share is given.
+def _labelled(request: Request, data: TaskData) -> dict[str, Any]:
+    """The share of labelled cases, from `--shots`, `--label-fraction` or the preset, and whether their draw has a seed.
 
     Raises:
         UserError: there are fewer cases.
@@ -191,7 +192,11 @@ def _label_fraction(request: Request, data: TaskData) -> dict[str, float]:
     if shots > number:
         origin = "--shots" if request.shots else f"preset {request.preset!r} labels"
         raise UserError(f"{origin} {shots}: there are {number} training cases: give --shots, at most as many")
-    return {"label_fraction": shots / number} if shots else {}
+    fraction = shots / number if shots else request.label_fraction
+    if of_preset and not request.shots:
+        say(f"preset {request.preset!r}: {shots} labelled cases; --shots gives another number")
+    # With all labels there is no draw, so that a seed for it changes nothing.
+    return {"label_fraction": fraction} | ({"label_seed": None} if fraction == 1 else {})
 
 
 def plan_without_data(request: Request) -> tuple[RunConfig, RunPlan | None]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from harness.compute import environment
+from harness.config.presets import read_preset
 from harness.config.request import Request, command, recorded_fields
 from harness.runs.locate import locate
 from harness.runs.plan import plan
@@ -93,8 +94,12 @@ def _request(
         corpora = named
     if len(corpora) != len(named):
         raise UserError(f"the run was pre-trained on {', '.join(named) or 'no corpus'}: give --corpus for each of them")
+    fields = recorded_fields(record)
+    # A preset with a number of labelled cases would label fewer than a run with all labels.
+    if fields.get("label_fraction") == 1 and read_preset(str(record["preset"])).get("shots"):
+        fields["shots"] = int(record["data"]["n_train"])
     return Request(
-        **recorded_fields(record),
+        **fields,
         data=None if record["data"]["source"] == "phantom" else data,
         runs=runs,
         settings=tuple(f"{key}={value}" for key, value in record["overrides"].items()),

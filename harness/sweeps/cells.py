@@ -148,7 +148,8 @@ def _expand(path: Path, defaults: dict[str, Any], block: dict[str, Any], base: R
                 if key in ("seed", "label_seed") and value == 0 and not isinstance(value, bool):
                     continue
                 raise UserError(
-                    f"{path}: {key} = {_printable_value(value)} is not a {kind.__name__}: give one, or a list of them"
+                    f"{path}: {key} = {_printable_value(value)} is not a {kind.__name__} that can be used: give one, or a list "
+                    "of them"
                 )
     if (number := prod(len(values) for values in axes.values())) > MOST_CELLS:
         raise UserError(f"{path}: a matrix of {number} runs, at most {MOST_CELLS} are allowed: take values out")

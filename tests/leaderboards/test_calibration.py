@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from leaderboards import statistics
-from leaderboards.calibration import Calibration
+from leaderboards.calibration import Calibration, share_text
 from tests.leaderboards.made import built, called, simulated, tables, write_run
 
 
@@ -74,7 +74,7 @@ def test_a_table_that_cannot_tell_anything_says_so(tmp_path, capsys):
     (only,) = tables(tmp_path)
     (calibration,) = only.calibrations
     assert calibration.insensitive
-    assert calibration.miscalibrated
+    assert calibration.miscalibrated == ["untrained"]
     assert calibration.shares == {}
     said = called(capsys, "leaderboard", "build", "--runs", tmp_path)
     assert "unet: INSENSITIVE" in said
@@ -104,6 +104,60 @@ def test_controls_serve_the_tables_of_every_mode(tmp_path):
     assert [group.method for group in generic.groups] == ["m", "scratch", "supervised", "untrained"]
 
 
-def test_one_case_has_no_interval_and_nothing_is_said():
-    calibration = Calibration("unet", (0.1, float("nan"), float("nan")), (-0.1, float("nan"), float("nan")))
-    assert (calibration.insensitive, calibration.miscalibrated, calibration.sentences()) == (False, False, [])
+def test_without_an_interval_nothing_is_said():
+    calibration = Calibration("unet", "supervised", (0.1, np.nan, np.nan), {"untrained": (-0.1, np.nan, np.nan)})
+    assert (calibration.insensitive, calibration.miscalibrated, calibration.sentences()) == (False, [], [])
+
+
+def test_one_seed_says_nothing(tmp_path):
+    """Its luck cannot be told from anything."""
+    for method, dice in (("scratch", 0.7), ("untrained", 0.71), ("supervised", 0.8), ("m", 0.75)):
+        write_run(tmp_path, method, dice=dice, rules=2, uses_labels=method == "supervised")
+    assert tables(tmp_path)[0].calibrations == []
+
+
+def test_of_several_positive_controls_the_one_that_gains_most_counts(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path, "scratch", seed, dice=0.7, rules=2)
+        write_run(tmp_path, "supervised", seed, dice=0.75, rules=2, uses_labels=True)
+        best = {"pretrain.steps": "1000"}
+        write_run(tmp_path, "supervised", seed, dice=0.9, rules=2, uses_labels=True, overrides=best)
+        write_run(tmp_path, "m", seed, dice=0.8, rules=2)
+    (only,) = tables(tmp_path)
+    (calibration,) = only.calibrations
+    assert calibration.positive == "supervised{pretrain.steps=1000}"
+    assert calibration.headroom[0] == pytest.approx(0.1)
+    assert calibration.shares["m"][0] == pytest.approx(0.5)
+    assert "(supervised{pretrain.steps=1000} minus scratch)" in only.sentences[0]
+
+
+def test_every_negative_control_is_judged(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path, "scratch", seed, dice=0.7 + 0.002 * seed, rules=2)
+        write_run(tmp_path, "untrained", seed, dice=0.702 - 0.002 * seed, rules=2)
+        write_run(tmp_path, "untrained", seed, dice=0.8, rules=2, transfer={"requested": "encoder"})
+    (calibration,) = tables(tmp_path)[0].calibrations
+    assert calibration.miscalibrated == ["untrained{transfer=encoder}"]
+    assert len(calibration.sentences()) == 2
+
+
+def test_a_method_without_all_seeds_of_the_headroom_has_no_share(tmp_path):
+    """At its only seed the headroom may be nothing, and the share anything."""
+    for seed in range(4):
+        write_run(tmp_path, "scratch", seed, dice=0.7, rules=2)
+        write_run(tmp_path, "supervised", seed, dice=0.7 if seed == 0 else 0.8, rules=2, uses_labels=True)
+    write_run(tmp_path, "m", 0, dice=0.75, rules=2)
+    assert tables(tmp_path)[0].calibrations[0].shares == {}
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [
+        (None, "-"),
+        ((0.5, 0.25, 0.75), "50% [25%, 75%]"),
+        ((0.5, np.nan, np.nan), "50%"),
+        ((-0.5, -np.inf, np.inf), "-50% [unbounded]"),
+    ],
+)
+def test_a_share_as_text(share, text):
+    assert share_text(share) == text

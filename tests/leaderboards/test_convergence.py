@@ -82,3 +82,25 @@ def test_without_curves_there_is_no_column(tmp_path, capsys):
     assert built(tmp_path)["steps_to_scratch"].isna().all()
     called(capsys, "leaderboard", "publish", "--runs", tmp_path, "--out", tmp_path / "site")
     assert "steps to scratch" not in (tmp_path / "site" / "tables" / "1.html").read_text()
+
+
+def test_only_seeds_in_common_and_the_same_cases_are_compared(tmp_path):
+    with_curve(tmp_path, "scratch", 0, (0.1, 0.4, 0.5))
+    with_curve(tmp_path, "scratch", 1, (0.1, 0.5, 0.9))
+    with_curve(tmp_path, "m", 0, (0.3, 0.6, 0.65))
+    other = {"cases": ["w"], "curve": [[1, 0.9], [2, 0.9], [4, 0.9]]}
+    for seed in (0, 1):
+        write_run(tmp_path, "other", seed, rules=2, validation=other)
+    (only,) = tables(tmp_path)
+    steps = {group.method: only.to_scratch(group) for group in only.groups}
+    assert steps["m"][0] == 2
+    assert steps["other"] is None
+
+
+@pytest.mark.parametrize(
+    "curve", [[[0, 0.1]], [[2, 0.1], [1, 0.2]], [[1, 0.1], [1, 0.2]], [[0.5, 0.1]], [[1, 1.5]], [[1]]]
+)
+def test_a_curve_that_cannot_be_is_refused(tmp_path, curve):
+    folder = write_run(tmp_path, "m", validation={"cases": ["v"], "curve": curve})
+    with pytest.raises(records.RecordError, match="validation"):
+        records.load_run(folder)

@@ -133,3 +133,19 @@ def test_an_unknown_axis_is_refused_with_those_that_there_are(runs, capsys):
     assert "pretrain.steps" in said
     said = called(capsys, "leaderboard", "efficiency", "--over", "finetune.steps", "--runs", runs, status=2)
     assert "--set finetune.steps=1000" in said
+
+
+def test_a_second_row_at_a_point_is_named_and_left_out(tmp_path, capsys):
+    """The preset's 200 steps, and 200 that were asked for, are two rows of one table."""
+    for steps, dice in ((None, 0.6), (200, 0.7), (400, 0.8)):
+        overrides = {} if steps is None else {"pretrain.steps": str(steps)}
+        write_run(tmp_path, "m", dice=dice, overrides=overrides, rules=2, config={"pretrain": {"steps": steps or 200}})
+    said = called(capsys, "leaderboard", "efficiency", "--over", "pretrain.steps", "--runs", tmp_path)
+    assert "left out, as another row has the same point: m{pretrain.steps=200} (unet), 200" in said
+
+
+@pytest.mark.parametrize("config", [[], {"pretrain": []}, {"pretrain": {"steps": True}}, {"pretrain": {"steps": -5}}])
+def test_a_foreign_configuration_has_no_point(tmp_path, config):
+    write_run(tmp_path, "m", config=config, rules=2)
+    write_run(tmp_path, "m", overrides={"pretrain.steps": "9"}, config={"pretrain": {"steps": 10**400}}, rules=2)
+    assert curves.find(tables(tmp_path), "pretrain.steps") == []

@@ -39,3 +39,9 @@ def test_one_seed_gives_a_share_without_an_interval():
     value, low, high = statistics.share(method, control, positive, statistics.luck([control, positive, method]))
     assert np.isfinite(value)
     assert np.isnan([low, high]).all()
+
+
+def test_differences_without_any_spread_give_the_value_alone():
+    control, positive, method = (np.full((2, 6, 1), value) for value in (0.5, 0.7, 0.6))
+    value, low, high = statistics.share(method, control, positive, statistics.luck([control, positive, method]))
+    assert (low, value, high) == pytest.approx((0.5, 0.5, 0.5))

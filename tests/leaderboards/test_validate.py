@@ -257,3 +257,41 @@ def test_the_command_names_what_is_no_record(tmp_path, capsys):
     for name in ("missing", "missing.csv", "text.txt"):
         assert main(["leaderboard", "validate", str(tmp_path / name), "--runs", str(tmp_path)]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+DRAWN = {"label_subset": "per seed"}
+CURVE = [[1, 0.5], [2, 0.6]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"data": DRAWN | {"validation": ["c0"]}}, "1 validation cases are test cases"),
+        ({"data": DRAWN | {"validation": ["x"]}}, "1 validation cases are train cases"),
+        ({"data": DRAWN | {"validation": ["v"]}, "validation": {"cases": ["w"], "curve": CURVE}}, "not the same ones"),
+        ({"data": DRAWN, "validation": {"curve": CURVE}}, "a curve without cases"),
+        (
+            {
+                "data": DRAWN | {"validation": ["v"]},
+                "validation": {"cases": ["v"], "curve": CURVE},
+                "config": {"finetune": {"steps": 1}},
+            },
+            "a step beyond the 1 of fine-tuning",
+        ),
+        ({"data": DRAWN | {"train": ["x", "x"]}}, "data.train names a case twice"),
+        ({"data": {"label_subset": "first"}}, "first belongs to rules 1"),
+        ({"data": {"label_subset": "per seed"}, "rules": 1}, "first belongs to rules 1"),
+        ({"data": DRAWN, "method": "supervised"}, "supervised uses labels"),
+        ({"data": DRAWN, "method": "untrained", "uses_labels": True}, "untrained pre-trains nothing"),
+        ({"data": DRAWN, "method": "scratch", "uses_labels": True}, "scratch pre-trains nothing"),
+    ],
+)
+def test_a_record_that_cannot_be_is_found(tmp_path, changes, says):
+    changes = {"rules": 2} | changes
+    folder = write_run(tmp_path, changes.pop("method", "m"), **changes)
+    assert any(says in problem for problem in validate.check_run(folder)), validate.check_run(folder)
+
+
+def test_a_record_of_now_is_valid(tmp_path):
+    whole = {"data": DRAWN | {"validation": ["v"]}, "validation": {"cases": ["v"], "curve": CURVE}, "rules": 2}
+    assert validate.check_run(write_run(tmp_path, "m", **whole)) == []

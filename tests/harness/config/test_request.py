@@ -109,10 +109,16 @@ def test_a_fraction_keeps_all_its_digits(fraction):
     assert parsed(command(request)[1:]) == request
 
 
-@pytest.mark.parametrize(("shots", "fraction"), [(4, 0.5), (-1, 1.0)])
-def test_shots_and_a_share_are_not_given_together(shots, fraction):
-    with pytest.raises(UserError, match="give one of them"):
+@pytest.mark.parametrize(("shots", "fraction", "says"), [(4, 0.5, "give one of them"), (-1, 1.0, "give 1 or more")])
+def test_shots_and_a_share_are_not_given_together(shots, fraction, says):
+    with pytest.raises(UserError, match=says):
         Request(method="mae", task="brats", shots=shots, label_fraction=fraction)
+
+
+def test_a_damaged_number_in_a_record_is_refused():
+    for value in ("x", 2.7):
+        with pytest.raises(UserError, match=r"config\.label_seed is"):
+            recorded_fields({"config": {"label_seed": value}})
 
 
 def test_a_folder_whose_name_begins_with_a_dash_is_a_folder():

@@ -86,6 +86,11 @@ def test_a_preset_says_that_there_are_fewer_cases_than_it_labels(hippocampus_pha
         plan(request, *locate(request))
 
 
+def test_with_all_labels_there_is_no_draw_that_a_seed_could_fix(request_):
+    assert planned(request_, label_seed=3).run_id == planned(request_).run_id
+    assert planned(request_, label_seed=3, shots=2).run_id != planned(request_, shots=2).run_id
+
+
 def test_a_control_serves_every_budget_of_pre_training(request_):
     control = replace(request_, method="scratch", settings=("finetune.steps=9", "finetune.warmup_steps=0"))
     plain = planned(control)

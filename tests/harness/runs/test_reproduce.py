@@ -5,6 +5,7 @@ import json
 import torch
 
 from harness.cli.main import main
+from harness.runs.reproduce import inspect
 from tests.harness.commands import BUDGET, SMALL, folder_of
 
 
@@ -53,3 +54,24 @@ def test_reproduce_names_a_record_that_is_none(tmp_path, capsys):
     (tmp_path / "record.json").write_text("{}")
     assert main(["reproduce", str(tmp_path / "record.json")]) == 2
     assert "not a run record of schema 1" in capsys.readouterr().err
+
+
+def test_a_run_with_all_labels_under_a_preset_of_few_is_named_with_their_number(sixteen_cases, tmp_path):
+    """`fewshot` labels four cases; this run labelled all 13."""
+    words = [
+        "run",
+        "--method",
+        "scratch",
+        "--task",
+        "msd_hippocampus",
+        "--data",
+        str(sixteen_cases),
+        "--preset",
+        "fewshot",
+    ]
+    assert main([*words, *BUDGET, *SMALL["unet"], "--shots", "13", "--runs", str(tmp_path)]) == 0
+    record = json.loads((folder_of(tmp_path, "scratch") / "record.json").read_text())
+    assert record["label_fraction"] == 1
+    made = inspect(record | {"data": record["data"] | {"source": "real"}}, sixteen_cases, tmp_path, (), ())
+    assert made.request.shots == 13
+    assert not [name for name, *_ in made.differences if name == "run id"]

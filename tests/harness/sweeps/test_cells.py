@@ -82,7 +82,7 @@ def test_data_is_relative_to_the_file_or_a_phantom(tmp_path):
         ("[[matrix]", "cannot be read as a sweep file"),
         ('[matrx]\nmethod = "scratch"', "did you mean 'matrix'"),
         ('[[matrix]]\nmethods = "scratch"', "did you mean 'method'"),
-        ('[[matrix]]\nmethod = 3\ntask = "brats"', "method = 3 is not a str"),
+        ('[[matrix]]\nmethod = 3\ntask = "brats"', "method = 3 is not a str that can be used"),
         ('[[matrix]]\nmethod = "scratch"', "task = '' is not a str"),
         ('[[matrix]]\nmethod = "scratch"\ntask = "brats"\nseed = "a"', "seed = 'a' is not a int"),
         ('[[matrix]]\nmethod = "scratch"\ntask = "brats"\nsettings = "a"', "settings are tables"),
