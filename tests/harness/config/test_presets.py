@@ -49,7 +49,7 @@ def test_a_preset_that_extends_another_has_its_values_where_it_has_none(task, re
         resolve(Request(method="simclr", task=task, preset=preset), registry, registry.task(task))
         for preset in ("demo", "fewshot")
     )
-    assert (few.finetune.steps, few.finetune.lr, few.finetune.warmup_steps) == (1000, 3e-3, 50)
+    assert (few.finetune.steps, few.finetune.lr, few.finetune.warmup_steps) == (1000, 1e-3, 50)
     assert few.pretrain == demo.pretrain
     assert few.pretrain.batch_size == 4  # simclr's own, in `demo`
     assert few.backbone_settings == demo.backbone_settings
