@@ -114,12 +114,14 @@ def rank_stability(table: Table, groups: list[Group], path: Path) -> str:
 
 
 def pareto(table: Table, groups: list[Group], path: Path) -> str:
-    """Draw Dice over hours of pre-training, with the Pareto front. Returns a description."""
+    """Draw Dice over hours of pre-training, with the Pareto front of the rows that are ranked. Returns a description."""
     hours = [(group.pretrain_seconds or 0.0) / 3600 for group in groups]
     dice = [float(group.dice.mean[-1]) for group in groups]
     front: list[int] = []
     for index in sorted(range(len(groups)), key=lambda index: (hours[index], -dice[index])):
-        if not np.isnan(dice[index]) and (not front or dice[index] > dice[front[-1]]):
+        if groups[index].is_calibration or np.isnan(dice[index]):
+            continue
+        if not front or dice[index] > dice[front[-1]]:
             front.append(index)
 
     def draw(axes: Axes) -> None:
