@@ -46,7 +46,7 @@ def test_its_loss_is_that_of_fine_tuning(built):
 
 
 def test_it_learns_to_segment_and_passes_on_encoder_and_decoder(built):
-    losses = built.train(20, cycle=1)
+    losses = built.train(40, cycle=1)
     assert np.mean(losses[-2:]) < 0.9 * losses[0]
     assert {built.method.backbone.part_of(key) for key in built.method.weights()} == {"encoder", "decoder"}
 
