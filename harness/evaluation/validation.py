@@ -41,15 +41,19 @@ class Validation:
         """The steps at which the cases are scored: the last one, half of it, a quarter, ..., in ascending order."""
         return sorted({max(1, self.steps >> halvings) for halvings in range(POINTS)}) if self.volumes else []
 
-    def __call__(self, network: nn.Module, step: int) -> None:
-        """Score the cases if `step` is one of the schedule, and write the point."""
+    def __call__(self, module: nn.Module, step: int) -> None:
+        """Score the cases if `step` is one of the schedule, and write the point.
+
+        Args:
+            module: what fine-tuning trains; its part `network` segments.
+        """
         if step not in self.schedule:
             return
         began = time.perf_counter()
-        training = [(module, module.training) for module in network.modules()]
-        dice = self.score(network)
-        for module, mode in training:
-            module.training = mode
+        modes = [(part, part.training) for part in module.modules()]
+        dice = self.score(module.get_submodule("network"))
+        for part, mode in modes:
+            part.training = mode
         points = self._points() | {str(step): {"dice": round(dice, 6), "seconds": time.perf_counter() - began}}
         write_atomic(self.file, json.dumps(points))
 

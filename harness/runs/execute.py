@@ -5,7 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,8 @@ def _compute(run_plan: RunPlan, request: Request, folder: Path, context: StageCo
     seconds |= {"pretrain": stage["seconds"], "method_prepare": stage["prepare_seconds"]} if stage else {}
     steps, _ = config.finetune.schedule(len(volumes.labelled))
     validation = Validation(config, task, volumes.validation, steps, folder / "validation.json")
-    finetuned = _finetune_or_reuse(run_plan, volumes.labelled, weights, stage, folder, context, validation)
+    watched = replace(context, watch=validation)
+    finetuned = _finetune_or_reuse(run_plan, volumes.labelled, weights, stage, folder, watched)
     seconds["finetune"] = finetuned["trained"]["seconds"]
     network = _load_network(run_plan, folder)
     summary, seconds["evaluate"] = evaluate(
@@ -205,7 +206,6 @@ def _finetune_or_reuse(
     stage: dict[str, Any],
     folder: Path,
     context: StageContext,
-    validation: Validation,
 ) -> dict[str, Any]:
     """The report of fine-tuning. A finished fine-tuning in the run's folder is used again."""
     file, task = folder / "finetune.json", run_plan.task
@@ -227,9 +227,7 @@ def _finetune_or_reuse(
 
     history = context.processes.decide(take_over_pretraining)
     repeat_stem = run_plan.pretrain_channels == 1 < len(task.channels) and bool(run_plan.corpora)
-    finetune(
-        run_plan.config, run_plan.plugins, task, volumes, weights, folder, context, repeat_stem, history, validation
-    )
+    finetune(run_plan.config, run_plan.plugins, task, volumes, weights, folder, context, repeat_stem, history)
     finetuned = context.processes.decide(lambda: read_stage(file))
     if finetuned is None:
         raise UserError(f"{folder} was changed while the run wrote to it: ask again, and it goes on")

@@ -1,13 +1,12 @@
 """Fine-tuning: pre-trained weights in a new network with a new head, trained with labels."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness.api.task import Task
 from harness.compute.devices import new_accelerator
@@ -45,7 +44,6 @@ def finetune(
     context: StageContext,
     repeat_stem: bool = False,
     pretraining_history: str = "",
-    watch: Callable[[nn.Module, int], None] | None = None,
 ) -> None:
     """Train with labels; write `weights.safetensors`, `history.jsonl` and, last, `finetune.json` in `folder`.
 
@@ -55,7 +53,6 @@ def finetune(
     Args:
         repeat_stem: whether to repeat weights for one channel over the channels of the task.
         pretraining_history: lines of the pre-training, which the history begins with.
-        watch: is called with the network and the number of each step; it must not change the network.
 
     Raises:
         UserError, Interrupted: as `harness.training.loop.train`.
@@ -75,8 +72,7 @@ def finetune(
     before = protocols.digest_modules(fixed)
     plan = StagePlan("finetune", settings, steps, warmup, seed_for(config.seed, "finetune steps"), pretraining_history)
     segmenter = Segmenter(network, task.overlapping, fixed)
-    watch_network = partial(watch, network) if watch is not None else None
-    report = train(plan, segmenter, data, folder / "history.jsonl", accelerator, context, watch=watch_network)
+    report = train(plan, segmenter, data, folder / "history.jsonl", accelerator, context)
     if protocols.digest_modules(fixed) != before:
         raise RuntimeError(f"protocol {config.protocol!r}: what is fixed was changed by training")
     frozen = {"digest": before, "tensors": sum(len(module.state_dict()) for module in fixed)} if fixed else None

@@ -64,6 +64,8 @@ class StageContext:
         log: is called with the named values of a step and its number (`harness.training.trackers`).
         locks: that this process holds during the stage.
         quiet: whether to hide the progress bar.
+        watch: is called on the main process with the module that is trained and the number of each step, from 1. It must not
+            change the module. Its time does not count.
     """
 
     processes: Processes = field(default_factory=Processes)
@@ -71,6 +73,7 @@ class StageContext:
     log: Callable[[Mapping[str, float], int], None] | None = None
     locks: tuple[Lock, ...] = ()
     quiet: bool = False
+    watch: Callable[[nn.Module, int], None] | None = None
 
     def check(self) -> None:
         """Raises LostLockError if another process has taken over one of the locks."""
@@ -90,7 +93,6 @@ def train(
     accelerator: Accelerator | SingleProcess,
     context: StageContext | None = None,
     after_step: Callable[[int], None] | None = None,
-    watch: Callable[[int], None] | None = None,
 ) -> StageReport:
     """Minimise the sum of the loss terms that `module(batch)` returns, and write one line per step to `history`.
 
@@ -98,8 +100,7 @@ def train(
 
     Args:
         data: samples of all steps in their order; each step takes the next `batch_size` samples.
-        after_step: is called with the number of each step, from 1; its time is part of the step.
-        watch: as `after_step`, on the main process, with a time that does not count.
+        after_step: is called with the number of each step, from 1.
 
     Raises:
         UserError: as `TrainingLoop.run` and `Trainer`.
@@ -108,7 +109,7 @@ def train(
     context = context or StageContext()
     skip = context.execution.on_nonfinite == "skip"
     trainer = Trainer(module, plan.settings, plan.steps, plan.warmup, accelerator, plan.seed, skip)
-    return TrainingLoop(plan, trainer, data, history, context).run(after_step, watch)
+    return TrainingLoop(plan, trainer, data, history, context).run(after_step)
 
 
 class TrainingLoop:
@@ -129,13 +130,11 @@ class TrainingLoop:
         self.skipped: list[int] = []
         self.unread: list[tuple[int, float, Tensor, dict[str, Tensor]]] = []
 
-    def run(
-        self, after_step: Callable[[int], None] | None = None, watch: Callable[[int], None] | None = None
-    ) -> StageReport:
+    def run(self, after_step: Callable[[int], None] | None = None) -> StageReport:
         """Compute all remaining steps.
 
         Args:
-            after_step, watch: as for `train`.
+            after_step: is called with the number of each step, from 1.
 
         Raises:
             UserError: a loss is not finite, the memory does not suffice, or the disk is full.
@@ -156,9 +155,9 @@ class TrainingLoop:
                 self.step += 1
                 self.unread.append((self.step, trainer.optimizer.param_groups[0]["lr"], trainer.gradient_norm, terms))
                 bar.update()
-                if watch is not None and self.main:
+                if self.context.watch is not None and self.main:
                     paused = time.perf_counter()
-                    watch(self.step)
+                    self.context.watch(trainer.inner, self.step)
                     began += time.perf_counter() - paused
                 if self.step % self.read_every == 0 or self.step == self.steps:
                     bar.set_postfix_str(f"loss {self._read(lines):.4f}", refresh=False)

@@ -21,6 +21,7 @@ from harness.system.signals import Interrupted
 from harness.training.finetune import finetune
 from harness.training.loop import StageContext
 from harness.training.models import new_network
+from harness.training.segmenter import Segmenter
 from tests.conftest import TINY, TINY_BUDGET, small
 
 SETTINGS = (*TINY["unet"], *TINY_BUDGET)
@@ -91,9 +92,9 @@ def test_points_are_kept_in_order_and_a_repeated_one_counts_once(planned, volume
     watch = watching(planned, volumes, tmp_path)
     values = iter([0.5, 0.1, 0.2])
     monkeypatch.setattr(Validation, "score", lambda self, network: next(values))
-    network = torch.nn.Linear(1, 1)
+    module = torch.nn.ModuleDict({"network": torch.nn.Linear(1, 1)})
     for step in (4, 3, 1, 4):
-        watch(network, step)
+        watch(module, step)
     record = watch.record()
     assert record["curve"] == [[1, 0.1], [4, 0.2]]
     assert record["cases"] == [volume.case.id for volume in volumes]
@@ -106,7 +107,7 @@ def test_every_module_keeps_its_mode(planned, volumes, tmp_path):
     children = list(network.children())
     children[0].eval()
     before = [module.training for module in network.modules()]
-    watching(planned, volumes, tmp_path)(network, 8)
+    watching(planned, volumes, tmp_path)(Segmenter(network, overlapping=False), 8)
     assert [module.training for module in network.modules()] == before
     assert len(set(before)) == 2
 
@@ -117,7 +118,7 @@ def test_training_does_not_depend_on_it(planned, volumes, tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         watch = watching(planned, volumes, folder, 2) if name == "watched" else None
-        finetune(planned.config, planned.plugins, planned.task, volumes, {}, folder, StageContext(), watch=watch)
+        finetune(planned.config, planned.plugins, planned.task, volumes, {}, folder, StageContext(watch=watch))
         finals.append(load_file(folder / "weights.safetensors"))
     assert all(torch.equal(value, finals[1][key]) for key, value in finals[0].items())
     assert set(json.loads((tmp_path / "watched" / "validation.json").read_text())) == {"1", "2"}
@@ -170,9 +171,9 @@ def test_an_interrupted_run_has_the_same_curve(many_cases, tmp_path, monkeypatch
     assert main(words(many_cases, tmp_path / "whole")) == 0
     score, calls = Validation.__call__, []
 
-    def stop_once(self, network, step):
+    def stop_once(self, module, step):
         calls.append(step)
-        score(self, network, step)
+        score(self, module, step)
         if step == 3 and calls.count(3) == 1:
             monkeypatch.setattr("harness.training.loop.requested", lambda: "stopped here")
 
