@@ -9,12 +9,17 @@ from typing import Any
 import numpy as np
 
 from leaderboards import statistics
-from leaderboards.calibration import UNTRAINED, Calibration, Interval, calibrate
+from leaderboards.calibration import Calibration, Interval, calibrate
 from leaderboards.convergence import Curve, curve, unconverged
 from leaderboards.records import SHARED, Run
 from leaderboards.statistics import Estimate, Values
 
 CONTROL = "scratch"
+CALIBRATES = {
+    "positive": "positive control: pre-trained with labels, neither ranked nor tested",
+    "negative": "negative control: nothing pre-trained, neither ranked nor tested",
+}
+"""Controls that calibrate a table, and the note of their rows."""
 
 
 class NotComparableError(Exception):
@@ -32,6 +37,7 @@ class Group:
         delta: Dice minus the Dice of the control, over the seeds that both have; None without a control.
         p: p-values (targets + 1), Holm-corrected over the methods of the table; NaN where there is none.
         note: what a reader must know, for instance why there is no p-value.
+        unconverged: which seeds had not converged, see `leaderboards.convergence`; empty if all had.
     """
 
     method: str
@@ -43,6 +49,7 @@ class Group:
     delta: Estimate | None
     p: Values
     note: str
+    unconverged: str
 
     @property
     def name(self) -> str:
@@ -52,29 +59,17 @@ class Group:
     @property
     def is_control(self) -> bool:
         """Whether the method is training from scratch."""
-        return self.runs[0].record["method"] == CONTROL
+        return self.control == "matched"
 
     @property
-    def uses_labels(self) -> bool:
-        """Whether the method pre-trains with labels."""
-        return any(run.record.get("uses_labels", False) for run in self.runs)
-
-    @property
-    def is_untrained(self) -> bool:
-        """Whether the row is the control without a single step of pre-training."""
-        return self.runs[0].record["method"] == UNTRAINED
+    def control(self) -> str:
+        """As `Run.control`. A row is a control if one of its runs is."""
+        return next((run.control for run in self.runs if run.control), "")
 
     @property
     def is_calibration(self) -> bool:
         """Whether the row calibrates the table; it is neither ranked nor tested."""
-        return self.uses_labels or self.is_untrained
-
-    @property
-    def control(self) -> str:
-        """What the row controls; empty for a method that is compared."""
-        if self.is_control:
-            return "matched"
-        return "positive" if self.uses_labels else "negative" if self.is_untrained else ""
+        return self.control in CALIBRATES
 
     @cached_property
     def learning(self) -> Curve | None:
@@ -120,7 +115,7 @@ class Table:
     @property
     def sentences(self) -> list[str]:
         """What a reader must know about the whole table, one sentence each."""
-        number = sum(bool(unconverged(group.runs)) for group in self.groups)
+        number = sum(bool(group.unconverged) for group in self.groups)
         said = [
             f"NOT CONVERGED: the fine-tuning of {number} of {len(self.groups)} rows ended too early for a comparison: give more "
             "steps or a higher learning rate"
@@ -165,11 +160,14 @@ class Table:
         marks = "PHANTOM DATA, says nothing about any method - " if data.startswith("phantom") else ""
         if any(run.num_test_seen for group in self.groups for run in group.runs):
             marks += "TEST CASES WERE TRAINED OR PRE-TRAINED ON (column seen) - "
-        number = self.groups[0].runs[0].record["data"].get("n_train")
-        subset = self.shared("label_subset")
-        drawn = "" if subset == "first" else f", drawn {subset}"
+        number, drawn = self.groups[0].runs[0].record["data"].get("n_train"), drawn_text(self.shared("label_subset"))
         cases = f" ({number} cases{drawn})" if fraction < 1 and isinstance(number, int) else ""
         return f"{marks}{task}, {data}, preset {preset}, {mode}, {protocol}, {fraction:.0%} of the labels{cases}"
+
+
+def drawn_text(subset: str) -> str:
+    """How labelled cases were drawn, as the end of a title; empty for the first ones of a fixed order."""
+    return "" if subset in ("first", "") else f", drawn {subset}"
 
 
 def gather(runs: Sequence[Run]) -> list[Table]:
@@ -180,17 +178,12 @@ def gather(runs: Sequence[Run]) -> list[Table]:
     by_rest: dict[tuple[Any, ...], list[tuple[Any, ...]]] = defaultdict(list)
     for key in tables:
         by_rest[without_mode(key)].append(key)
-    for run in [run for run in runs if _serves_all_modes(run)]:
+    for run in [run for run in runs if run.control]:
         own_key = (*run.table, run.targets)
         for key in by_rest[without_mode(own_key)]:
             if key != own_key:
                 tables[key][run.method, run.backbone].append(run)
     return [_table(key, tables[key]) for key in sorted(tables)]
-
-
-def _serves_all_modes(run: Run) -> bool:
-    """Whether a run is a control, which is the same in every mode."""
-    return run.record["method"] in (CONTROL, UNTRAINED) or bool(run.record.get("uses_labels", False))
 
 
 def without_mode(table: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -203,7 +196,7 @@ def differing(first: Run, second: Run) -> list[str]:
     """The fields that keep two runs out of one table, in words; empty where they share a table."""
     differences = []
     for name, first_value, second_value in zip(SHARED, first.table, second.table, strict=True):
-        if name == "mode" and (_serves_all_modes(first) or _serves_all_modes(second)):
+        if name == "mode" and (first.control or second.control):
             continue
         if first_value != second_value:
             texts = (
@@ -245,10 +238,11 @@ def _table(key: tuple[Any, ...], members: dict[tuple[str, str], list[Run]]) -> T
     for index, (method, backbone) in enumerate(runs):
         dice_of_row, hd95, surface = (column[index] for column in estimates)
         name = method, backbone
-        text = "; ".join(note for note in (unconverged(runs[name]), chosen[name][1], notes[name]) if note)
+        early = unconverged(runs[name])
+        text = "; ".join(note for note in (early, chosen[name][1], notes[name]) if note)
         slim = replace(dice_of_row, draws=dice_of_row.draws[:, -1:].copy())
         group = Group(
-            method, backbone, runs[name], slim, _means(hd95), _means(surface), deltas.get(name), p[index], text
+            method, backbone, runs[name], slim, _means(hd95), _means(surface), deltas.get(name), p[index], text, early
         )
         groups.append(group)
     return Table(key[:-1], key[-1], groups, calibrate(groups, pooled))
@@ -265,7 +259,7 @@ def _against_control(
     notes, pairs = dict.fromkeys(runs, ""), {}
     for name, own_runs in runs.items():
         control = runs.get((CONTROL, name[1]))
-        if own_runs[0].record["method"] == CONTROL:
+        if own_runs[0].control == "matched":
             notes[name] = "the control"
         elif control is None:
             notes[name] = "no scratch run to compare with: same backbone and settings are needed"
@@ -276,23 +270,14 @@ def _against_control(
                 notes[name] = statistics.why_no_test(len(first), len(first[0].cases))
             else:
                 notes[name] = "no seed in common with scratch"
-        notes[name] = "; ".join(filter(None, (_role(own_runs[0]), notes[name])))
+        notes[name] = "; ".join(filter(None, (CALIBRATES.get(own_runs[0].control, ""), notes[name])))
     both = list(pairs.values())
     deltas = dict(zip(pairs, map(_means, statistics.differences(both)), strict=True))
     tested = dict(zip(pairs, statistics.p_values(both, pooled), strict=True))
-    tested = {name: values for name, values in tested.items() if not _role(runs[name][0])}
+    tested = {name: values for name, values in tested.items() if runs[name][0].control not in CALIBRATES}
     p = np.array([tested.get(name, np.full(num_targets + 1, np.nan)) for name in runs])
     corrected = np.array([statistics.holm(column.tolist()) for column in p.T]).T
     return deltas, corrected, notes
-
-
-def _role(run: Run) -> str:
-    """What a run calibrates, in words; empty for a method that is compared."""
-    if run.record.get("uses_labels", False):
-        return "positive control: pre-trained with labels, neither ranked nor tested"
-    return (
-        "negative control: nothing pre-trained, neither ranked nor tested" if run.record["method"] == UNTRAINED else ""
-    )
 
 
 def _means(estimate: Estimate) -> Estimate:

@@ -12,7 +12,6 @@ from leaderboards.statistics import Values
 if TYPE_CHECKING:
     from leaderboards.board import Group
 
-UNTRAINED = "untrained"
 Interval = tuple[float, float, float]
 """Value, lower end, upper end."""
 
@@ -82,8 +81,8 @@ def calibrate(groups: Sequence["Group"], pooled: statistics.Luck) -> list[Calibr
         compared = [
             group for group in rows if len(_by_seed(group).keys() & scratch.keys()) >= statistics.MIN_SEEDS_TEST
         ]
-        positives = [group for group in compared if group.uses_labels]
-        luck = {group.method: _difference(group) for group in compared if group.is_untrained}
+        positives = [group for group in compared if group.control == "positive"]
+        luck = {group.method: _difference(group) for group in compared if group.control == "negative"}
         positive = max(positives, key=lambda group: _difference(group)[0], default=None)
         if positive is None and not luck:
             continue

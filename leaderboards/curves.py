@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from leaderboards import statistics
-from leaderboards.board import Group, Table
+from leaderboards.board import Group, Table, drawn_text
 from leaderboards.records import SHARED, Run
 from leaderboards.text import align, printable
 
 MOST_STEPS = 10**12
-FRACTION = SHARED.index("label_fraction")
+FRACTION, SUBSET = SHARED.index("label_fraction"), SHARED.index("label_subset")
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ def find(tables: Sequence[Table], over: str = "label_fraction") -> list[Curves]:
         if curves:
             task, data, preset, mode, protocol, *fraction = rest[:6]
             labels = "" if over == "label_fraction" else f", {fraction[0]:.0%} of the labels"
+            labels += drawn_text(curves[0].groups[0].runs[0].table[SUBSET])
             curve_sets.append(
                 Curves(f"{task}, {data}, preset {preset}, {mode}, {protocol}{labels}", over, curves, left_out[rest])
             )

@@ -28,6 +28,7 @@ SCHEMA = 1
 LARGEST = 64 * 2**20
 """Largest size in bytes of a record or a table of cases. The largest real files have a thousandth of it."""
 
+CONTROLS = {"scratch": "matched", "untrained": "negative"}
 STATUS = ("scored", "missed", "spurious", "empty")
 MEASURED = ("dice", "hd95_mm", "surface_dice")
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -111,6 +112,13 @@ class Run:
         """Where the reference has a structure and the prediction does not, (cases, targets)."""
         missed: NDArray[np.bool_] = self.status == STATUS.index("missed")
         return missed
+
+    @property
+    def control(self) -> str:
+        """What the run controls: "matched" (scratch), "positive" (labels in pre-training), "negative" (untrained), or empty."""
+        if self.record.get("uses_labels", False):
+            return "positive"
+        return CONTROLS.get(self.record["method"], "")
 
     @property
     def phantom(self) -> bool:

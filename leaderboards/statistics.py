@@ -190,7 +190,7 @@ def p_values(pairs: Sequence[tuple[Values, Values]], pooled: Luck) -> list[Value
 def share(method: Values, control: Values, positive: Values, pooled: Luck) -> tuple[float, float, float]:
     """The share that a method gains of what a positive control gains over the control: value, low, high.
 
-    The interval is Fieller's (1954, doi 10.1111/j.2517-6161.1954.tb00159.x): all shares that the t test of `p_values` does
+    The interval is Fieller's (1954, "Some problems in interval estimation"): all shares that the t test of `p_values` does
     not reject. An end is infinite where the headroom is too small to bound the share, and NaN where no test can be made.
 
     Args:

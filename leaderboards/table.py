@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from leaderboards.board import Group, Table
+from leaderboards.board import Group, Table, drawn_text
 from leaderboards.calibration import share_text
 from leaderboards.statistics import Estimate
 from leaderboards.text import align, escape_cell, escape_latex, escape_markdown, printable
@@ -254,7 +254,7 @@ def _averages(frame: pd.DataFrame) -> Iterable[tuple[str, list[list[str]]]]:
         if rows["n_test_seen"].fillna(0).any():
             mark += "TEST CASES WERE TRAINED OR PRE-TRAINED ON: "
         share = "" if fraction in ("nan", "") else f", {float(fraction):.0%} of the labels"
-        share += f", drawn {subset}" if share and float(fraction) < 1 and subset not in ("first", "nan", "") else ""
+        share += drawn_text(subset.replace("nan", "")) if share and float(fraction) < 1 else ""
         heading = f"{mark}{task}, {data}, preset {preset}, {mode}, {protocol}{share}, {policy}, {source}"
         table_cells = [
             [

@@ -31,7 +31,7 @@ def first_gradient_norms(history: Path, stage: str, number: int = 10) -> list[fl
 def final_soft_dice(history: Path) -> float | None:
     """1 minus the Dice loss of fine-tuning, averaged over the last tenth of the steps; None if every step was left out."""
     lines = (json.loads(line) for line in history.read_text().splitlines())
-    losses = [line["terms"]["dice"] for line in lines if line.get("stage") == "finetune"]
+    losses = [line["terms"].get("dice") for line in lines if line.get("stage") == "finetune"]
     last = [loss for loss in losses[-max(1, len(losses) // 10) :] if loss is not None]
     return round(1 - sum(last) / len(last), 4) if last else None
 

@@ -149,3 +149,11 @@ def test_a_foreign_configuration_has_no_point(tmp_path, config):
     write_run(tmp_path, "m", config=config, rules=2)
     write_run(tmp_path, "m", overrides={"pretrain.steps": "9"}, config={"pretrain": {"steps": 10**400}}, rules=2)
     assert curves.find(tables(tmp_path), "pretrain.steps") == []
+
+
+def test_two_draws_of_the_labelled_cases_are_two_sets_with_their_own_titles(tmp_path):
+    for subset in ("per seed", "by label seed 0"):
+        for fraction in (0.1, 0.5):
+            write_run(tmp_path, "m", label_fraction=fraction, rules=2, data={"label_subset": subset})
+    titles = [each.title for each in curves.find(tables(tmp_path))]
+    assert sorted(title.rpartition(", ")[2] for title in titles) == ["drawn by label seed 0", "drawn per seed"]

@@ -11,7 +11,7 @@ from harness import UserError
 from harness.data.volumes import preprocess_cases
 from harness.system.files import digest_file
 from harness.training.checkpoints import Checkpoints
-from harness.training.stage_files import assert_unchanged, read_stage, write_weights
+from harness.training.stage_files import assert_unchanged, final_soft_dice, read_stage, write_weights
 
 
 @pytest.fixture
@@ -70,3 +70,21 @@ def test_what_was_trained_on_volumes_that_changed_is_dropped(registry, hippocamp
         assert_unchanged(volumes, tmp_path / "run")
     assert volumes[1].stem.name in str(error.value)
     assert kept.all() == []
+
+
+def history_of(path, losses):
+    """Steps of fine-tuning with these Dice losses; None is a step that was left out, as the loop writes it."""
+    lines = [{"stage": "pretrain", "step": 1, "terms": {"restoration": 9.0}}]
+    for step, loss in enumerate(losses, 1):
+        terms = {} if loss is None else {"dice": loss, "cross_entropy": 1.0}
+        lines.append({"stage": "finetune", "step": step, "terms": terms} | ({"skipped": True} if loss is None else {}))
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("losses", "soft"),
+    [([0.5] * 18 + [0.2, 0.4], 0.7), ([0.3], 0.7), ([0.5] * 18 + [None, 0.4], 0.6), ([None, None], None), ([], None)],
+)
+def test_soft_dice_is_that_of_the_last_tenth_without_steps_that_were_left_out(tmp_path, losses, soft):
+    assert final_soft_dice(history_of(tmp_path / "history.jsonl", losses)) == (soft and pytest.approx(soft))
