@@ -87,6 +87,7 @@ def _dry_run(request: "Request", as_json: bool) -> None:
     if plan is not None:
         answer["config"] = plan.config.model_dump(mode="json")
         answer["data"] = f"{len(plan.train)} training cases ({len(plan.label_cases)} with labels used), "
+        answer["data"] += f"{len(plan.validation)} for validation, " if plan.validation else ""
         answer["data"] += f"{len(plan.test)} test cases, fingerprint {plan.data.fingerprint}"
         answer["pretrain_on"] = f"{plan.num_pretrain} scans" if plan.plugins.method.trains else "nothing"
         answer["run_id"] = plan.run_id

@@ -191,7 +191,7 @@ def _labelled(request: Request, data: TaskData) -> dict[str, Any]:
     shots, number = request.shots or of_preset, len(data.split.train)
     if shots > number:
         origin = "--shots" if request.shots else f"preset {request.preset!r} labels"
-        raise UserError(f"{origin} {shots}: there are {number} training cases: give --shots, at most as many")
+        raise UserError(f"{origin} {shots}: there are {number} training cases: give --shots {number} or fewer")
     fraction = shots / number if shots else request.label_fraction
     if of_preset and not request.shots:
         say(f"preset {request.preset!r}: {shots} labelled cases; --shots gives another number")
