@@ -239,7 +239,7 @@ def _table(key: tuple[Any, ...], members: dict[tuple[str, str], list[Run]]) -> T
         dice_of_row, hd95, surface = (column[index] for column in estimates)
         name = method, backbone
         early = unconverged(runs[name])
-        text = "; ".join(note for note in (early, chosen[name][1], notes[name]) if note)
+        text = "; ".join(note for note in (early, chosen[name][1], notes[name], _tuned(runs[name])) if note)
         slim = replace(dice_of_row, draws=dice_of_row.draws[:, -1:].copy())
         group = Group(
             method, backbone, runs[name], slim, _means(hd95), _means(surface), deltas.get(name), p[index], text, early
@@ -284,6 +284,16 @@ def _means(estimate: Estimate) -> Estimate:
     """The estimate without its draws."""
     # The empty slice is copied: a view would keep the draws of the whole batch in memory.
     return replace(estimate, draws=estimate.draws[:0].copy())
+
+
+def _tuned(runs: Sequence[Run]) -> str:
+    """The settings that tuning chose for the seeds of a row; empty where nothing was tuned."""
+    seeds: dict[str, list[str]] = defaultdict(list)
+    for run in runs:
+        if run.chosen:
+            seeds[run.chosen].append(str(run.seed))
+    named = [f"{text} (seed{'s' * (len(own) > 1)} {', '.join(own)})" for text, own in seeds.items()]
+    return f"tuning chose {'; '.join(named)}" if named else ""
 
 
 def _one_per_seed(runs: Sequence[Run]) -> tuple[list[Run], str]:

@@ -84,7 +84,7 @@ class Run:
             f"{data['source']}:{data['fingerprint'][:8]}",
             _label(record["preset"], overrides, ("split", "task", *self._budget[0], "finetune", "evaluate")),
             record["mode"],
-            record["protocol"],
+            record["protocol"] if self.tuning is None else f"{record['protocol']}, tuned({len(self.tuning['trials'])})",
             float(record["label_fraction"]),
             str(data.get("label_subset", "first")),
             record["metric_policy"],
@@ -121,6 +121,19 @@ class Run:
         return CONTROLS.get(self.record["method"], "")
 
     @property
+    def tuning(self) -> dict[str, Any] | None:
+        """Grid, trials and choice of a run whose fine-tuning was tuned; None for any other run."""
+        return self.record.get("tuning")
+
+    @property
+    def chosen(self) -> str:
+        """The settings that tuning chose; empty where nothing was tuned."""
+        if self.tuning is None:
+            return ""
+        settings = self.tuning["trials"][self.tuning["chosen"]]["settings"]
+        return ", ".join(f"{key.removeprefix('finetune.')}={value}" for key, value in settings.items())
+
+    @property
     def phantom(self) -> bool:
         """Whether the data is a phantom."""
         return bool(self.record["data"]["source"] != "real")
@@ -132,9 +145,13 @@ class Run:
 
     @property
     def _overrides(self) -> dict[str, str]:
-        """The changed settings, with the split where it is not the fixed one."""
+        """The changed settings, with the split where it is not the fixed one, and the values of settings that were tuned."""
         split = self.record["data"].get("split", "fixed")
-        return dict(self.record["overrides"]) | ({"split": split} if split != "fixed" else {})
+        tried: dict[str, str] = {}
+        for word in self.tuning["grid"].split() if self.tuning else ():
+            key, _, values = word.partition("=")
+            tried[key] = values.replace(",", "|")
+        return dict(self.record["overrides"]) | tried | ({"split": split} if split != "fixed" else {})
 
     @cached_property
     def method(self) -> str:

@@ -3,7 +3,7 @@
 from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Name = Annotated[str, Field(min_length=1, max_length=1000)]
 Digest = Annotated[str, Field(max_length=200)]
@@ -105,6 +105,29 @@ class Transferred(Part):
     requested: Literal["method", "encoder", "all"] = "method"
 
 
+class TrialPart(Part):
+    """One setting that tuning tried, and its mean Dice on the validation cases."""
+
+    settings: Annotated[dict[Name, Name], Field(min_length=1, max_length=10)]
+    dice: Annotated[float, Field(ge=0, le=1)]
+
+
+class Tuning(Part):
+    """The grid of fine-tuning settings that were tried, and the index of the one that was chosen."""
+
+    grid: Name
+    trials: Annotated[list[TrialPart], Field(min_length=1, max_length=1000)]
+    chosen: Count
+
+    @model_validator(mode="after")
+    def _chose_the_best(self) -> "Tuning":
+        """The first of the trials with the highest validation Dice must be the chosen one."""
+        scores = [trial.dice for trial in self.trials]
+        if self.chosen >= len(scores) or self.chosen != scores.index(max(scores)):
+            raise ValueError("the chosen trial is not the one with the highest validation Dice")
+        return self
+
+
 class Validation(Part):
     """Validation cases and their mean Dice while fine-tuning ran: (step, Dice), in ascending order."""
 
@@ -131,6 +154,7 @@ class Record(Part):
     uses_labels: bool = False
     validation: Validation = Validation()
     final_soft_dice: Annotated[float, Field(ge=-1, le=1)] | None = None
+    tuning: Tuning | None = None
     run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+=-]{0,199}$")]
     method: Name
     backbone: Name

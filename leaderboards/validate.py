@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from harness.config.grid import parse_grid
+from harness.system.errors import UserError
 from harness.system.files import digest_file
 from leaderboards import board, reported, statistics, table
 from leaderboards.records import STATUS, RecordError, Run, load_run
@@ -66,7 +68,7 @@ def check_run(folder: Path) -> list[str]:
     except RecordError as error:
         return [str(error)]
     problems = [*_check_digests(run), *_check_aggregates(run), *_check_lists(run), *_check_policy(run)]
-    problems += [*_check_validation(run), *_check_control(run)]
+    problems += [*_check_validation(run), *_check_tuning(run), *_check_control(run)]
     config = run.record.get("config")
     for name in ("method", "backbone", "task", "mode", "protocol", "preset", "overrides", "seed", "label_fraction"):
         if isinstance(config, dict) and config.get(name, run.record[name]) != run.record[name]:
@@ -168,6 +170,23 @@ def _check_validation(run: Run) -> Iterable[str]:
     steps = settings.get("finetune", {}).get("steps") if isinstance(settings, dict) else None
     if isinstance(steps, int) and any(step > steps for step, _ in validation.get("curve", [])):
         yield f"validation has a step beyond the {steps} of fine-tuning"
+
+
+def _check_tuning(run: Run) -> Iterable[str]:
+    """The problems of what a record says about tuning: trials that the grid does not give, or another choice than the result."""
+    if run.tuning is None:
+        return
+    tried = [trial["settings"] for trial in run.tuning["trials"]]
+    try:
+        expected = parse_grid(run.tuning["grid"])
+    except UserError as error:
+        yield f"tuning.grid: {error}"
+        return
+    if tried != expected:
+        yield f"tuning has {len(tried)} trials, its grid gives {len(expected)}, not the same ones"
+    curve = run.record.get("validation", {}).get("curve", [])
+    if not curve or not _equal(run.tuning["trials"][run.tuning["chosen"]]["dice"], curve[-1][1]):
+        yield "the chosen trial has another validation Dice than the run, or the run has no validation cases"
 
 
 def _check_control(run: Run) -> Iterable[str]:

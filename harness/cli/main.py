@@ -19,6 +19,7 @@ from harness.cli import (
     runs,
     show,
     sweep,
+    tune,
 )
 from harness.cli import list as listing
 from harness.cli.options import Parser
@@ -30,6 +31,7 @@ from harness.system.status_file import write_ending
 COMMANDS = (
     run,
     sweep,
+    tune,
     check_method,
     profile,
     estimate,

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.cli.options import EXECUTION, add_options, add_request_options, request_of
@@ -12,6 +13,7 @@ from harness.cli.output import as_lines
 if TYPE_CHECKING:
     from harness.config.request import Request
     from harness.runs.finished import FinishedRun
+    from leaderboards.board import Table
 
 
 def add_parser(commands: Any) -> None:
@@ -39,16 +41,21 @@ def run(arguments: argparse.Namespace) -> None:
 
         print(f"pre-trained:\n  {pretrain_only(request)}")
         return
-    finished = _carry_out(request)
-    if int(os.environ.get("RANK") or 0) > 0:
-        return  # of several processes only the first one prints
+    finished = carry_out(request)
+    if not is_first_process():
+        return
     if arguments.json:
         print(json.dumps(finished.record, indent=1))
         return
     _print_tables(request, finished)
 
 
-def _carry_out(request: "Request") -> "FinishedRun":
+def is_first_process() -> bool:
+    """Whether this process prints: of several only the first one does."""
+    return int(os.environ.get("RANK") or 0) == 0
+
+
+def carry_out(request: "Request") -> "FinishedRun":
     """Carry out the run. A finished run that answered the same request is returned at once, without importing torch."""
     from harness.runs.finished import finished_before
 
@@ -62,20 +69,32 @@ def _carry_out(request: "Request") -> "FinishedRun":
 
 def _print_tables(request: "Request", finished: "FinishedRun") -> None:
     """Write the leaderboard of all runs; print the table of this run, and its files."""
-    from leaderboards import board, records, table
-
-    runs, problems = records.load_runs([request.runs])
-    for problem in problems:
-        print(f"harness: left out of the table: {problem}", file=sys.stderr)
-    csv = request.runs / "leaderboard.csv"
-    tables = board.gather(runs)
-    table.write(table.build(tables), csv)
-    own_key = board.without_mode(records.load_run(finished.folder).table)
-    print(f"\n{table.render([each for each in tables if board.without_mode(each.key) == own_key])}\n")
+    tables, csv = write_leaderboard(request.runs)
+    print(f"\n{table_of(tables, finished.folder)}\n")
     print("this run was finished before, nothing was computed" if finished.again else "files of this run:")
     for path in sorted(path for path in finished.folder.rglob("*") if path.is_file()):
         print(f"  {path}")
     print(f"leaderboard of all runs:\n  {csv}")
+
+
+def write_leaderboard(folder: Path) -> "tuple[list[Table], Path]":
+    """Write the leaderboard of all runs in a folder. Returns its tables and its file."""
+    from leaderboards import board, records, table
+
+    runs, problems = records.load_runs([folder])
+    for problem in problems:
+        print(f"harness: left out of the table: {problem}", file=sys.stderr)
+    tables, csv = board.gather(runs), folder / "leaderboard.csv"
+    table.write(table.build(tables), csv)
+    return tables, csv
+
+
+def table_of(tables: "list[Table]", run_folder: Path) -> str:
+    """The tables that a run belongs to, as text."""
+    from leaderboards import board, records, table
+
+    own_key = board.without_mode(records.load_run(run_folder).table)
+    return table.render([each for each in tables if board.without_mode(each.key) == own_key])
 
 
 def _dry_run(request: "Request", as_json: bool) -> None:
@@ -90,6 +109,8 @@ def _dry_run(request: "Request", as_json: bool) -> None:
         answer["data"] += f"{len(plan.validation)} for validation, " if plan.validation else ""
         answer["data"] += f"{len(plan.test)} test cases, fingerprint {plan.data.fingerprint}"
         answer["pretrain_on"] = f"{plan.num_pretrain} scans" if plan.plugins.method.trains else "nothing"
+        if plan.trials:
+            answer["trials"] = [trial.settings for trial in plan.trials]
         answer["run_id"] = plan.run_id
         answer["finished"] = (request.runs / plan.run_id / "record.json").exists()
     print(json.dumps(answer, indent=1) if as_json else as_lines(answer))

@@ -267,6 +267,14 @@ class Request:
         "method.*, backbone.*, task.*, pretrain.*, finetune.*, evaluate.*; for instance pretrain.steps=200",
         metavar="KEY=VALUE",
     )
+    tune: str = _option(
+        "",
+        "--tune",
+        "fine-tune with each setting of a grid, choose on validation cases, then test: finetune.lr=1e-3,3e-3",
+        metavar="GRID",
+        axis=str,
+        record="config.tune",
+    )
     plugins: tuple[str, ...] = _option(
         (),
         "--plugin",

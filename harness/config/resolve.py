@@ -4,16 +4,26 @@ The values of the preset are replaced by those of the task, the backbone, the me
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from harness.api.registry import Registry
 from harness.api.settings import build
 from harness.api.task import Task, Window
+from harness.config.grid import canonical_grid, parse_grid
 from harness.config.presets import lineage, settings_of
 from harness.config.request import Request, options
 from harness.config.schema import Evaluate, Finetune, RunConfig, TaskSettings, Training
 from harness.system.errors import UserError, unknown
+
+
+@dataclass(frozen=True)
+class TuningTrial:
+    """One setting of a grid, and the configuration of the run with it."""
+
+    settings: dict[str, str]
+    config: RunConfig
+
 
 SECTIONS = ("method", "backbone", "pretrain", "finetune", "evaluate")
 SETTABLE = (*SECTIONS, "task")
@@ -79,6 +89,7 @@ def resolve(request: Request, registry: Registry, task: Task) -> RunConfig:
             **asdict(task.normalisation),
         },
         "overrides": dict(sorted(overrides.items())),
+        "tune": canonical_grid(request.tune),
         "method_settings": build(method_class.Config, values["method"], "method"),
         "backbone_settings": build(backbone_class.Config, values["backbone"], "backbone"),
         "pretrain": build(Training, values["pretrain"], "pretrain"),
@@ -86,6 +97,26 @@ def resolve(request: Request, registry: Registry, task: Task) -> RunConfig:
         "evaluate": build(Evaluate, values["evaluate"], "evaluate"),
     }
     return build(RunConfig, run, "run")
+
+
+def resolve_trials(request: Request, registry: Registry, task: Task) -> list[TuningTrial]:
+    """The trials of `--tune`, each as `resolve` gives it; none without `--tune`.
+
+    Raises:
+        UserError: as `resolve`, or a setting is also given by `--set`.
+    """
+    trials, given, base = [], parse_overrides(request.settings), replace(request, tune="")
+    for settings in parse_grid(request.tune):
+        twice = sorted(settings.keys() & given.keys())
+        if twice:
+            raise UserError(f"{twice[0]} is set by --set and tried by --tune: give it once")
+        pairs = (*request.settings, *(f"{key}={value}" for key, value in settings.items()))
+        config = resolve(replace(base, settings=pairs), registry, task)
+        # What was tried says the grid; the overrides are those of the user.
+        overrides = {key: value for key, value in config.overrides.items() if key not in settings}
+        asked = {"overrides": overrides, "tune": canonical_grid(request.tune)}
+        trials.append(TuningTrial(settings, config.model_copy(update=asked)))
+    return trials
 
 
 def _combine(

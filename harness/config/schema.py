@@ -75,7 +75,12 @@ class Finetune(Training):
     """Fine-tuning with the DiceCE loss and the paper's light augmentation (section IV-C)."""
 
     validation: NonNegativeInt = Field(
-        4, description="training cases that are held out to watch fine-tuning, at most one in twenty; 0: none; here"
+        4,
+        description="training cases that are held out to watch fine-tuning, at most one in twenty, and to choose settings "
+        "(--tune), at most one in five; 0: none; here",
+    )
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="factor on the learning rate of the decoder; its square on the encoder's"
     )
     foreground: float = Field(
         0.5,
@@ -133,6 +138,7 @@ class RunConfig(Settings):
     transfer: TransferParts = "method"
     preset: str
     overrides: dict[str, str]
+    tune: str = Field("", description="grid of fine-tuning settings that are tried, see `harness.config.grid`")
     label_fraction: float = Field(1.0, gt=0, le=1, description="share of the training cases whose labels are used")
     label_seed: int | None = Field(
         None, ge=0, le=2**63 - 1, description="of the draw of the labelled cases; none: the run's seed"

@@ -134,6 +134,7 @@ class Estimator:
         settings = spec.settings
         num_cases = run_plan.num_pretrain if stage == "pretrain" else len(run_plan.label_cases)
         steps, _ = settings.schedule(num_cases)
+        steps *= max(1, len(run_plan.trials)) if stage == "finetune" else 1
         identity: list[Any] = [
             stage,
             config.method if stage == "pretrain" else "",

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 from harness.api.registry import Registry
@@ -10,7 +11,7 @@ from harness.data.corpus import Corpus, folder_corpus, parse_spec, with_normalis
 from harness.data.duplicates import ALIKE, duplicate_pairs, same_scans
 from harness.data.inventory import Inventory, fingerprint, take_inventory
 from harness.data.phantom import CORPUS_CASES, PHANTOM, is_phantom, write_phantom
-from harness.data.splits import SAME, Split, split_cases
+from harness.data.splits import SAME, VALIDATION_SHARE, Split, split_cases
 from harness.system.console import say, say_once
 from harness.system.errors import UserError, unknown
 from harness.system.files import check_name, digest, expand, is_folder
@@ -112,12 +113,14 @@ def read_spec(registry: Registry, spec: str) -> tuple[str, Path | None, Percenti
     raise unknown("corpus (nor is it a folder)", name, registry.names("corpus"))
 
 
-def open_task(task: Task, root: Path, cache: Path, how: str, validation: int = 0) -> TaskData:
+def open_task(
+    task: Task, root: Path, cache: Path, how: str, validation: int = 0, share: Fraction = VALIDATION_SHARE
+) -> TaskData:
     """Open, check and split the cases of a task; cases that are the same scan count as one patient.
 
     Args:
         how: value of `--split`, as `check_split` returns it.
-        validation: largest number of training cases that are held out.
+        validation, share: largest number and share of the training cases that are held out.
 
     Raises:
         UserError: a case cannot be used, or the split leaves no case on one side.
@@ -130,7 +133,7 @@ def open_task(task: Task, root: Path, cache: Path, how: str, validation: int = 0
         check_name(case.id)
     inventory = take_inventory(task, cases, cache)
     pairs = duplicate_pairs([inventory.signatures[case.id] for case in cases])
-    split = split_cases(task, cases, how, pairs, validation)
+    split = split_cases(task, cases, how, pairs, validation, share)
     if split.by == SAME:
         say(
             "PLUMBING CHECK: trained and tested on the same cases (--split same); the numbers say nothing about a method"

@@ -16,8 +16,8 @@ from harness.system.errors import UserError
 FOLD = re.compile(r"([1-9]\d{0,2})/([1-9]\d{0,2})")
 SAME = "same"
 TEST_SHARE = Fraction(1, 5)
-VALIDATION_SHARE = Fraction(1, 20)
-"""The largest share of the training cases that may be validation cases."""
+VALIDATION_SHARE, TUNING_SHARE = Fraction(1, 20), Fraction(1, 5)
+"""The largest shares of the training cases that may be validation cases: to watch fine-tuning, and to choose its settings."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def split_cases(
     how: str = "fixed",
     same: Sequence[tuple[int, int]] = (),
     validation: int = 0,
+    share: Fraction = VALIDATION_SHARE,
 ) -> Split:
     """Split labelled cases.
 
@@ -72,7 +73,8 @@ def split_cases(
     Args:
         how: as `check_split` returns it.
         same: pairs of indices of `cases` that are the same scan; they count as one patient.
-        validation: largest number of training cases that are held out; at most one in twenty is.
+        validation: largest number of training cases that are held out.
+        share: largest share of the training cases that is held out.
 
     Raises:
         UserError: no case is left on one side, or there are more folds than patients.
@@ -103,7 +105,7 @@ def split_cases(
             training.append(group)
         else:
             left_out += [(case.id, test_id) for case in group if case.id not in test_ids]
-    held_out = _hold_out(training, validation)
+    held_out = _hold_out(training, min(validation, int(share * sum(map(len, training)))))
     train = [case for group in training for case in group]
     if not train or not test_ids:
         raise UserError(
@@ -114,9 +116,8 @@ def split_cases(
     return Split(train, tested, by, left_out, repeated, held_out)
 
 
-def _hold_out(training: list[list[Case]], number: int) -> list[Case]:
-    """Take at most `number` validation cases out of the training patients: the last patients, as many as the share allows."""
-    most = min(number, int(VALIDATION_SHARE * sum(map(len, training))))
+def _hold_out(training: list[list[Case]], most: int) -> list[Case]:
+    """Take at most `most` validation cases out of the training patients: the last patients."""
     validation: list[Case] = []
     while training and len(validation) + len(training[-1]) <= most:
         validation += training.pop()

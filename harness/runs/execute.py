@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from harness.runs.finished import FinishedRun, digest_request, finished_folder, 
 from harness.runs.locate import locate
 from harness.runs.plan import RunPlan, plan
 from harness.runs.record import make_record
+from harness.runs.tune import TRIALS, tune
 from harness.system.console import say
 from harness.system.errors import UserError
 from harness.system.files import digest_file, write_atomic
@@ -104,10 +106,12 @@ def _compute(run_plan: RunPlan, request: Request, folder: Path, context: StageCo
     seconds = {"prepare": time.perf_counter() - began}
     weights, stage = _pretrain_or_reuse(run_plan, request.runs, volumes.pretrain, context)
     seconds |= {"pretrain": stage["seconds"], "method_prepare": stage["prepare_seconds"]} if stage else {}
-    steps, _ = config.finetune.schedule(len(volumes.labelled))
-    validation = Validation(config, task, volumes.validation, steps, folder / "validation.json")
-    watched = replace(context, watch=validation)
-    finetuned = _finetune_or_reuse(run_plan, volumes.labelled, weights, stage, folder, watched)
+    tuning = None
+    if run_plan.trials:
+        tuning = tune(run_plan, folder, processes, partial(_try, volumes, weights, stage, context))
+        seconds["tune"] = tuning.seconds
+    tuned_plan = tuning.run_plan if tuning else run_plan
+    finetuned, validation = _finetune_or_reuse(tuned_plan, volumes, weights, stage, folder, context)
     seconds["finetune"] = finetuned["trained"]["seconds"]
     network = _load_network(run_plan, folder)
     summary, seconds["evaluate"] = evaluate(
@@ -124,12 +128,15 @@ def _compute(run_plan: RunPlan, request: Request, folder: Path, context: StageCo
     context.check()
     record = make_record(run_plan, summary, seconds, finetuned, network, stage)
     record["validation"] = validation.record()
+    if tuning is not None:
+        record |= {"tuning": tuning.record, "config": tuning.run_plan.config.model_dump(mode="json")}
 
     def finish() -> None:
-        """Write the record, and remove the per-case scores that `cases.csv` now has."""
+        """Write the record; remove the per-case scores, which `cases.csv` now has, and the other trials of tuning."""
         record["digests"] = {name: digest_file(folder / name) for name in ("cases.csv", "weights.safetensors")}
         write_atomic(folder / "record.json", json.dumps(record, indent=1, allow_nan=False))
-        shutil.rmtree(folder / "evaluation", ignore_errors=True)
+        for name in ("evaluation", TRIALS):
+            shutil.rmtree(folder / name, ignore_errors=True)
 
     processes.decide(finish)
 
@@ -199,20 +206,36 @@ def _read_pretraining(folder: Path) -> dict[str, Any] | None:
     return stage
 
 
+def _try(
+    volumes: _Volumes,
+    weights: Mapping[str, Tensor],
+    stage: dict[str, Any],
+    context: StageContext,
+    trial: RunPlan,
+    folder: Path,
+) -> dict[str, Any]:
+    """Fine-tune with one setting of a grid. Returns the validation curve and the seconds."""
+    finetuned, validation = _finetune_or_reuse(trial, volumes, weights, stage, folder, context)
+    curve = context.processes.decide(lambda: validation.record()["curve"])
+    return {"curve": curve, "seconds": round(finetuned["trained"]["seconds"], 3)}
+
+
 def _finetune_or_reuse(
     run_plan: RunPlan,
-    volumes: Sequence[Volume],
+    volumes: _Volumes,
     weights: Mapping[str, Tensor],
     stage: dict[str, Any],
     folder: Path,
     context: StageContext,
-) -> dict[str, Any]:
-    """The report of fine-tuning. A finished fine-tuning in the run's folder is used again."""
+) -> tuple[dict[str, Any], Validation]:
+    """The report of fine-tuning, and its validation. A finished fine-tuning in the folder is used again."""
     file, task = folder / "finetune.json", run_plan.task
+    steps, _ = run_plan.config.finetune.schedule(len(volumes.labelled))
+    validation = Validation(run_plan.config, task, volumes.validation, steps, folder / "validation.json")
     before: dict[str, Any] | None = context.processes.decide(lambda: read_stage(file))
     if before is not None:
         say(f"fine-tuning found in {folder}")
-        return before
+        return before, validation
 
     def take_over_pretraining() -> str:
         """Copy the picture of the pre-training to the run. Returns the text of its history."""
@@ -220,19 +243,20 @@ def _finetune_or_reuse(
             return ""
         picture = stage["folder"] / PICTURE
         if picture.exists():
-            (folder / "figures").mkdir(exist_ok=True)
+            (folder / "figures").mkdir(parents=True, exist_ok=True)
             shutil.copyfile(picture, folder / "figures" / picture.name)
         history: str = (stage["folder"] / "history.jsonl").read_text()
         return history
 
     history = context.processes.decide(take_over_pretraining)
     repeat_stem = run_plan.pretrain_channels == 1 < len(task.channels) and bool(run_plan.corpora)
-    finetune(run_plan.config, run_plan.plugins, task, volumes, weights, folder, context, repeat_stem, history)
+    watched, labelled = replace(context, watch=validation), volumes.labelled
+    finetune(run_plan.config, run_plan.plugins, task, labelled, weights, folder, watched, repeat_stem, history)
     finetuned = context.processes.decide(lambda: read_stage(file))
     if finetuned is None:
         raise UserError(f"{folder} was changed while the run wrote to it: ask again, and it goes on")
     say(finetuned["transfer"]["text"])
-    return finetuned
+    return finetuned, validation
 
 
 def _predict_again(run_plan: RunPlan, runs: Path, folder: Path, processes: Processes) -> None:

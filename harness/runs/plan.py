@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from harness.api.task import Case, Task
 from harness.compute.devices import micro_batches
 from harness.config.presets import read_preset
 from harness.config.request import Request
-from harness.config.resolve import change_task, parse_overrides, resolve
+from harness.config.resolve import TuningTrial, change_task, parse_overrides, resolve, resolve_trials
 from harness.config.schema import Finetune, RunConfig, Training
 from harness.data.corpus import Corpus
 from harness.data.datasets import CorpusData, TaskData, check_overlap, open_corpora, open_task
-from harness.data.splits import draw_labelled
+from harness.data.splits import SAME, TUNING_SHARE, VALIDATION_SHARE, draw_labelled
 from harness.runs.locate import locate
 from harness.system.console import say
 from harness.system.errors import UserError
@@ -35,6 +35,7 @@ class RunPlan:
         overlap: pairs (scan of a corpus, test case) that are copies of each other.
         sources: digests of the source files of plugins that are given as files.
         files: digests of the files that the method's settings name, by setting.
+        trials: the settings of a grid that are tried; empty without `--tune`.
     """
 
     config: RunConfig
@@ -44,6 +45,7 @@ class RunPlan:
     overlap: list[tuple[str, str]]
     sources: list[str]
     files: dict[str, str]
+    trials: list[TuningTrial] = field(default_factory=list)
 
     @property
     def task(self) -> Task:
@@ -93,6 +95,7 @@ class RunPlan:
         settings = self.config.model_dump(mode="json", include={"method_settings", "backbone_settings"})
         if self.plugins.method.uses_labels:
             own = set(Finetune.model_fields) - set(Training.model_fields)  # how labelled crops are drawn and augmented
+            own.discard("layer_decay")
             settings["finetune"] = self.config.finetune.model_dump(mode="json", include=own)
         versions = [self.plugins.method.version, self.plugins.backbone.version, version("ssl-seg-harness")]
         return digest([names, settings, versions, self._pretrain_data, self.sources, self.files])
@@ -157,12 +160,15 @@ def plan(
     plugins = Plugins(registry.load("method", request.method), registry.load("backbone", request.backbone))
     if not plugins.method.trains or plugins.method.uses_labels:
         located = ()  # one run serves both modes
-    config = resolve(request, registry, task)
+    config, trials = resolve(request, registry, task), resolve_trials(request, registry, task)
     channels = len(located[0][0].channels if located else task.channels)
     num_micro_batches = micro_batches(request.execution.micro_batches)
     check_fit(registry, config, plugins, len(task.channels), channels, num_micro_batches)
     cache = request.runs / "cache"
-    data = open_task(task, root, cache, request.split, config.finetune.validation)
+    share = TUNING_SHARE if trials else VALIDATION_SHARE
+    data = open_task(task, root, cache, request.split, config.finetune.validation, share)
+    if trials and not data.split.validation:
+        raise _no_validation(config, data)
     corpora = open_corpora(located, cache, request.skip_bad)
     overlap = check_overlap(data, corpora, request.allow_overlap)
     # A plugin that is given as a file may change without a new version. Installed plugins state their version.
@@ -171,14 +177,29 @@ def plan(
     # Paths say where a file lies, not what is in it.
     files = {name: digest_file(path) for name, path in config.method_settings if isinstance(path, Path)}
     known_now = {"corpora": tuple(corpus.label for corpus in corpora)} | _labelled(request, data)
-    run_plan = RunPlan(config.model_copy(update=known_now), plugins, data, corpora, overlap, sources, files)
+    trials = [replace(trial, config=trial.config.model_copy(update=known_now)) for trial in trials]
+    run_plan = RunPlan(config.model_copy(update=known_now), plugins, data, corpora, overlap, sources, files, trials)
     # Problems of fine-tuning must be known before pre-training.
-    finetuning = [(config.finetune, len(run_plan.label_cases))]
+    num_labelled = len(run_plan.label_cases)
+    finetuning = [(each.finetune, num_labelled) for each in (config, *(trial.config for trial in trials))]
     pretraining = [(config.pretrain, run_plan.num_pretrain)] if plugins.method.trains else []
     for settings, number in [*pretraining, *finetuning]:
         settings.schedule(number)
         settings.rows(int(os.environ.get("WORLD_SIZE") or 1), num_micro_batches)
     return run_plan
+
+
+def _no_validation(config: RunConfig, data: TaskData) -> UserError:
+    """The error of a run that has no case to choose settings on."""
+    if config.split == SAME or not config.finetune.validation:
+        return UserError(
+            f"--tune chooses on validation cases, and there are none with --split {config.split} and finetune.validation="
+            f"{config.finetune.validation}: give another split, or a number of 1 or more"
+        )
+    return UserError(
+        f"--tune chooses on validation cases, at most one in five training cases, and {len(data.split.train)} training cases are "
+        "too few: give more cases, or leave --tune out"
+    )
 
 
 def _labelled(request: Request, data: TaskData) -> dict[str, Any]:

@@ -37,9 +37,10 @@ class SweepCell:
         split = f" split {request.split}" if request.split != "fixed" else ""
         corpora = f" on {'+'.join(request.corpora)}" if request.corpora else ""
         protocol = f" {request.protocol}" if request.protocol != "finetune" else ""
+        tuned = f" tuned over {{{request.tune}}}" if request.tune else ""
         moved = f" transfer {request.transfer}" if request.transfer != "method" else ""
         name = f"{request.method} {request.backbone} {request.task} {request.preset} seed {request.seed}"
-        return f"{name}{protocol}{moved}{fraction}{shots}{drawn}{split}{corpora}{settings}"
+        return f"{name}{protocol}{moved}{fraction}{shots}{drawn}{split}{corpora}{settings}{tuned}"
 
     @property
     def name(self) -> str:
@@ -90,7 +91,7 @@ def read(path: Path, base: Request, preset: str = "") -> list[SweepCell]:
 
     The file holds `[[matrix]]` tables and a `[defaults]` table that applies to all of them. The value of a key is a single
     value or a list. The keys are method, backbone, task, preset, mode, protocol, transfer, split, seed, label_fraction,
-    shots, label_seed and
+    shots, label_seed, tune (a grid), and
 
     * `settings`: a table of `--set` values, or a list of such tables,
     * `corpus`: a name or folder, a list of them, or a list of lists, where each inner list is pre-trained on together,
@@ -141,7 +142,7 @@ def _expand(path: Path, defaults: dict[str, Any], block: dict[str, Any], base: R
             raise UserError(
                 f"{path}: {key} is an empty list, which leaves nothing to run: give a value or take the key out"
             )
-        for value in axes[key] if key in merged or kind is str else ():
+        for value in axes[key] if key in merged or key in ("method", "task") else ():
             if isinstance(value, int) and abs(value) >= 2**63:
                 raise UserError(f"{path}: {key} is a number of more than 63 bits: give a smaller one")
             if not value or isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
@@ -250,4 +251,5 @@ def _planned(cell: SweepCell, run_plan: RunPlan, folder: Path) -> PlannedCell:
     pretrain_steps = config.pretrain.schedule(run_plan.num_pretrain)[0] if trains else 0
     finetune_steps, _ = config.finetune.schedule(len(run_plan.label_cases))
     pretrain = run_plan.pretrain_folder(cell.request.runs) if trains else None
-    return PlannedCell(cell, folder, pretrain, (pretrain_steps, finetune_steps, len(run_plan.test)))
+    lengths = pretrain_steps, finetune_steps * max(1, len(run_plan.trials)), len(run_plan.test)
+    return PlannedCell(cell, folder, pretrain, lengths)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -28,6 +27,7 @@ from harness.system.errors import UserError
 from harness.system.files import seed_from
 from harness.system.signals import leave_to_parent
 from harness.training.clock import StepClock
+from harness.training.parameter_groups import parameter_groups
 
 FINITE = "finite"  # key beside the loss terms of a step: whether all of them and the gradient are finite
 
@@ -79,7 +79,7 @@ class Trainer:
         self.precision, self.memory_kept = precision(settings.precision, self.device), keep_memory()
         self.inner = prepare_module(module, self.device, settings.channels_last)
         self.parts = divide_batch(self.inner, settings, accelerator)
-        groups = param_groups_weight_decay(module, settings.weight_decay)
+        groups = parameter_groups(module, settings)
         self.fused = self.device.type in ("cuda", "cpu")
         optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=self.fused)
         # One more than the number of steps, so that the cosine reaches 0 after the last step and not in it.

@@ -47,6 +47,7 @@ REQUEST = {
     "shots": st.just(0),  # together with a fraction they are refused
     "label_seed": st.none() | st.integers(0, 2**62),
     "corpora": WORDS,
+    "tune": WORD,
     "settings": WORDS,
     "plugins": WORDS,
     "data": st.none() | FOLDER,
@@ -90,7 +91,7 @@ def test_each_field_alone_makes_it_to_the_other_side():
     changed = {"method": "voco", "backbone": "unetr", "task": "./a b", "preset": "paper", "mode": "generic"}
     changed |= {"protocol": "linear", "split": "2/5", "seed": 7, "label_fraction": 0.25, "data": Path("/d")}
     changed |= {"corpora": ("a=-5,5", "b"), "settings": ("x.y=1,2", "z="), "plugins": ("p.py",), "runs": Path("r/s")}
-    changed |= {"shots": 4, "label_seed": 0}
+    changed |= {"shots": 4, "label_seed": 0, "tune": "finetune.lr=1e-3,3e-3 finetune.layer_decay=1"}
     changed |= {"transfer": "encoder", "allow_overlap": True, "skip_bad": True, "save_predictions": True}
     inner = {"checkpoint_minutes": 0.5, "micro_batches": 2, "on_nonfinite": "skip", "trackers": ("mlflow", "wandb")}
     requests = [replace(usual, **{name: value}) for name, value in changed.items()]
@@ -164,12 +165,12 @@ def test_a_record_gives_back_what_was_asked_for(hippocampus_phantom, tmp_path):
 
 
 AXES = ("method", "backbone", "task", "preset", "mode", "protocol", "transfer", "split", "seed", "label_fraction")
-AXES = (*AXES, "shots", "label_seed")
+AXES = (*AXES, "shots", "label_seed", "tune")
 
 
 def test_the_axes_of_a_sweep_are_the_fields_with_an_axis(tmp_path):
     assert tuple(name for name, option in options(Request) if option.axis) == AXES
-    assert all(f"{name}," in read.__doc__.replace("\n", " ").replace("label_seed", "label_seed,") for name in AXES)
+    assert all(f"{name}," in read.__doc__.replace("\n", " ").replace("tune (a grid)", "tune,") for name in AXES)
     values = {
         "mode": ["task-specific", "generic"],
         "protocol": ["finetune", "linear"],
