@@ -11,6 +11,7 @@ import numpy as np
 from leaderboards import statistics
 from leaderboards.calibration import Calibration, Interval, calibrate
 from leaderboards.convergence import Curve, curve, unconverged
+from leaderboards.folds import fold_note, pool
 from leaderboards.records import SHARED, Run
 from leaderboards.statistics import Estimate, Values
 
@@ -57,6 +58,11 @@ class Group:
         return f"{self.method} ({self.backbone})"
 
     @property
+    def members(self) -> list[Run]:
+        """The runs in run folders: those of all seeds and, where folds are pooled, of all folds."""
+        return [member for run in self.runs for member in run.members]
+
+    @property
     def is_control(self) -> bool:
         """Whether the method is training from scratch."""
         return self.control == "matched"
@@ -79,14 +85,14 @@ class Group:
     @property
     def step_ms(self) -> float | None:
         """Median time of a pre-training step in ms, over the seeds; None where nothing was pre-trained."""
-        timing = [run.record["timing"] for run in self.runs]
+        timing = [run.record["timing"] for run in self.members]
         steps = [times["pretrain_step"]["step"]["p50_ms"] for times in timing if times.get("pretrain_step")]
         return float(np.median(steps)) if steps else None
 
     @property
     def pretrain_seconds(self) -> float | None:
         """Mean seconds of pre-training and `Method.prepare`, over the seeds; None where nothing was pre-trained."""
-        timing = [run.record["timing"]["seconds"] for run in self.runs]
+        timing = [run.record["timing"]["seconds"] for run in self.members]
         seconds = [times["pretrain"] + times.get("method_prepare", 0.0) for times in timing if "pretrain" in times]
         return float(np.mean(seconds)) if seconds else None
 
@@ -171,8 +177,12 @@ def drawn_text(subset: str) -> str:
 
 
 def gather(runs: Sequence[Run]) -> list[Table]:
-    """Tables of runs that share everything but method and backbone. Controls are in the tables of every mode."""
+    """Tables of runs that share everything but method and backbone. Controls are in the tables of every mode.
+
+    Folds of a cross-validation are pooled where all of them are there.
+    """
     tables: dict[tuple[Any, ...], dict[tuple[str, str], list[Run]]] = defaultdict(lambda: defaultdict(list))
+    runs = pool(runs)
     for run in runs:
         tables[(*run.table, run.targets)][run.method, run.backbone].append(run)
     by_rest: dict[tuple[Any, ...], list[tuple[Any, ...]]] = defaultdict(list)
@@ -227,19 +237,21 @@ def _table(key: tuple[Any, ...], members: dict[tuple[str, str], list[Run]]) -> T
     """A table with its rows, and all statistics about them. `members`: the runs of each method and backbone."""
     chosen = {name: _one_per_seed(runs) for name, runs in sorted(members.items())}
     runs = {name: seeds for name, (seeds, _) in chosen.items()}
-    dice = [stack(seeds, "dice") for seeds in runs.values()]
-    estimates = [statistics.estimates(dice)]
+    dice, folds = [stack(seeds, "dice") for seeds in runs.values()], next(iter(runs.values()))[0].folds
+    estimates = [statistics.estimates(dice, folds)]
     estimates += [
-        statistics.estimates([stack(seeds, field) for seeds in runs.values()]) for field in ("hd95", "surface_dice")
+        statistics.estimates([stack(seeds, field) for seeds in runs.values()], folds)
+        for field in ("hd95", "surface_dice")
     ]
-    pooled = statistics.luck(dice)
+    pooled = statistics.luck(dice, folds)
     deltas, p, notes = _against_control(runs, pooled, len(key[-1]))
     groups = []
     for index, (method, backbone) in enumerate(runs):
         dice_of_row, hd95, surface = (column[index] for column in estimates)
         name = method, backbone
-        early = unconverged(runs[name])
-        text = "; ".join(note for note in (early, chosen[name][1], notes[name], _tuned(runs[name])) if note)
+        own = [member for run in runs[name] for member in run.members]
+        early, pooling = unconverged(own), fold_note(runs[name])
+        text = "; ".join(note for note in (early, chosen[name][1], notes[name], _tuned(own), pooling) if note)
         slim = replace(dice_of_row, draws=dice_of_row.draws[:, -1:].copy())
         group = Group(
             method, backbone, runs[name], slim, _means(hd95), _means(surface), deltas.get(name), p[index], text, early
@@ -267,12 +279,12 @@ def _against_control(
             first, second = paired(own_runs, control)
             if first:
                 pairs[name] = stack(first, "dice"), stack(second, "dice")
-                notes[name] = statistics.why_no_test(len(first), len(first[0].cases))
+                notes[name] = statistics.why_no_test(len(first), len(first[0].cases), first[0].folds)
             else:
                 notes[name] = "no seed in common with scratch"
         notes[name] = "; ".join(filter(None, (CALIBRATES.get(own_runs[0].control, ""), notes[name])))
     both = list(pairs.values())
-    deltas = dict(zip(pairs, map(_means, statistics.differences(both)), strict=True))
+    deltas = dict(zip(pairs, map(_means, statistics.differences(both, pooled.folds)), strict=True))
     tested = dict(zip(pairs, statistics.p_values(both, pooled), strict=True))
     tested = {name: values for name, values in tested.items() if runs[name][0].control not in CALIBRATES}
     p = np.array([tested.get(name, np.full(num_targets + 1, np.nan)) for name in runs])
@@ -292,7 +304,7 @@ def _tuned(runs: Sequence[Run]) -> str:
     for run in runs:
         if run.chosen:
             seeds[run.chosen].append(str(run.seed))
-    named = [f"{text} (seed{'s' * (len(own) > 1)} {', '.join(own)})" for text, own in seeds.items()]
+    named = [f"{text} (seed{'s' * (len(set(own)) > 1)} {', '.join(dict.fromkeys(own))})" for text, own in seeds.items()]
     return f"tuning chose {'; '.join(named)}" if named else ""
 
 

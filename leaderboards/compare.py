@@ -77,9 +77,10 @@ def _compare(title: str, table: Table, first: list[Run], second: list[Run], name
         if not first:
             raise NotComparableError(f"{names[0]} and {names[1]} have no seed in common")
     dice, hd95 = ([board.stack(side, field) for side in (first, second)] for field in ("dice", "hd95"))
-    difference = statistics.difference(dice[0], dice[1])
+    folds = first[0].folds
+    (difference,) = statistics.differences([(dice[0], dice[1])], folds)
     means = [statistics.estimate(values).mean for values in (*dice, *hd95)]
-    (p,) = statistics.p_values([(dice[0], dice[1])], statistics.luck(dice))
+    (p,) = statistics.p_values([(dice[0], dice[1])], statistics.luck(dice, folds))
     over_seeds = [statistics.nanmean(values, 0) for values in (*dice, *hd95)]
     per_case = [np.column_stack([values, statistics.nanmean(values, 1)]) for values in over_seeds]
     frames, summary = [], []
@@ -104,7 +105,7 @@ def _compare(title: str, table: Table, first: list[Run], second: list[Run], name
                 "losses": int((a < b).sum()),
             }
         )
-    note = statistics.why_no_test(len(first), len(first[0].cases)) or "p is of this pair alone: no correction"
+    note = statistics.why_no_test(len(first), len(first[0].cases), folds) or "p is of this pair alone: no correction"
     seeds = [run.seed for run in first]
     return Comparison(title, names, seeds, pd.concat(frames, ignore_index=True), pd.DataFrame(summary), note)
 

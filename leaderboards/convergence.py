@@ -32,7 +32,8 @@ def unconverged(runs: Sequence[Run]) -> str:
     ]
     if not gaps:
         return ""
-    seeds = ("seed " if len(gaps) == 1 else "seeds ") + ", ".join(str(seed) for seed, _, _ in gaps)
+    early = list(dict.fromkeys(seed for seed, _, _ in gaps))
+    seeds = ("seed " if len(early) == 1 else "seeds ") + ", ".join(map(str, early))
     _, soft, dice = max(gaps, key=lambda gap: gap[2] - gap[1])
     return f"not converged ({seeds}): soft Dice {soft:.2f} on the last crops, Dice {dice:.2f} on the test cases"
 

@@ -161,7 +161,9 @@ def step_times(table: Table, groups: list[Group], path: Path) -> str:
     timed = [group for group in groups if group.step_ms]
     splits = []
     for group in timed:
-        steps = [run.record["timing"]["pretrain_step"] for run in group.runs if run.record["timing"]["pretrain_step"]]
+        steps = [
+            run.record["timing"]["pretrain_step"] for run in group.members if run.record["timing"]["pretrain_step"]
+        ]
         splits.append([float(np.median([step[phase]["p50_ms"] for step in steps])) for phase in PHASES])
 
     def draw(axes: Axes) -> None:
@@ -307,7 +309,9 @@ def _settings(groups: Sequence[Group]) -> dict[tuple[str, str], list[Group]]:
 
 def _losses(group: Group) -> tuple[Any, Any] | None:
     """Steps and smoothed losses of fine-tuning, averaged over the seeds that have a history; None where none has one."""
-    histories = [losses for run in group.runs if (losses := read_losses(run.folder / "history.jsonl").get("finetune"))]
+    histories = [
+        losses for run in group.members if (losses := read_losses(run.folder / "history.jsonl").get("finetune"))
+    ]
     if not histories:
         return None
     length = min(map(len, histories))

@@ -58,6 +58,8 @@ class Run:
         targets: in the task's order.
         dice, hd95, surface_dice: (cases, targets); HD95 in mm; NaN where a case has no value for a target.
         status: (cases, targets), indices into `STATUS`.
+        folds: for pooled folds of a cross-validation, the fold of each case, from 0; empty for any other run.
+        parts: the runs of the pooled folds, see `leaderboards.folds`; empty for any other run.
     """
 
     folder: Path
@@ -68,6 +70,13 @@ class Run:
     hd95: NDArray[np.float64]
     surface_dice: NDArray[np.float64]
     status: NDArray[np.int64]
+    folds: tuple[int, ...] = ()
+    parts: tuple["Run", ...] = ()
+
+    @property
+    def members(self) -> tuple["Run", ...]:
+        """The runs that this one consists of: its folds, or itself."""
+        return self.parts or (self,)
 
     @cached_property
     def table(self) -> tuple[Any, ...]:

@@ -13,12 +13,14 @@ Satterthwaite's degrees of freedom.
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
+
+from leaderboards import fold_statistics
 
 RESAMPLES = 2000
 MIN_CASES = 2
@@ -33,6 +35,8 @@ MANY = 64
 """Largest number of methods for which Kendall's tau is computed from every resample; for more, from the first hundred."""
 
 Values = NDArray[np.float64]
+Folds = tuple[int, ...]
+"""The fold of each case; empty where no folds are pooled."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,12 @@ class Estimate:
     draws: NDArray[np.float32]
 
 
-def estimates(groups: Sequence[Values]) -> list[Estimate]:
-    """Mean of each group over seeds and cases, then over targets, with a bootstrap interval. All groups have the same cases."""
+def estimates(groups: Sequence[Values], folds: Folds = ()) -> list[Estimate]:
+    """Mean of each group over seeds and cases, then over targets, with a bootstrap interval. All groups have the same cases.
+
+    Args:
+        folds: the fold of each case, where folds are pooled; then cases are drawn within their folds.
+    """
     results: dict[int, Estimate] = {}
     for indices in _batches(groups):
         batch = np.stack([groups[index] for index in indices])
@@ -63,7 +71,7 @@ def estimates(groups: Sequence[Values]) -> list[Estimate]:
             extreme(np.where(valid, batch, fill), axis=(1, 2, 3))[:, None, None]
             for extreme, fill in ((np.min, np.inf), (np.max, -np.inf))
         )
-        draws = np.clip(_resample(batch), least, most)
+        draws = np.clip(_resample(batch, folds), least, most)
         results |= zip(indices, _with_intervals(_mean(batch), draws, batch), strict=True)
     return [results[index] for index in range(len(groups))]
 
@@ -82,16 +90,23 @@ def difference(first: Values, second: Values) -> Estimate:
     return differences([(first, second)])[0]
 
 
-def differences(pairs: Sequence[tuple[Values, Values]]) -> list[Estimate]:
-    """The differences of several pairs on the same cases, as `difference`. Raises ValueError as `difference`."""
+def differences(pairs: Sequence[tuple[Values, Values]], folds: Folds = ()) -> list[Estimate]:
+    """The differences of several pairs on the same cases, as `difference`. Raises ValueError as `difference`.
+
+    Where folds are pooled, the intervals are those of the test of `leaderboards.fold_statistics`.
+    """
     for first, second in pairs:
         if first.shape != second.shape:
             raise ValueError(f"{first.shape} and {second.shape} are not of the same seeds, cases and targets")
     results: dict[int, Estimate] = {}
     for indices in _batches([first for first, _ in pairs]):
         first, second = (np.stack([pairs[index][side] for index in indices]) for side in (0, 1))
-        means, draws = _mean(first) - _mean(second), _resample(first) - _resample(second)
-        results |= zip(indices, _with_intervals(means, draws, first - second), strict=True)
+        means, draws = _mean(first) - _mean(second), _resample(first, folds) - _resample(second, folds)
+        plain = _with_intervals(means, draws, first - second)
+        if folds:
+            lows, highs = fold_statistics.intervals(_contributions(first, second), folds)
+            plain = [replace(part, low=a, high=b) for part, a, b in zip(plain, lows, highs, strict=True)]
+        results |= zip(indices, plain, strict=True)
     return [results[index] for index in range(len(pairs))]
 
 
@@ -122,9 +137,9 @@ def area_under_curve(points: Sequence[float], parts: Sequence[Estimate]) -> tupl
     return combine(parts, weights.tolist())
 
 
-def why_no_test(num_seeds: int, num_cases: int) -> str:
-    """The reason why there is no p-value; empty where there is one."""
-    if num_seeds < MIN_SEEDS_TEST:
+def why_no_test(num_seeds: int, num_cases: int, folds: Folds = ()) -> str:
+    """The reason why there is no p-value; empty where there is one. Pooled folds are several trainings, as seeds are."""
+    if num_seeds < MIN_SEEDS_TEST and not folds:
         return "no p-value: one seed, whose luck cannot be told from the method"
     if num_cases < MIN_CASES_TEST:
         return f"no p-value: {num_cases} cases, with fewer than {MIN_CASES_TEST} no test can reject"
@@ -133,22 +148,26 @@ def why_no_test(num_seeds: int, num_cases: int) -> str:
 
 @dataclass(frozen=True)
 class Luck:
-    """Variance of a run's mean over the seeds, pooled over the methods of a table, (targets + 1); and its degrees of freedom."""
+    """Variance of a run's mean over the seeds, pooled over the methods of a table, (targets + 1); and its degrees of freedom.
+
+    `folds`: the fold of each case, where folds are pooled. Then tests use the variance over folds instead.
+    """
 
     variance: Values
     freedom: int
+    folds: Folds = ()
 
 
-def luck(groups: Sequence[Values]) -> Luck:
+def luck(groups: Sequence[Values], folds: Folds = ()) -> Luck:
     """The variance of a mean that the seed alone causes, pooled over all methods: three seeds of one method are too few."""
     with_seeds = [values for values in groups if len(values) > 1]
     if not with_seeds:
-        return Luck(np.full(groups[0].shape[2] + 1, np.nan), 0)
+        return Luck(np.full(groups[0].shape[2] + 1, np.nan), 0, folds)
     sums = np.zeros(with_seeds[0].shape[2] + 1)
     for values in with_seeds:
         sums += np.nan_to_num(_mean(values[:, None]).var(axis=0, ddof=1)) * (len(values) - 1)
     freedom = sum(len(values) - 1 for values in with_seeds)
-    return Luck(sums / freedom, freedom)
+    return Luck(sums / freedom, freedom, folds)
 
 
 def p_values(pairs: Sequence[tuple[Values, Values]], pooled: Luck) -> list[Values]:
@@ -159,7 +178,8 @@ def p_values(pairs: Sequence[tuple[Values, Values]], pooled: Luck) -> list[Value
     * Wilcoxon's signed-rank test over cases, where each case is the mean of its seeds. On its own, it would attribute the
       luck of a seed, which all cases share, to the method.
     * The t test of a mean over crossed random seeds and cases (Clark 1973, "The language-as-fixed-effect fallacy"), with the
-      larger of the pair's own variance over seeds and the pooled one.
+      larger of the pair's own variance over seeds and the pooled one. Where folds are pooled, it is the test of
+      `leaderboards.fold_statistics`.
     """
     results: dict[int, Values] = {}
     for indices in _batches([first for first, _ in pairs]):
@@ -167,11 +187,14 @@ def p_values(pairs: Sequence[tuple[Values, Values]], pooled: Luck) -> list[Value
         num_seeds = columns.shape[2]
         per_case = nanmean(columns, 2)  # (pairs, targets + 1, cases)
         num_cases = (~np.isnan(per_case)).sum(axis=2)
-        tested = (
-            (num_cases >= MIN_CASES_TEST) & (np.nan_to_num(per_case) != 0).any(axis=2) & (num_seeds >= MIN_SEEDS_TEST)
-        )
+        repeated = num_seeds >= MIN_SEEDS_TEST or bool(pooled.folds)
+        tested = (num_cases >= MIN_CASES_TEST) & (np.nan_to_num(per_case) != 0).any(axis=2) & repeated
         p = np.full(tested.shape, np.nan)
-        if tested.any():
+        if tested.any() and pooled.folds:
+            p[tested] = np.maximum(
+                _signed_rank(per_case[tested]), fold_statistics.p_values(columns, pooled.folds)[tested]
+            )
+        elif tested.any():
             # Both variances use the degrees of freedom of the pooled one. With the two or three of the pair's own variance the
             # test could hardly reject, and the simulations in the tests show that such caution is not needed.
             freedom_of_seeds = max(pooled.freedom, 1)
@@ -204,6 +227,8 @@ def share(method: Values, control: Values, positive: Values, pooled: Luck) -> tu
     def margin(candidate: float) -> float:
         """How far the test is from rejecting a share; below 0 it does not reject."""
         contrast = gain - candidate * headroom
+        if pooled.folds:
+            return fold_statistics.margin(contrast, pooled.folds)
         per_case = nanmean(contrast, 0)
         own = _nanvar(nanmean(contrast, 1)[None])[0]
         # Three runs enter the contrast, the control with what is left of it.
@@ -214,7 +239,8 @@ def share(method: Values, control: Values, positive: Values, pooled: Luck) -> tu
         freedom = (seeds + cases) ** 2 / (seeds**2 / max(pooled.freedom, 1) + cases**2 / (num_cases - 1))
         return float(abs(nanmean(per_case, 0)) - stats.t.ppf(0.975, freedom) * np.sqrt(seeds + cases))
 
-    if num_cases < MIN_CASES or num_seeds < MIN_SEEDS_TEST or not np.isfinite(margin(value)):
+    too_few = num_seeds < MIN_SEEDS_TEST and not pooled.folds
+    if num_cases < MIN_CASES or too_few or not np.isfinite(margin(value)):
         return value, np.nan, np.nan
     return value, _root(margin, value, -1), _root(margin, value, 1)
 
@@ -344,29 +370,44 @@ def _with_intervals(means: Values, draws: Values, values: Values) -> list[Estima
 
 
 @lru_cache(maxsize=256)
+def _case_weights(folds: Folds) -> Values:
+    """Weights of cases that are drawn within their folds, (RESAMPLES, cases)."""
+    weights = np.empty((RESAMPLES, len(folds)))
+    for fold in sorted(set(folds)):
+        (members,) = np.nonzero(np.array(folds) == fold)
+        # Each fold has draws of its own.
+        weights[:, members] = _weights(len(members), 2 + fold)
+    return weights
+
+
+@lru_cache(maxsize=256)
 def _weights(number: int, stream: int) -> Values:
-    """Weights of `number` seeds (stream 0) or cases (stream 1) in each resample, (RESAMPLES, number); equal in every call."""
+    """Weights of `number` seeds (stream 0), of cases (1) or of the cases of a fold (from 2) in each resample.
+
+    The shape is (RESAMPLES, number); the weights are equal in every call.
+    """
     rng = np.random.default_rng((stream, number))
     drawn = rng.multinomial(number, np.full(number, 1 / number), size=RESAMPLES).astype(float)
     return drawn if number < 2 else 1 + (drawn - 1) * np.sqrt(number / (number - 1))
 
 
-def _resample(batch: Values) -> Values:
+def _resample(batch: Values, folds: Folds = ()) -> Values:
     """Means of all resamples: (groups, seeds, cases, targets) -> (groups, RESAMPLES, targets + 1)."""
     _, num_seeds, num_cases, _ = batch.shape
     valid = ~np.isnan(batch)
-    sums = _weigh(np.where(valid, batch, 0.0))
-    counts = np.full_like(sums, num_seeds * num_cases) if valid.all() else _weigh(valid.astype(float))
+    sums = _weigh(np.where(valid, batch, 0.0), folds)
+    counts = np.full_like(sums, num_seeds * num_cases) if valid.all() else _weigh(valid.astype(float), folds)
     # A resample has no mean for a target that hardly any drawn case has.
     least = LEAST * valid.sum(axis=(1, 2))[:, None]
     means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=(counts > least) & (counts > 0))
     return np.concatenate([means, nanmean(means, 2)[..., None]], axis=2)
 
 
-def _weigh(batch: Values) -> Values:
+def _weigh(batch: Values, folds: Folds) -> Values:
     """Sums over seeds and cases with the weights of each resample, (groups, RESAMPLES, targets)."""
     groups, num_seeds, num_cases, num_targets = batch.shape
-    seeds, cases = _weights(num_seeds, 0), _weights(num_cases, 1)
+    seeds = _weights(num_seeds, 0)
+    cases = _case_weights(folds) if folds else _weights(num_cases, 1)
     sums = np.zeros((RESAMPLES, groups * num_targets))
     for seed in range(num_seeds):
         # One matrix product serves all groups, since they share the weights of the cases.

@@ -149,7 +149,7 @@ def _measured(group: Group, number: int, average: bool) -> dict[str, Any]:
         "step_ms_p50": group.step_ms,
         "pretrain_seconds": group.pretrain_seconds,
         "source": "measured",
-        "run_ids": " ".join(sorted(run.run_id for run in group.runs)),
+        "run_ids": " ".join(sorted(run.run_id for run in group.members)),
         "n_test_seen": max(run.num_test_seen for run in group.runs),
         "p_value_holm": _value(group.p[number]),
         "surface_tolerance_mm": group.runs[0].record.get("metric_definitions", {}).get("surface_dice_tolerance_mm"),
@@ -238,7 +238,7 @@ def _grid(table: Table) -> list[list[str]]:
 
 def _worth_saying(group: Group) -> bool:
     """Whether the note of a row is printed below the table."""
-    return bool(group.note) and not group.is_control
+    return bool(group.note) and group.note != "the control"
 
 
 HEADINGS = ["rank", "method", "backbone", "seeds", "Dice", "vs scratch", "p (Holm)", "HD95 (mm)", "pre-training (s)"]

@@ -96,7 +96,7 @@ class _Site:
         self._index(runs, tables, overview, reported)
         memberships: dict[str, list[tuple[int, str]]] = defaultdict(list)
         for number, ranked in enumerate(tables, 1):
-            for run in (run for group in ranked.groups for run in group.runs):
+            for run in (run for group in ranked.groups for run in group.members):
                 memberships[run.run_id].append((number, ranked.title))
         for run in runs:
             self._run(run, memberships[run.run_id])

@@ -19,6 +19,9 @@ def add_parser(commands: Any) -> None:
         "--into", type=Path, default=Path("reproduced"), metavar="DIR", help="its runs folder (default: ./reproduced)"
     )
     add_options(parser, "corpora", text="where it is here")
+    parser.add_argument(
+        "--split-file", type=Path, metavar="FILE", help="where the file of folds is here, if it had one"
+    )
     add_options(parser, "data", "runs", "plugins")
     parser.set_defaults(command=reproduce)
 
@@ -37,6 +40,8 @@ def reproduce(arguments: argparse.Namespace) -> None:
         raise UserError(str(error)) from None
     from harness.runs.reproduce import compare, inspect
 
+    if arguments.split_file is not None:
+        record["data"]["split"] = f"{record['data'].get('split', '').partition('@')[0]}@{arguments.split_file}"
     reproduction = inspect(record, arguments.data, arguments.into, arguments.plugins, arguments.corpora)
     print(*map(printable, str(reproduction).splitlines()), sep="\n", flush=True)
     if arguments.go:

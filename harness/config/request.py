@@ -212,8 +212,8 @@ class Request:
     split: str = _option(
         "fixed",
         "--split",
-        "80/20 (default), fold K of N, or train and test on the same cases, a plumbing check",
-        metavar="fixed|K/N|same",
+        "80/20 (default), fold K of N, by rule or as splits_final.json of nnU-Net says, or the same cases, a plumbing check",
+        metavar="fixed|K/N|K/N@FILE|same",
         axis=str,
         record="data.split",
         always=True,

@@ -140,6 +140,8 @@ def open_task(
         )
     for case_id, test_id in split.left_out:
         say(f"left out of training: {case_id} is the same patient or scan as test case {test_id}")
+    if split.unused:
+        say(f"not used: {len(split.unused)} cases that the file of folds does not list, {split.unused[0]} among them")
     return TaskData(task, phantom, split, inventory)
 
 

@@ -1,7 +1,6 @@
 """Splits cases into training and test cases, by a list, by a rule or by folds. No patient is on both sides."""
 
 import hashlib
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,9 +10,9 @@ from math import ceil
 import numpy as np
 
 from harness.api.task import Case, Task
+from harness.data.folds import Fold, parse_fold, read_fold
 from harness.system.errors import UserError
 
-FOLD = re.compile(r"([1-9]\d{0,2})/([1-9]\d{0,2})")
 SAME = "same"
 TEST_SHARE = Fraction(1, 5)
 VALIDATION_SHARE, TUNING_SHARE = Fraction(1, 20), Fraction(1, 5)
@@ -27,11 +26,12 @@ class Split:
     Attributes:
         train: in the order of a digest of the patients' names.
         test: sorted by id.
-        by: "list" (shipped with the task), "rule" (a function of the patients' names), "fold", or "same".
+        by: "list" (shipped with the task), "rule" (a function of the patients' names), "fold", "file" (of folds), or "same".
         left_out: pairs (case, test case) of the same patient, where the test list has only the second one. The first one is
             not used for training.
         repeated: pairs of cases that are the same scan.
         validation: a few cases that would be training cases, held out to watch fine-tuning; none where there are few cases.
+        unused: cases that a file of folds does not list.
     """
 
     train: list[Case]
@@ -40,20 +40,23 @@ class Split:
     left_out: list[tuple[str, str]] = field(default_factory=list)
     repeated: list[tuple[str, str]] = field(default_factory=list)
     validation: list[Case] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
 
 
 def check_split(how: str) -> str:
-    """Check a value of --split and return it: `fixed`, `same`, or `K/N` with K of 1..N and N of 2 or more.
+    """Check a value of --split and return it: `fixed`, `same`, `K/N` with K of 1..N and N of 2 or more, or `K/N@FILE`.
 
     Raises:
-        UserError: for any other value.
+        UserError: for any other value, or as `read_fold`.
     """
-    match = FOLD.fullmatch(how)
-    if how in ("fixed", SAME) or (match and int(match[1]) <= int(match[2]) and int(match[2]) > 1):
+    fold = parse_fold(how)
+    if fold is not None and fold.file is not None:
+        read_fold(fold)
+    if how in ("fixed", SAME) or fold is not None:
         return how
     raise UserError(
-        f"--split {how!r} cannot be used: give fixed (80/20), K/N for fold K of N (for instance 1/5), or same, which trains "
-        "and tests on the same cases and is a plumbing check"
+        f"--split {how!r} cannot be used: give fixed (80/20), K/N for fold K of N (for instance 1/5), K/N@splits_final.json for "
+        "a fold that a file of nnU-Net lists, or same, which trains and tests on the same cases and is a plumbing check"
     )
 
 
@@ -84,10 +87,14 @@ def split_cases(
         by_id = sorted(cases, key=lambda case: case.id)
         return Split(by_id, by_id, SAME, repeated=repeated)
     groups = _patients(cases, same)
-    by, left_out = "rule", []
-    if how != "fixed":
+    by, left_out, fold = "rule", [], parse_fold(how)
+    unused: list[str] = []
+    if fold is not None and fold.file is not None:
+        by = "file"
+        groups, test, unused = _listed(task, groups, fold)
+    elif fold is not None:
         by = "fold"
-        test = _fold(task, groups, how)
+        test = _fold(task, groups, fold)
     elif task.test_ids is not None and any(case.id in task.test_ids for case in cases):
         by = "list"
         test = [[case for case in group if case.id in task.test_ids] for group in groups]
@@ -113,7 +120,7 @@ def split_cases(
             "testing; both need at least one: give the whole data set, or --split same for a plumbing check"
         )
     tested = sorted((case for case in cases if case.id in test_ids), key=lambda case: case.id)
-    return Split(train, tested, by, left_out, repeated, held_out)
+    return Split(train, tested, by, left_out, repeated, held_out, unused)
 
 
 def _hold_out(training: list[list[Case]], most: int) -> list[Case]:
@@ -146,14 +153,33 @@ def draw_labelled(train: Sequence[Case], fraction: float, seed: int) -> list[Cas
     return [case for case in train if case.id in chosen]
 
 
-def _fold(task: Task, groups: Sequence[list[Case]], how: str) -> list[list[Case]]:
+def _fold(task: Task, groups: Sequence[list[Case]], fold: Fold) -> list[list[Case]]:
     """The patients of fold K of N. Raises UserError if there are fewer patients than folds."""
-    number, folds = (int(text) for text in how.split("/"))
-    if folds > len(groups):
+    if fold.total > len(groups):
         raise UserError(
-            f"--split {how}: task {task.name!r} has {len(groups)} patients here: give at most as many folds"
+            f"--split {fold.canonical}: task {task.name!r} has {len(groups)} patients here: give at most as many folds"
         )
-    return list(groups[number - 1 :: folds])
+    return list(groups[fold.number - 1 :: fold.total])
+
+
+def _listed(
+    task: Task, groups: Sequence[list[Case]], fold: Fold
+) -> tuple[list[list[Case]], list[list[Case]], list[str]]:
+    """The patients that a file of folds lists, those of them to test on, and the cases that it does not list.
+
+    Raises:
+        UserError: the file lists a case that the task does not have here, or as `read_fold`.
+    """
+    train, test = map(set, read_fold(fold))
+    known = {case.id for group in groups for case in group}
+    if missing := sorted((train | test) - known):
+        raise UserError(
+            f"--split: {fold.file} lists {len(missing)} cases that task {task.name!r} does not have here, for instance "
+            f"{missing[0]!r}: give the file of this data set"
+        )
+    listed = [[case for case in group if case.id in train | test] for group in groups]
+    tested = [[case for case in group if case.id in test] for group in groups]
+    return [group for group in listed if group], [group for group in tested if group], sorted(known - train - test)
 
 
 def _patients(cases: Sequence[Case], same: Sequence[tuple[int, int]]) -> list[list[Case]]:

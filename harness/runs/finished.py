@@ -11,7 +11,7 @@ from harness.api.registry import Registry
 from harness.config.request import Request
 from harness.runs.locate import locate
 from harness.system.errors import UserError
-from harness.system.files import ENGINE, check_name, digest, digest_file, digest_tree, read_json
+from harness.system.files import ENGINE, check_name, digest, digest_file, digest_tree, expand, read_json
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ def digest_request(request: Request, registry: Registry, roots: Sequence[Path]) 
         "execution": None,
     }
     paths = [Path(pair.partition("=")[2]) for pair in request.settings]
+    paths.append(expand(request.split.partition("@")[2]))
     # `Path.is_file` raises for text that is too long for a name.
     fields["files"] = [digest_file(path) for path in paths if os.path.isfile(path)]  # noqa: PTH113
     sources = [digest_tree(ENGINE), registry.digest_sources(), [digest_tree(root) for root in roots]]

@@ -16,6 +16,7 @@ from harness.config.resolve import TuningTrial, change_task, parse_overrides, re
 from harness.config.schema import Finetune, RunConfig, Training
 from harness.data.corpus import Corpus
 from harness.data.datasets import CorpusData, TaskData, check_overlap, open_corpora, open_task
+from harness.data.folds import parse_fold
 from harness.data.splits import SAME, TUNING_SHARE, VALIDATION_SHARE, draw_labelled
 from harness.runs.locate import locate
 from harness.system.console import say
@@ -176,7 +177,9 @@ def plan(
     sources = [registry.digest(kind, name) for kind, name in named if registry.plugin(kind, name).entry_point is None]
     # Paths say where a file lies, not what is in it.
     files = {name: digest_file(path) for name, path in config.method_settings if isinstance(path, Path)}
+    fold = parse_fold(request.split)
     known_now = {"corpora": tuple(corpus.label for corpus in corpora)} | _labelled(request, data)
+    known_now |= {"split": fold.canonical} if fold is not None else {}
     trials = [replace(trial, config=trial.config.model_copy(update=known_now)) for trial in trials]
     run_plan = RunPlan(config.model_copy(update=known_now), plugins, data, corpora, overlap, sources, files, trials)
     # Problems of fine-tuning must be known before pre-training.
