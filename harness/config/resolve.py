@@ -13,7 +13,7 @@ from harness.api.task import Task, Window
 from harness.config.grid import canonical_grid, parse_grid
 from harness.config.presets import lineage, settings_of
 from harness.config.request import Request, options
-from harness.config.schema import Evaluate, Finetune, RunConfig, TaskSettings, Training
+from harness.config.schema import Evaluate, Finetune, Pretrain, RunConfig, TaskSettings
 from harness.system.errors import UserError, unknown
 
 
@@ -75,7 +75,7 @@ def resolve(request: Request, registry: Registry, task: Task) -> RunConfig:
     values = _combine(request, registry, task, overrides)
     if not method_class.trains:
         # One run without pre-training is the control of every pre-training budget, so its identity leaves the budget out.
-        build(Training, values["pretrain"], "pretrain")
+        build(Pretrain, values["pretrain"], "pretrain")
         overrides = {key: value for key, value in overrides.items() if not key.startswith("pretrain.")}
         values = _combine(request, registry, task, overrides)
     requested = {name: getattr(request, name) for name, _ in options(Request) if name in RunConfig.model_fields}
@@ -92,7 +92,7 @@ def resolve(request: Request, registry: Registry, task: Task) -> RunConfig:
         "tune": canonical_grid(request.tune),
         "method_settings": build(method_class.Config, values["method"], "method"),
         "backbone_settings": build(backbone_class.Config, values["backbone"], "backbone"),
-        "pretrain": build(Training, values["pretrain"], "pretrain"),
+        "pretrain": build(Pretrain, values["pretrain"], "pretrain"),
         "finetune": build(Finetune, values["finetune"], "finetune"),
         "evaluate": build(Evaluate, values["evaluate"], "evaluate"),
     }

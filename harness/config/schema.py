@@ -71,6 +71,14 @@ class Training(Settings):
         return steps, warmup
 
 
+class Pretrain(Training):
+    """Pre-training."""
+
+    probe_every: NonNegativeInt = Field(
+        0, description="steps between two linear probes of the features on validation cases; 0: none"
+    )
+
+
 class Finetune(Training):
     """Fine-tuning with the DiceCE loss and the paper's light augmentation (section IV-C)."""
 
@@ -146,6 +154,6 @@ class RunConfig(Settings):
     seed: int = Field(0, ge=0, le=2**63 - 1, description="of all randomness in the run")
     method_settings: SerializeAsAny[Settings]
     backbone_settings: SerializeAsAny[Settings]
-    pretrain: Training
+    pretrain: Pretrain
     finetune: Finetune
     evaluate: Evaluate

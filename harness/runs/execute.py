@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +18,7 @@ from harness.compute.processes import Processes
 from harness.config.request import Request
 from harness.data.volumes import Volume, preprocess_cases
 from harness.evaluation.evaluate import evaluate
+from harness.evaluation.probe import Probe
 from harness.evaluation.validation import Validation
 from harness.runs.finished import FinishedRun, digest_request, finished_folder, read_finished
 from harness.runs.locate import locate
@@ -31,7 +32,7 @@ from harness.system.locks import Lock
 from harness.training.finetune import finetune
 from harness.training.loop import StageContext
 from harness.training.models import new_network, seed_for
-from harness.training.pretrain import PICTURE, pretrain
+from harness.training.pretrain import PICTURE, PROBE, pretrain
 from harness.training.stage_files import read_stage
 from harness.training.trackers import tracked
 
@@ -79,7 +80,7 @@ def pretrain_only(request: Request) -> Path:
         raise UserError(f"method {request.method!r} pre-trains nothing: leave --until pretrain out")
     with _tracked(run_plan, request, processes) as context:
         volumes = processes.first(lambda: _volumes(run_plan, request.runs / "cache"))
-        _pretrain_or_reuse(run_plan, request.runs, volumes.pretrain, context)
+        _pretrain_or_reuse(run_plan, request.runs, volumes, context)
     return run_plan.pretrain_folder(request.runs)
 
 
@@ -104,7 +105,7 @@ def _compute(run_plan: RunPlan, request: Request, folder: Path, context: StageCo
     processes.decide(lambda: write_atomic(folder / "config.json", config.model_dump_json(indent=1)))
     volumes = processes.first(lambda: _volumes(run_plan, request.runs / "cache"))
     seconds = {"prepare": time.perf_counter() - began}
-    weights, stage = _pretrain_or_reuse(run_plan, request.runs, volumes.pretrain, context)
+    weights, stage = _pretrain_or_reuse(run_plan, request.runs, volumes, context)
     seconds |= {"pretrain": stage["seconds"], "method_prepare": stage["prepare_seconds"]} if stage else {}
     tuning = None
     if run_plan.trials:
@@ -172,7 +173,7 @@ def _volumes(run_plan: RunPlan, cache: Path) -> _Volumes:
 
 
 def _pretrain_or_reuse(
-    run_plan: RunPlan, runs: Path, volumes: Sequence[Volume], context: StageContext
+    run_plan: RunPlan, runs: Path, volumes: _Volumes, context: StageContext
 ) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     """The weights that fine-tuning starts from, and the report of pre-training.
 
@@ -183,6 +184,7 @@ def _pretrain_or_reuse(
         torch.manual_seed(seed_for(config.seed, "pretrain init"))
         return plugins.new_method(config, channels).weights(), {}
     folder, processes = run_plan.pretrain_folder(runs), context.processes
+    probe = _probe(run_plan, volumes, folder)
     with processes.held(folder / "stage", f"the pre-training {folder.name}") as lock:
         stage = processes.decide(lambda: _read_pretraining(folder))
         if stage is not None:
@@ -191,11 +193,23 @@ def _pretrain_or_reuse(
             cache = (run_plan.preparation_identity, runs / "cache" / "prepared-by-methods" / config.method)
             mark = "PHANTOM - " if run_plan.phantom else ""
             title = f"{mark}{config.method} on {config.backbone}, after pre-training"
-            pretrain(config, plugins, run_plan.task, channels, volumes, folder, cache, context.under(lock), title)
+            watched = replace(context.under(lock), watch=probe)
+            pretrain(config, plugins, run_plan.task, channels, volumes.pretrain, folder, cache, watched, title)
             stage = processes.decide(lambda: _read_pretraining(folder))
     if stage is None:
         raise UserError(f"{folder} was changed while the run wrote to it: ask again, and it goes on")
-    return load_file(folder / "weights.safetensors"), stage | {"folder": folder}
+    stage |= {"folder": folder, "probe": None if probe is None else probe.record()}
+    return load_file(folder / "weights.safetensors"), stage
+
+
+def _probe(run_plan: RunPlan, volumes: _Volumes, folder: Path) -> Probe | None:
+    """What probes the features while pre-training runs; None without `pretrain.probe_every`."""
+    config = run_plan.config
+    if not config.pretrain.probe_every:
+        return None
+    steps, _ = config.pretrain.schedule(len(volumes.pretrain))
+    labelled, validation = volumes.labelled, volumes.validation
+    return Probe(config, run_plan.plugins, run_plan.task, labelled, validation, steps, folder / PROBE)
 
 
 def _read_pretraining(folder: Path) -> dict[str, Any] | None:

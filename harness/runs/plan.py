@@ -93,6 +93,10 @@ class RunPlan:
     def pretrain_key(self) -> str:
         """Digest of everything that determines the pre-trained weights."""
         names = self.config.model_dump(mode="json", include={"method", "backbone", "seed", "mode", "pretrain"})
+        if self.config.pretrain.probe_every:  # the report has probes, which depend on the labelled cases
+            names |= self.config.model_dump(mode="json", include={"label_fraction", "label_seed"})
+        else:
+            del names["pretrain"]["probe_every"]
         settings = self.config.model_dump(mode="json", include={"method_settings", "backbone_settings"})
         if self.plugins.method.uses_labels:
             own = set(Finetune.model_fields) - set(Training.model_fields)  # how labelled crops are drawn and augmented
@@ -170,6 +174,8 @@ def plan(
     data = open_task(task, root, cache, request.split, config.finetune.validation, share)
     if trials and not data.split.validation:
         raise _no_validation(config, data)
+    if plugins.method.trains and config.pretrain.probe_every:
+        _check_probe(data, channels)
     corpora = open_corpora(located, cache, request.skip_bad)
     overlap = check_overlap(data, corpora, request.allow_overlap)
     # A plugin that is given as a file may change without a new version. Installed plugins state their version.
@@ -190,6 +196,19 @@ def plan(
         settings.schedule(number)
         settings.rows(int(os.environ.get("WORLD_SIZE") or 1), num_micro_batches)
     return run_plan
+
+
+def _check_probe(data: TaskData, channels: int) -> None:
+    """Raises UserError where `pretrain.probe_every` has no validation case, or images of other channels than the task's."""
+    if not data.split.validation:
+        raise UserError(
+            f"pretrain.probe_every scores validation cases, and {len(data.split.train)} training cases leave none: set it to 0"
+        )
+    if channels != len(data.task.channels):
+        raise UserError(
+            f"pretrain.probe_every scores cases of the task, which have {len(data.task.channels)} channels; pre-training has "
+            f"{channels}: set it to 0"
+        )
 
 
 def _no_validation(config: RunConfig, data: TaskData) -> UserError:

@@ -76,6 +76,7 @@ def make_record(
         "transfer": transfer,
         "final_soft_dice": tuned.get("final_soft_dice"),
         "method_prepare": stage.get("prepared", {}),
+        "probe": stage.get("probe"),
         "files": run_plan.files,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

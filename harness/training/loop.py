@@ -64,8 +64,8 @@ class StageContext:
         log: is called with the named values of a step and its number (`harness.training.trackers`).
         locks: that this process holds during the stage.
         quiet: whether to hide the progress bar.
-        watch: is called on the main process with the module that is trained and the number of each step, from 1. It must not
-            change the module. Its time does not count.
+        watch: is called on the main process with the module that is trained and the number of each step, from 1; in pre-training
+            also with 0, before the first step. It must not change the module. Its time does not count.
     """
 
     processes: Processes = field(default_factory=Processes)

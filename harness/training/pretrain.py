@@ -33,6 +33,9 @@ PreparationCache = tuple[Any, Path]
 PICTURE = "restoration.png"
 """File beside the weights that shows what the method sees and restores."""
 
+PROBE = "probe.json"
+"""File beside the weights with the points of `harness.evaluation.probe`."""
+
 
 def pretrain(
     config: RunConfig,
@@ -69,6 +72,8 @@ def pretrain(
     plan = StagePlan("pretrain", settings, steps, warmup, seed_for(config.seed, "pretrain steps"))
     length, seed = steps * settings.batch_size, seed_for(config.seed, "pretrain crops")
     data = pretrain_data(config, plugins, task, sources, length, seed)
+    if context.watch is not None:
+        processes.decide(partial(context.watch, method, 0))
     report = train(plan, method, data, folder / "history.jsonl", accelerator, context, method.after_step)
     processes.decide(partial(_finish, config, method, data, volumes, report, preparation, folder, title, context))
 

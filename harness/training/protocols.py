@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.api.backbone import Backbone
+from harness.api.backbone import Backbone, Pyramid
 from harness.config.request import FinetuneProtocol
 from harness.system.files import digest_chunks
 
@@ -33,10 +33,18 @@ class LinearProbe(nn.Module):
             pyramid = self.backbone.encode(image)
         bias = self.probe.bias
         assert bias is not None
+        return self.logits(pyramid, self.probe.weight.flatten(1), bias, image.shape[2:])
+
+    def logits(self, pyramid: Pyramid, weight: Tensor, bias: Tensor, size: torch.Size) -> Tensor:
+        """Logits (N, num_outputs, x, y, z) of the layer with this weight (num_outputs, channels of all levels) and bias.
+
+        Args:
+            size: extent of the image.
+        """
         logits = bias.view(1, -1, 1, 1, 1)
-        for features, weight in zip(pyramid, self.probe.weight.split(self.backbone.channels, dim=1), strict=True):
-            level = F.conv3d(features, weight.to(features.dtype))
-            logits = logits + F.interpolate(level, image.shape[2:], mode="trilinear", align_corners=False)
+        for features, part in zip(pyramid, weight.split(self.backbone.channels, dim=1), strict=True):
+            level = F.conv3d(features, part[:, :, None, None, None].to(features.dtype))
+            logits = logits + F.interpolate(level, size, mode="trilinear", align_corners=False)
         return logits
 
 
