@@ -34,8 +34,8 @@ ITERATIONS = 40
 PENALTY = 1e-3
 """Factor on the sum of the squared weights, of features of unit variance: few labelled cases would else be learnt by heart."""
 
-COLLAPSED = 0.1
-"""Share of the effective rank before training below which the deepest features have collapsed."""
+COLLAPSED_RANK, COLLAPSED_SHARE = 2, 0.1
+"""The deepest features have collapsed below this effective rank, or below this share of the one before training."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Probe:
         """What the record says: the points (step, Dice, effective rank), and the first step at which features had collapsed."""
         points = {int(step): point for step, point in self._points().items()}
         ordered = sorted(points)
-        collapsed = [step for step in ordered if points[step]["rank"] < COLLAPSED * points[ordered[0]]["rank"]]
+        collapsed = [step for step in ordered if has_collapsed(points[step]["rank"], points[ordered[0]]["rank"])]
         return {
             "points": [[step, points[step]["dice"], points[step]["rank"]] for step in ordered],
             "collapsed": collapsed[0] if collapsed else None,
@@ -108,7 +108,7 @@ class Probe:
     def _sentence(self, points: dict[str, Any], step: int) -> str:
         """A point in words, beside the one before training."""
         first, point = points[min(points, key=int)], points[str(step)]
-        collapsed = point["rank"] < COLLAPSED * first["rank"]
+        collapsed = has_collapsed(point["rank"], first["rank"])
         return (
             f"linear Dice {point['dice']:.4f} (before training {first['dice']:.4f}), effective rank {point['rank']:.1f} "
             f"({first['rank']:.1f})" + (": THE FEATURES HAVE COLLAPSED" if collapsed else "")
@@ -118,6 +118,11 @@ class Probe:
         """The points that are written: step -> Dice, rank and seconds."""
         points = read_json(self.file)
         return points if isinstance(points, dict) else {}
+
+
+def has_collapsed(rank: float, before: float) -> bool:
+    """Whether features of this effective rank have collapsed. Features that were as poor before training have not."""
+    return rank < before / 2 and (rank < COLLAPSED_RANK or rank < COLLAPSED_SHARE * before)
 
 
 def fit_probe(backbone: Backbone, crops: Sequence[tuple[Tensor, Tensor]], task: Task) -> LinearProbe:
@@ -144,7 +149,9 @@ def fit_probe(backbone: Backbone, crops: Sequence[tuple[Tensor, Tensor]], task: 
         optimizer.zero_grad()
         scaled = weight / scale
         logits = probe.logits(features, scaled, bias - scaled @ mean, images.shape[2:])
-        value: Tensor = sum(segmentation_loss(logits, targets, task.overlapping).values(), PENALTY * weight.square().sum())
+        value: Tensor = sum(
+            segmentation_loss(logits, targets, task.overlapping).values(), PENALTY * weight.square().sum()
+        )
         value.backward()
         return value
 

@@ -11,7 +11,8 @@ from harness import UserError
 from harness.config.request import Request
 from harness.data.phantom import write_phantom
 from harness.data.volumes import preprocess_cases
-from harness.evaluation.probe import Probe, fit_probe
+from harness.evaluation import probe
+from harness.evaluation.probe import Probe, fit_probe, has_collapsed
 from harness.runs.execute import run
 from harness.runs.locate import locate
 from harness.runs.plan import plan
@@ -19,6 +20,15 @@ from harness.training.protocols import LinearProbe
 from tests.conftest import TINY, TINY_BUDGET, small
 
 SETTINGS = (*TINY["unet"], *TINY_BUDGET, "pretrain.steps=5", "finetune.steps=1", "evaluate.overlap=0")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    """Two crops and a few iterations, which say enough about a phantom."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(probe, "CROPS", 2)
+        patched.setattr(probe, "ITERATIONS", 5)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -80,32 +90,31 @@ def test_collapsed_features_are_named(many_cases, tmp_path, capsys, monkeypatch)
     request = request_for(many_cases, tmp_path, 2)
     run_plan = plan(request, *locate(request))
     method = run_plan.plugins.new_method(run_plan.config, 1)
-    probe = new_probe(run_plan, tmp_path, tmp_path)
-    probe(method, 0)
-    probe(method, 1)  # not due
-    kept = method.weights()
-    # One direction is left of the deepest features: every channel is the same.
+    watch = new_probe(run_plan, tmp_path, tmp_path)
+    watch(method, 0)
+    watch(method, 1)  # not due
+    # One direction is left of the deepest features: the last convolutions of the encoder repeat one output.
     flat = {
-        key: value[:1].expand_as(value).clone() if key.startswith("conv_4") and value.ndim else value
-        for key, value in kept.items()
+        key: value[:1].expand_as(value).clone() if key.startswith("down_4") and value.ndim == 5 else value
+        for key, value in method.weights().items()
     }
     monkeypatch.setattr(type(method), "weights", lambda self: flat)
-    probe(method, 2)
+    watch(method, 2)
     said = capsys.readouterr().err.splitlines()
     assert len([line for line in said if line.startswith("probe at step")]) == 2
     assert "COLLAPSED" not in said[-2]
     assert said[-1].endswith("THE FEATURES HAVE COLLAPSED")
-    assert probe.record()["collapsed"] == 2
+    assert watch.record()["collapsed"] == 2
 
 
 def test_a_point_that_is_written_is_not_measured_again(many_cases, tmp_path, monkeypatch):
     request = request_for(many_cases, tmp_path, 2)
     run_plan = plan(request, *locate(request))
-    probe = new_probe(run_plan, tmp_path, tmp_path)
+    watch = new_probe(run_plan, tmp_path, tmp_path)
     (tmp_path / "probe.json").write_text(json.dumps({"0": {"dice": 0.5, "rank": 3.0, "seconds": 1.0}}))
     monkeypatch.setattr(Probe, "measure", lambda *_: pytest.fail("measured again"))
-    probe(run_plan.plugins.new_method(run_plan.config, 1), 0)
-    assert probe.record() == {"points": [[0, 0.5, 3.0]], "collapsed": None, "seconds": 1.0}
+    watch(run_plan.plugins.new_method(run_plan.config, 1), 0)
+    assert watch.record() == {"points": [[0, 0.5, 3.0]], "collapsed": None, "seconds": 1.0}
 
 
 class Given(torch.nn.Module):
@@ -117,7 +126,7 @@ class Given(torch.nn.Module):
         return [image]
 
 
-def test_a_probe_is_fitted_until_features_that_hold_the_answer_give_it(registry):
+def test_a_probe_is_fitted_until_features_that_hold_the_answer_give_it(registry, monkeypatch):
     task = registry.task("msd_hippocampus")
     generator = torch.Generator().manual_seed(0)
     crops = []
@@ -126,14 +135,15 @@ def test_a_probe_is_fitted_until_features_that_hold_the_answer_give_it(registry)
         # Far apart in scale and in mean, so that standardising matters.
         image = torch.cat([1000 * (target == 1) + 7e5, 0.001 * (target == 2)], dim=1).float()
         crops.append((image, target))
-    probe = fit_probe(Given(), crops, task)
-    assert isinstance(probe, LinearProbe)
+    monkeypatch.setattr(probe, "ITERATIONS", 40)
+    layer = fit_probe(Given(), crops, task)
+    assert isinstance(layer, LinearProbe)
     for image, target in crops:
-        assert (probe(image).argmax(dim=1) == target[:, 0]).float().mean() > 0.99
+        assert (layer(image).argmax(dim=1) == target[:, 0]).float().mean() > 0.99
 
 
 def test_without_validation_cases_it_is_refused_before_training(hippocampus_phantom, tmp_path):
-    with pytest.raises(UserError, match="pretrain.probe_every scores validation cases"):
+    with pytest.raises(UserError, match=r"pretrain\.probe_every scores validation cases"):
         run(request_for(hippocampus_phantom, tmp_path, 2))
 
 
@@ -147,3 +157,11 @@ def test_probes_belong_to_the_identity_of_the_pre_training_only_if_they_are_aske
     request = request_for(many_cases, tmp_path, 0)
     assert replace(request, settings=SETTINGS) != request
     assert plan(replace(request, settings=SETTINGS), *locate(request)).pretrain_key == key(0)
+
+
+@pytest.mark.parametrize(
+    ("rank", "before", "is_collapsed"),
+    [(1.0, 6.9, True), (1.9, 6.9, True), (2.1, 6.9, False), (2.9, 30.0, True), (3.1, 30.0, False), (1.2, 1.5, False)],
+)
+def test_collapse_is_one_direction_or_a_tenth_of_the_directions(rank, before, is_collapsed):
+    assert has_collapsed(rank, before) == is_collapsed
