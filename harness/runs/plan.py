@@ -19,7 +19,7 @@ from harness.data.datasets import CorpusData, TaskData, check_overlap, open_corp
 from harness.data.folds import parse_fold
 from harness.data.splits import SAME, TUNING_SHARE, VALIDATION_SHARE, draw_labelled
 from harness.runs.locate import locate
-from harness.system.console import say
+from harness.system.console import say_once
 from harness.system.errors import UserError
 from harness.system.files import digest, digest_file
 from harness.training.compatibility import check_fit
@@ -237,7 +237,7 @@ def _labelled(request: Request, data: TaskData) -> dict[str, Any]:
         raise UserError(f"{origin} {shots}: there are {number} training cases: give --shots {number} or fewer")
     fraction = shots / number if shots else request.label_fraction
     if of_preset and not request.shots:
-        say(f"preset {request.preset!r}: {shots} labelled cases; --shots gives another number")
+        say_once(f"preset {request.preset!r}: {shots} labelled cases; --shots gives another number")
     # With all labels there is no draw, so that a seed for it changes nothing.
     return {"label_fraction": fraction} | ({"label_seed": None} if fraction == 1 else {})
 
