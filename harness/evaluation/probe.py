@@ -68,14 +68,14 @@ class Probe:
         if (step % every and step != self.steps) or str(step) in points:
             return
         began = time.perf_counter()
-        with torch.random.fork_rng():
-            dice, rank = self.measure(method.weights(), next(method.parameters()).device)
+        dice, rank = self.measure(method.weights(), next(method.parameters()).device)
         points[str(step)] = {"dice": round(dice, 6), "rank": round(rank, 3), "seconds": time.perf_counter() - began}
         write_atomic(self.file, json.dumps(points))
         say(f"probe at step {step}: {self._sentence(points, step)}")
 
     def measure(self, weights: dict[str, Tensor], device: torch.device) -> tuple[float, float]:
         """Mean Dice of a linear probe on the validation cases, and the effective rank of the deepest features."""
+        # The next training step seeds its own draws (`Trainer.seed_step`), so it does not notice.
         torch.manual_seed(seed_for(self.config.seed, "probe"))
         backbone = self.plugins.new_backbone(self.config, len(self.task.channels)).to(device)
         transfer(backbone, weights, False)

@@ -16,7 +16,7 @@ def write_fold(folder, method, fold, seed=0, total=3, dice=0.8, **changes):
     run_id = f"{method}-{fold}-of-{total}-s{seed}-{changes.pop('mark', 0)}"
     place = write_run(folder, method, seed, dice + 0.01 * fold, run_id=run_id, data=data, **changes)
     frame = pd.read_csv(place / "cases.csv")
-    frame["case"] = [f"f{fold}{case}" for case in frame["case"]]
+    frame["case"] = [f"f{4 - fold}{case}" for case in frame["case"]]  # the last fold has the first cases
     frame.to_csv(place / "cases.csv", index=False)
     record = json.loads((place / "record.json").read_text())
     record["data"]["test"] = sorted(set(frame["case"]))
@@ -47,8 +47,9 @@ def test_all_folds_are_one_row_over_all_cases(tmp_path):
     for name, row in zip(scratch.runs[0].cases, scratch.runs[0].dice, strict=True):
         (own,) = (run for run in expected if name in run.cases)
         assert np.array_equal(row, own.dice[own.cases.index(name)], equal_nan=True)
-        assert expected[scratch.runs[0].folds[scratch.runs[0].cases.index(name)]] is not None
-    assert [int(name[1]) - 1 for name in scratch.runs[0].cases] == list(scratch.runs[0].folds)
+        assert expected[scratch.runs[0].folds[scratch.runs[0].cases.index(name)]] is own
+    assert [3 - int(name[1]) for name in scratch.runs[0].cases] == list(scratch.runs[0].folds)
+    assert list(scratch.runs[0].cases) == sorted(scratch.runs[0].cases)
 
 
 def test_the_csv_of_pooled_folds_is_recomputed_from_all_their_runs(tmp_path):
@@ -90,7 +91,7 @@ def test_folds_that_do_not_belong_together_are_not_pooled(what, tmp_path):
     }[what]
     place = write_fold(tmp_path, "scratch", 3, **changes)
     if what == "a case twice":
-        frame = pd.read_csv(place / "cases.csv").replace("f3c0", "f1c0")
+        frame = pd.read_csv(place / "cases.csv").replace("f1c0", "f3c0")
         frame.to_csv(place / "cases.csv", index=False)
     runs, problems = records.load_runs([tmp_path])
     assert not problems
