@@ -16,8 +16,7 @@ from harness.config.resolve import TuningTrial, change_task, parse_overrides, re
 from harness.config.schema import Finetune, RunConfig, Training
 from harness.data.corpus import Corpus
 from harness.data.datasets import CorpusData, TaskData, check_overlap, open_corpora, open_task
-from harness.data.folds import parse_fold
-from harness.data.splits import SAME, TUNING_SHARE, VALIDATION_SHARE, draw_labelled
+from harness.data.splits import SAME, TUNING_SHARE, VALIDATION_SHARE, draw_labelled, parse_fold
 from harness.runs.locate import locate
 from harness.system.console import say_once
 from harness.system.errors import UserError

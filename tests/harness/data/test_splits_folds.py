@@ -8,8 +8,7 @@ import pytest
 
 from harness.api.registry import Registry
 from harness.api.task import Case
-from harness.data.folds import parse_fold, read_fold
-from harness.data.splits import check_split, split_cases
+from harness.data.splits import check_split, parse_fold, read_fold, split_cases
 from harness.system.errors import UserError
 
 TASK = replace(Registry().task("msd_hippocampus"), test_ids=None)
