@@ -18,11 +18,11 @@ from harness.compute.processes import Processes
 from harness.config.request import Request
 from harness.data.volumes import Volume, preprocess_cases
 from harness.evaluation.evaluate import evaluate
-from harness.evaluation.probe import Probe
 from harness.evaluation.validation import Validation
 from harness.runs.finished import FinishedRun, digest_request, finished_folder, read_finished
 from harness.runs.locate import locate
 from harness.runs.plan import RunPlan, plan
+from harness.runs.probe import Probe
 from harness.runs.record import make_record
 from harness.runs.tune import TRIALS, tune
 from harness.system.console import say

@@ -34,7 +34,7 @@ PICTURE = "restoration.png"
 """File beside the weights that shows what the method sees and restores."""
 
 PROBE = "probe.json"
-"""File beside the weights with the points of `harness.evaluation.probe`."""
+"""File beside the weights with the points of `harness.runs.probe`."""
 
 
 def pretrain(

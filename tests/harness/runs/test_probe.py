@@ -11,11 +11,11 @@ from harness import UserError
 from harness.config.request import Request
 from harness.data.phantom import write_phantom
 from harness.data.volumes import preprocess_cases
-from harness.evaluation import probe
-from harness.evaluation.probe import Probe, fit_probe, has_collapsed
+from harness.runs import probe
 from harness.runs.execute import run
 from harness.runs.locate import locate
 from harness.runs.plan import plan
+from harness.runs.probe import Probe, fit_probe, has_collapsed
 from harness.training.protocols import LinearProbe
 from tests.conftest import TINY, TINY_BUDGET, small
 
