@@ -251,7 +251,9 @@ def _table(key: tuple[Any, ...], members: dict[tuple[str, str], list[Run]]) -> T
         name = method, backbone
         own = [member for run in runs[name] for member in run.members]
         early, pooling = unconverged(own), fold_note(runs[name])
-        text = "; ".join(note for note in (early, chosen[name][1], notes[name], _tuned(own), pooling) if note)
+        text = "; ".join(
+            note for note in (early, chosen[name][1], notes[name], _tuned(own), _collapsed(own), pooling) if note
+        )
         slim = replace(dice_of_row, draws=dice_of_row.draws[:, -1:].copy())
         group = Group(
             method, backbone, runs[name], slim, _means(hd95), _means(surface), deltas.get(name), p[index], text, early
@@ -306,6 +308,13 @@ def _tuned(runs: Sequence[Run]) -> str:
             seeds[run.chosen].append(str(run.seed))
     named = [f"{text} (seed{'s' * (len(set(own)) > 1)} {', '.join(dict.fromkeys(own))})" for text, own in seeds.items()]
     return f"tuning chose {'; '.join(named)}" if named else ""
+
+
+def _collapsed(runs: Sequence[Run]) -> str:
+    """The seeds whose features collapsed while pre-training ran, as far as it was probed; empty if there is none."""
+    probes = [(run.seed, run.record.get("probe") or {}) for run in runs]
+    seeds = dict.fromkeys(str(seed) for seed, probe in probes if probe.get("collapsed") is not None)
+    return f"features collapsed in pre-training (seed{'s' * (len(seeds) > 1)} {', '.join(seeds)})" if seeds else ""
 
 
 def _one_per_seed(runs: Sequence[Run]) -> tuple[list[Run], str]:

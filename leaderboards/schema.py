@@ -128,6 +128,13 @@ class Tuning(Part):
         return self
 
 
+class Probed(Part):
+    """Linear probes while pre-training ran: (step, Dice, effective rank), and the step at which features had collapsed."""
+
+    points: list[Annotated[list[Number], Field(min_length=3, max_length=3)]] = []
+    collapsed: Count | None = None
+
+
 class Validation(Part):
     """Validation cases and their mean Dice while fine-tuning ran: (step, Dice), in ascending order."""
 
@@ -155,6 +162,7 @@ class Record(Part):
     validation: Validation = Validation()
     final_soft_dice: Annotated[float, Field(ge=-1, le=1)] | None = None
     tuning: Tuning | None = None
+    probe: Probed | None = None
     run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+=-]{0,199}$")]
     method: Name
     backbone: Name

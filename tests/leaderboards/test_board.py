@@ -204,3 +204,12 @@ def test_runs_of_one_table_do_not_differ_and_a_control_is_of_any_mode(tmp_path):
     assert board.differing(one, other) == board.differing(one, control) == []
     shorter = records.load_run(write_run(tmp_path, "c", mode="generic", cases=5))
     assert board.differing(one, shorter) == ["test_cases (8 cases and 5 others)"]
+
+
+def test_a_row_whose_features_collapsed_says_so(tmp_path):
+    write_run(tmp_path, "scratch")
+    write_run(tmp_path, "m", probe={"points": [[0, 0.5, 20.0], [9, 0.4, 1.1]], "collapsed": 9, "seconds": 1.0})
+    write_run(tmp_path, "m", seed=1, probe={"points": [[0, 0.5, 20.0]], "collapsed": None, "seconds": 1.0})
+    notes = {group.method: group.note for group in tables(tmp_path)[0].groups}
+    assert "features collapsed in pre-training (seed 0)" in notes["m"]
+    assert "collapsed" not in notes["scratch"]
