@@ -45,16 +45,22 @@ class Job:
 
 
 def make_jobs(todo: Sequence[PlannedCell]) -> list[Job]:
-    """The jobs of the cells. An unfinished pre-training that several cells share becomes a job before theirs."""
+    """The jobs of the cells, in their order. An unfinished pre-training that several cells share is a job before the first one.
+
+    So results come while later cells are still pre-trained.
+    """
     sharing: dict[Path, list[PlannedCell]] = {}
     for planned in todo:
         if planned.pretrain is not None and not (planned.pretrain / "stage.json").exists():
             sharing.setdefault(planned.pretrain, []).append(planned)
     shared_jobs = {path: Job(cells[0], until="pretrain") for path, cells in sharing.items() if len(cells) > 1}
-    return [
-        *shared_jobs.values(),
-        *(Job(planned, needs=shared_jobs.get(planned.pretrain) if planned.pretrain else None) for planned in todo),
-    ]
+    jobs: list[Job] = []
+    for planned in todo:
+        shared = shared_jobs.get(planned.pretrain) if planned.pretrain else None
+        if shared is not None and shared not in jobs:
+            jobs.append(shared)
+        jobs.append(Job(planned, needs=shared))
+    return jobs
 
 
 class Launcher(ABC):

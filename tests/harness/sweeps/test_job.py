@@ -77,6 +77,21 @@ def test_a_pre_training_that_cells_share_is_a_job_before_them(tmp_path):
     assert make_jobs([]) == []
 
 
+def test_a_pre_training_waits_for_the_cells_before_it(tmp_path):
+    """Otherwise no result would come before the last pre-training."""
+    first, other = planned(tmp_path, "mae", "first"), planned(tmp_path, "voco", "other")
+    later = [planned(tmp_path, method, pretrain) for method, pretrain in (("simmim", "first"), ("dino", "other"))]
+    jobs = make_jobs([first, later[0], other, later[1]])
+    assert [(job.planned, job.until) for job in jobs] == [
+        (first, "pretrain"),
+        (first, ""),
+        (later[0], ""),
+        (other, "pretrain"),
+        (other, ""),
+        (later[1], ""),
+    ]
+
+
 @pytest.mark.parametrize("kept", ["PATH", "CUDA_VISIBLE_DEVICES", "HARNESS_KEEP_MEMORY"])
 def test_the_environment_of_a_job_is_that_of_the_sweep_without_what_its_words_say(kept, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
