@@ -5,7 +5,8 @@ variance over folds, divided by N, is therefore too small for the variance of th
 1 / N by 1 / N + n_test / n_train, which is 1 / N + 1 / (N - 1) here. Several seeds of one fold share their training set; they
 are averaged first.
 
-Contributions have the shape (..., seeds, cases), with NaN where a case has no value; their mean is the difference.
+Contributions have the shape (..., seeds, cases), with NaN where a case has no value; their mean is the difference. A fold without
+any value counts for nothing; with fewer than two folds there is no test.
 """
 
 import numpy as np
@@ -20,7 +21,7 @@ def p_values(contributions: Values, folds: tuple[int, ...]) -> Values:
     mean, error, freedom = _moments(contributions, folds)
     with np.errstate(divide="ignore", invalid="ignore"):
         p: Values = 2 * stats.t.sf(abs(mean) / error, freedom)
-    return np.where(error == 0, np.where(mean == 0, 1.0, 0.0), p)
+    return np.where(error == 0, np.where(mean == 0, 1.0, 0.0), p)  # NaN stays NaN
 
 
 def intervals(contributions: Values, folds: tuple[int, ...]) -> tuple[Values, Values]:
@@ -36,15 +37,16 @@ def margin(contributions: Values, folds: tuple[int, ...]) -> float:
     return float(abs(mean) - stats.t.ppf(0.975, freedom) * error)
 
 
-def _moments(contributions: Values, folds: tuple[int, ...]) -> tuple[Values, Values, int]:
+def _moments(contributions: Values, folds: tuple[int, ...]) -> tuple[Values, Values, Values]:
     """Mean, standard error with the correction, and degrees of freedom."""
     labels = np.array(folds)
-    numbers = np.unique(labels)
-    of_folds = np.stack([_nanmean(contributions[..., labels == number]) for number in numbers], axis=-1)
-    total = len(numbers)
-    with np.errstate(invalid="ignore"):
-        variance = of_folds.var(axis=-1, ddof=1)
-    return _nanmean(contributions), np.sqrt((1 / total + 1 / (total - 1)) * variance), total - 1
+    of_folds = np.stack([_nanmean(contributions[..., labels == number]) for number in np.unique(labels)], axis=-1)
+    valid = ~np.isnan(of_folds)
+    total = valid.sum(axis=-1)
+    freedom = np.where(total > 1, total - 1.0, np.nan)
+    centre = np.where(valid, of_folds, 0.0).sum(axis=-1) / np.maximum(total, 1)
+    variance = np.where(valid, (of_folds - centre[..., None]) ** 2, 0.0).sum(axis=-1) / freedom
+    return _nanmean(contributions), np.sqrt((1 / np.maximum(total, 1) + 1 / freedom) * variance), freedom
 
 
 def _nanmean(values: Values) -> Values:

@@ -18,7 +18,7 @@ def pool(runs: Sequence[Run]) -> list[Run]:
     """The runs, with one run in the place of all folds of a method, a backbone and a seed.
 
     Folds are pooled where all N of them are there and share no test case. Where a row of a comparison lacks a fold, nothing of
-    this comparison is lost: its folds are kept beside the pooled rows, each in a table of its own.
+    this comparison is lost: its folds with this amount of labels are kept beside the pooled rows, each in a table of its own.
     """
     single = [run for run in runs if _fold(run) is None]
     studies: dict[Any, dict[Any, list[Run]]] = defaultdict(lambda: defaultdict(list))
@@ -28,10 +28,12 @@ def pool(runs: Sequence[Run]) -> list[Run]:
             study = (*_without(run, "mode"), run.targets, fold[1:])
             studies[study][run.record["mode"], run.method, run.backbone, run.seed].append(run)
     for rows in studies.values():
-        pooled = {name: _complete(members) for name, members in rows.items()}
-        single += [run for parts in pooled.values() for run in parts]
-        if not all(pooled.values()):
-            single += [run for members in rows.values() for run in members]
+        left: list[Run] = []
+        for members in rows.values():
+            pooled, unmatched = _complete(members)
+            single += pooled
+            left += unmatched
+        single += [run for members in rows.values() for run in members if any(_same_amount(run, one) for one in left)]
     return single
 
 
@@ -47,34 +49,34 @@ def _without(run: Run, *names: str) -> tuple[Any, ...]:
     return tuple(value for name, value in zip(SHARED, run.table_without("split"), strict=True) if name not in left_out)
 
 
-def _complete(members: Sequence[Run]) -> list[Run]:
-    """The pooled runs of a method, a backbone and a seed, one per amount of labels; empty where a fold is missing.
-
-    Folds of different sizes have different shares for one number of labelled cases. So the smallest amounts of labels of all
-    folds belong together, if shares or numbers are equal; then the second smallest, and so on.
-    """
+def _complete(members: Sequence[Run]) -> tuple[list[Run], list[Run]]:
+    """The pooled runs of a method, a backbone and a seed, one per amount of labels; and the runs that lack another fold."""
     latest: dict[tuple[int, float], Run] = {}
     for run in sorted(members, key=lambda run: (str(run.record.get("finished", "")), run.run_id)):
         fold = _fold(run)
         assert fold is not None
         latest[fold[0], run.record["label_fraction"]] = run
-    by_fold: dict[int, list[Run]] = defaultdict(list)
-    for key in sorted(latest):
-        by_fold[key[0]].append(latest[key])
-    total = _fold(members[0])
-    assert total is not None
-    if sorted(by_fold) != list(range(1, total[1] + 1)) or len({len(each) for each in by_fold.values()}) != 1:
-        return []
-    amounts = list(zip(*(by_fold[number] for number in sorted(by_fold)), strict=True))
-    return [_join(parts) for parts in amounts] if all(_belong_together(parts) for parts in amounts) else []
+        total = fold[1]
+    pooled, used = [], set()
+    for first in (run for (number, _), run in sorted(latest.items()) if number == 1):
+        parts = [first]
+        for fold_number in range(2, total + 1):
+            others = [run for (number, _), run in sorted(latest.items()) if number == fold_number]
+            # The same share before the same number: another number of cases may have the same share elsewhere.
+            equal = [run for run in others if run.record["label_fraction"] == first.record["label_fraction"]]
+            parts += (equal or [run for run in others if _same_amount(run, first)])[:1]
+        cases = [case for run in parts for case in run.cases]
+        if len(parts) == total and len(set(cases)) == len(cases):
+            pooled.append(_join(parts))
+            used |= {run.run_id for run in parts}
+    return pooled, [run for run in latest.values() if run.run_id not in used]
 
 
-def _belong_together(parts: Sequence[Run]) -> bool:
-    """Whether folds have equal amounts of labels, and no test case in common."""
-    shares = {run.record["label_fraction"] for run in parts}
-    numbers = {run.record["data"].get("n_train") for run in parts}
-    cases = [case for run in parts for case in run.cases]
-    return (len(shares) == 1 or len(numbers) == 1) and len(set(cases)) == len(cases)
+def _same_amount(first: Run, second: Run) -> bool:
+    """Whether two runs have equal amounts of labels: the same share, or, as folds have other sizes, the same number of cases."""
+    numbers = [run.record["data"].get("n_train") for run in (first, second)]
+    same_number = numbers[0] is not None and numbers[0] == numbers[1]
+    return first.record["label_fraction"] == second.record["label_fraction"] or same_number
 
 
 def _join(parts: Sequence[Run]) -> Run:

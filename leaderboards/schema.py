@@ -110,6 +110,7 @@ class TrialPart(Part):
 
     settings: Annotated[dict[Name, Name], Field(min_length=1, max_length=10)]
     dice: Annotated[float, Field(ge=0, le=1)]
+    curve: list[Point] = []
 
 
 class Tuning(Part):

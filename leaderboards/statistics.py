@@ -23,6 +23,8 @@ from scipy import optimize, stats
 from leaderboards import fold_statistics
 
 RESAMPLES = 2000
+LEAST_IN_FOLD = 4
+"""Cases of the smallest fold within which cases are drawn; the spread of fewer would be taken for far too small."""
 MIN_CASES = 2
 MIN_CASES_TEST, MIN_SEEDS_TEST = 6, 2
 CHUNK = 64
@@ -371,7 +373,9 @@ def _with_intervals(means: Values, draws: Values, values: Values) -> list[Estima
 
 @lru_cache(maxsize=256)
 def _case_weights(folds: Folds) -> Values:
-    """Weights of cases that are drawn within their folds, (RESAMPLES, cases)."""
+    """Weights of cases that are drawn within their folds, (RESAMPLES, cases); of all cases where a fold has too few."""
+    if min(folds.count(fold) for fold in set(folds)) < LEAST_IN_FOLD:
+        return _weights(len(folds), 1)
     weights = np.empty((RESAMPLES, len(folds)))
     for fold in sorted(set(folds)):
         (members,) = np.nonzero(np.array(folds) == fold)

@@ -186,6 +186,16 @@ def _check_tuning(run: Run) -> Iterable[str]:
     tried = [trial["settings"] for trial in run.tuning["trials"]]
     if tried != expected:
         yield f"tuning has {len(tried)} trials, its grid gives {len(expected)}, not the same ones"
+    chosen, config = run.tuning["trials"][run.tuning["chosen"]]["settings"], run.record.get("config")
+    for key, value in chosen.items() if config is not None else ():
+        section, _, name = key.partition(".")
+        settings = config.get(section) if isinstance(config, dict) else None
+        stated = settings.get(name) if isinstance(settings, dict) else None
+        if not _equal(stated, _number_or_nan(value)):
+            yield f"tuning chose {key}={value[:40]}, its configuration says {str(stated)[:40]}"
+    for trial in run.tuning["trials"]:
+        if "curve" in trial and not (trial["curve"] and _equal(trial["dice"], trial["curve"][-1][1])):
+            yield f"a trial has the validation Dice {trial['dice']}, its curve ends elsewhere"
     curve = run.record.get("validation", {}).get("curve", [])
     if not curve or not _equal(run.tuning["trials"][run.tuning["chosen"]]["dice"], curve[-1][1]):
         yield "the chosen trial has another validation Dice than the run, or the run has no validation cases"
@@ -370,6 +380,14 @@ def _check_reported(frame: pd.DataFrame) -> list[str]:
 def _or_nan(value: Any) -> float:
     """A table cell as a number; NaN for an empty one."""
     return math.nan if value is None or value == "" else float(value)
+
+
+def _number_or_nan(text: str) -> float:
+    """The number that a text states; NaN if it states none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _digits(cell: Any) -> str:

@@ -40,8 +40,7 @@ def reproduce(arguments: argparse.Namespace) -> None:
         raise UserError(str(error)) from None
     from harness.runs.reproduce import compare, inspect
 
-    if arguments.split_file is not None:
-        record["data"]["split"] = f"{record['data'].get('split', '').partition('@')[0]}@{arguments.split_file}"
+    _name_split_file(record, arguments.split_file)
     reproduction = inspect(record, arguments.data, arguments.into, arguments.plugins, arguments.corpora)
     print(*map(printable, str(reproduction).splitlines()), sep="\n", flush=True)
     if arguments.go:
@@ -49,3 +48,27 @@ def reproduce(arguments: argparse.Namespace) -> None:
 
         finished = run(reproduction.request)
         print(compare(record, path.parent / "cases.csv", finished.record, finished.folder / "cases.csv"))
+
+
+def _name_split_file(record: dict[str, Any], path: Path | None) -> None:
+    """Put the path of the file of folds into a record that names a digest of it.
+
+    Raises:
+        UserError: the record names such a file and none is given, the other way round, or it is another file.
+    """
+    fold, sign, digest = str(record["data"].get("split", "fixed")).partition("@")
+    if not sign:
+        if path is not None:
+            raise UserError(f"--split-file {path}: the run was split by {fold!r}, without a file: leave it out")
+        return
+    if path is None:
+        raise UserError(
+            f"the run was split by a file of folds whose digest begins with {digest}: give it with --split-file FILE"
+        )
+    from harness.system.files import digest_file
+
+    if not path.is_file() or digest_file(path)[: len(digest)] != digest:
+        raise UserError(
+            f"--split-file {path} is not the file of the run, whose digest begins with {digest}: give that one"
+        )
+    record["data"]["split"] = f"{fold}@{path}"

@@ -91,26 +91,31 @@ def write_leaderboard(folder: Path) -> "tuple[list[Table], Path]":
 
 def table_of(tables: "list[Table]", run_folder: Path) -> str:
     """The tables that a run belongs to, as text."""
-    from leaderboards import board, records, table
+    from leaderboards import board, table
 
-    own_key = board.without_mode(records.load_run(run_folder).table)
-    return table.render([each for each in tables if board.without_mode(each.key) == own_key])
+    own = {
+        board.without_mode(each.key)
+        for each in tables
+        if any(member.folder.name == run_folder.name for group in each.groups for member in group.members)
+    }
+    return table.render([each for each in tables if board.without_mode(each.key) in own])
 
 
 def _dry_run(request: "Request", as_json: bool) -> None:
     """Print the resolved configuration and what the run would use; compute nothing."""
+    from harness.config.grid import parse_grid
     from harness.runs.plan import plan_without_data
 
     config, plan = plan_without_data(request)
     answer: dict[str, Any] = {"config": config.model_dump(mode="json"), "data": "phantom, written when it runs"}
+    if trials := parse_grid(request.tune):
+        answer["trials"] = trials
     if plan is not None:
         answer["config"] = plan.config.model_dump(mode="json")
         answer["data"] = f"{len(plan.train)} training cases ({len(plan.label_cases)} with labels used), "
         answer["data"] += f"{len(plan.validation)} for validation, " if plan.validation else ""
         answer["data"] += f"{len(plan.test)} test cases, fingerprint {plan.data.fingerprint}"
         answer["pretrain_on"] = f"{plan.num_pretrain} scans" if plan.plugins.method.trains else "nothing"
-        if plan.trials:
-            answer["trials"] = [trial.settings for trial in plan.trials]
         answer["run_id"] = plan.run_id
         answer["finished"] = (request.runs / plan.run_id / "record.json").exists()
     print(json.dumps(answer, indent=1) if as_json else as_lines(answer))

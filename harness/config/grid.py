@@ -28,13 +28,21 @@ def parse_grid(text: str) -> list[dict[str, str]]:
             )
         if key not in TUNABLE:
             raise unknown("setting of --tune", key, TUNABLE)
-        if key in axes or len(set(axis)) < len(axis):
+        if key in axes or len({_value(text) for text in axis}) < len(axis):
             raise UserError(f"--tune {text!r} names a setting or a value twice: give each once")
         axes[key] = axis
     trials = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())] if axes else []
     if len(trials) > MOST_TRIALS:
         raise UserError(f"--tune describes {len(trials)} trials, at most {MOST_TRIALS} are allowed: give fewer values")
     return trials
+
+
+def _value(text: str) -> float | str:
+    """The number that a text states, so that 1e-3 and 0.001 are one; the text itself if it states none."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def canonical_grid(text: str) -> str:

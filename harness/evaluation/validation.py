@@ -69,6 +69,11 @@ class Validation:
                     values.append(2 * int((ours & theirs).sum()) / size)
         return float(np.mean(values)) if values else 0.0
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the point after the last step is written, if there is any case to score."""
+        return not self.volumes or str(self.steps) in self._points()
+
     def record(self) -> dict[str, Any]:
         """What the record says: the cases, the points (step, mean Dice), and the seconds that all of them took."""
         points = [(step, self._points()[str(step)]) for step in self.schedule if str(step) in self._points()]

@@ -246,7 +246,9 @@ def _finetune_or_reuse(
     file, task = folder / "finetune.json", run_plan.task
     steps, _ = run_plan.config.finetune.schedule(len(volumes.labelled))
     validation = Validation(run_plan.config, task, volumes.validation, steps, folder / "validation.json")
-    before: dict[str, Any] | None = context.processes.decide(lambda: read_stage(file))
+    before: dict[str, Any] | None = context.processes.decide(
+        lambda: read_stage(file) if validation.is_complete else None
+    )
     if before is not None:
         say(f"fine-tuning found in {folder}")
         return before, validation

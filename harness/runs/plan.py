@@ -16,7 +16,7 @@ from harness.config.resolve import TuningTrial, change_task, parse_overrides, re
 from harness.config.schema import Finetune, RunConfig, Training
 from harness.data.corpus import Corpus
 from harness.data.datasets import CorpusData, TaskData, check_overlap, open_corpora, open_task
-from harness.data.splits import SAME, TUNING_SHARE, VALIDATION_SHARE, draw_labelled, parse_fold
+from harness.data.splits import SAME, TUNING_SHARE, VALIDATION_SHARE, check_split, draw_labelled, parse_fold
 from harness.runs.locate import locate
 from harness.system.console import say_once
 from harness.system.errors import UserError
@@ -92,8 +92,8 @@ class RunPlan:
     def pretrain_key(self) -> str:
         """Digest of everything that determines the pre-trained weights."""
         names = self.config.model_dump(mode="json", include={"method", "backbone", "seed", "mode", "pretrain"})
-        if self.config.pretrain.probe_every:  # the report has probes, which depend on the labelled cases
-            names |= self.config.model_dump(mode="json", include={"label_fraction", "label_seed"})
+        if self.config.pretrain.probe_every:
+            names["probe"] = self._probe_identity
         else:
             del names["pretrain"]["probe_every"]
         settings = self.config.model_dump(mode="json", include={"method_settings", "backbone_settings"})
@@ -103,6 +103,15 @@ class RunPlan:
             settings["finetune"] = self.config.finetune.model_dump(mode="json", include=own)
         versions = [self.plugins.method.version, self.plugins.backbone.version, version("ssl-seg-harness")]
         return digest([names, settings, versions, self._pretrain_data, self.sources, self.files])
+
+    @property
+    def _probe_identity(self) -> list[Any]:
+        """Everything that probes depend on beside the weights: the task's cases, and how crops and predictions are made."""
+        settings = self.config.model_dump(mode="json", include={"finetune", "evaluate", "prepared"})
+        cases = [
+            [self.data.inventory.digests[case.id] for case in side] for side in (self.label_cases, self.validation)
+        ]
+        return [self.task.name, self.task.version, settings, cases]
 
     def pretrain_folder(self, runs: Path) -> Path:
         """The folder of the pre-training, for all runs that share it."""
@@ -172,9 +181,9 @@ def plan(
     share = TUNING_SHARE if trials else VALIDATION_SHARE
     data = open_task(task, root, cache, request.split, config.finetune.validation, share)
     if trials and not data.split.validation:
-        raise _no_validation(config, data)
+        raise _no_validation("--tune", config, data)
     if plugins.method.trains and config.pretrain.probe_every:
-        _check_probe(data, channels)
+        _check_probe(config, data, channels)
     corpora = open_corpora(located, cache, request.skip_bad)
     overlap = check_overlap(data, corpora, request.allow_overlap)
     # A plugin that is given as a file may change without a new version. Installed plugins state their version.
@@ -197,12 +206,10 @@ def plan(
     return run_plan
 
 
-def _check_probe(data: TaskData, channels: int) -> None:
+def _check_probe(config: RunConfig, data: TaskData, channels: int) -> None:
     """Raises UserError where `pretrain.probe_every` has no validation case, or images of other channels than the task's."""
     if not data.split.validation:
-        raise UserError(
-            f"pretrain.probe_every scores validation cases, and {len(data.split.train)} training cases leave none: set it to 0"
-        )
+        raise _no_validation("pretrain.probe_every", config, data)
     if channels != len(data.task.channels):
         raise UserError(
             f"pretrain.probe_every scores cases of the task, which have {len(data.task.channels)} channels; pre-training has "
@@ -210,16 +217,17 @@ def _check_probe(data: TaskData, channels: int) -> None:
         )
 
 
-def _no_validation(config: RunConfig, data: TaskData) -> UserError:
-    """The error of a run that has no case to choose settings on."""
+def _no_validation(option: str, config: RunConfig, data: TaskData) -> UserError:
+    """The error of a run that has no validation case, which `option` needs."""
     if config.split == SAME or not config.finetune.validation:
         return UserError(
-            f"--tune chooses on validation cases, and there are none with --split {config.split} and finetune.validation="
+            f"{option} needs validation cases, and there are none with --split {config.split} and finetune.validation="
             f"{config.finetune.validation}: give another split, or a number of 1 or more"
         )
+    share = TUNING_SHARE if config.tune else VALIDATION_SHARE
     return UserError(
-        f"--tune chooses on validation cases, at most one in five training cases, and {len(data.split.train)} training cases are "
-        "too few: give more cases, or leave --tune out"
+        f"{option} needs validation cases, at most one in {share.denominator} training cases, and {len(data.split.train)} "
+        f"training cases are too few: give more cases, or leave {option} out"
     )
 
 
@@ -252,7 +260,11 @@ def plan_without_data(request: Request) -> tuple[RunConfig, RunPlan | None]:
         run_plan = plan(request, *locate(request))
         return run_plan.config, run_plan
     task = change_task(registry.task(request.task), parse_overrides(request.settings))
+    check_split(request.split)
     config = resolve(request, registry, task)
+    for trial in resolve_trials(request, registry, task):
+        if trial.config.finetune.steps is not None:  # without data, passes over it have no number of steps
+            trial.config.finetune.schedule(1)
     plugins = Plugins(registry.load("method", config.method), registry.load("backbone", config.backbone))
     check_fit(registry, config, plugins, len(task.channels), len(task.channels))
     return config, None

@@ -30,8 +30,13 @@ def stage_and_step(folder: Path) -> tuple[str, int]:
     """The stage of a run or pre-training and its last step. After fine-tuning: `evaluate` and the number of scored cases."""
     if (folder / "finetune.json").exists():
         return "evaluate", len(find_below(folder / "evaluation", "*.npz"))
+    # While settings are tuned, the newest trial says where the run is.
+    histories = [folder / "history.jsonl", *folder.glob("trials/*/history.jsonl")]
+    newest = max(
+        (path for path in histories if path.exists()), key=lambda path: path.stat().st_mtime, default=histories[0]
+    )
     try:
-        with (folder / "history.jsonl").open("rb") as file:
+        with newest.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
             whole_lines = file.read().rpartition(b"\n")[0]
         last = json.loads(whole_lines.rpartition(b"\n")[2])

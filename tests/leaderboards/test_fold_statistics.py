@@ -120,3 +120,23 @@ def test_each_fold_has_draws_of_its_own():
     weights = statistics._case_weights(labels(2, 10))
     assert not np.array_equal(weights[:, :10], weights[:, 10:])
     assert np.allclose(weights[:, :10].sum(axis=1), 10)
+
+
+@pytest.mark.parametrize(("cases", "folds"), [(15, 15), (15, 10), (15, 5), (14, 7), (40, 10)])
+def test_intervals_of_a_mean_cover_it_however_small_the_folds_are(cases, folds):
+    rng, covered = np.random.default_rng(cases), 0
+    for _ in range(400):
+        (estimate,) = statistics.estimates([rng.normal(0.7, 0.1, (1, cases, 1))], tuple(np.arange(cases) % folds))
+        covered += estimate.low[-1] <= 0.7 <= estimate.high[-1]
+    assert covered / 400 >= 0.92
+
+
+def test_a_fold_without_a_target_counts_for_nothing():
+    rng = np.random.default_rng(8)
+    values = rng.normal(0.02, 0.01, (1, 1, 1, 80))
+    with_gap = np.concatenate([values, np.full((1, 1, 1, 20), np.nan)], axis=-1)
+    four = fold_statistics.p_values(values, labels(4))
+    assert fold_statistics.p_values(with_gap, labels(5)) == pytest.approx(four)
+    assert np.isfinite(fold_statistics.intervals(with_gap, labels(5))[0]).all()
+    one = np.where(np.array(labels(5)) == 0, with_gap, np.nan)
+    assert np.isnan(fold_statistics.p_values(one, labels(5))).all()

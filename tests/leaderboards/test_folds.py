@@ -134,3 +134,10 @@ def test_without_folds_nothing_changes(tmp_path):
     runs, _ = records.load_runs([tmp_path])
     assert folds.pool(runs) == runs
     assert board.gather(runs)[0].groups[0].members == runs
+
+
+def test_one_amount_of_labels_more_does_not_undo_the_pooling_of_another(tmp_path):
+    write_study(tmp_path, seeds=(0,))
+    write_fold(tmp_path, "scratch", 1, label_fraction=0.5, data={"n_train": 1}, mark="half")
+    found = [(each.shared("preset"), each.shared("label_fraction"), len(each.groups)) for each in tables(tmp_path)]
+    assert sorted(found) == [("demo{split=1/3}", 0.5, 1), ("demo{split=3 folds}", 1.0, 2)]

@@ -6,7 +6,7 @@ import shutil
 
 from harness.cli import run
 from harness.cli.options import Parser, request_of
-from tests.harness.commands import fails, folder_of, harness
+from tests.harness.commands import fails, folder_of, harness, short_run
 
 
 def test_the_command_that_is_printed_asks_for_the_run(finished_simmim, hippocampus_phantom, tmp_path, capsys):
@@ -47,3 +47,25 @@ def test_what_is_no_record_is_refused(tmp_path, capsys):
     (tmp_path / "sent.json").write_text("[")
     fails(capsys, "reproduce", tmp_path / "sent.json")
     assert "unknown run in" in fails(capsys, "reproduce", "nowhere", "--runs", tmp_path)
+
+
+def test_a_run_of_a_file_of_folds_asks_for_that_file(tmp_path, capsys):
+    """Without data: a phantom that is reproduced is written again, with all of its cases."""
+    names = [f"hippocampus_{number:03d}" for number in range(1, 16)]
+    path, other = tmp_path / "splits_final.json", tmp_path / "other.json"
+    path.write_text(json.dumps([{"train": names[1:], "val": names[:1]}, {"train": names[:1], "val": names[1:]}]))
+    other.write_text(path.read_text() + " ")
+    runs = tmp_path / "runs"
+    words = [word for word in short_run("scratch", "DATA") if word not in ("--data", "DATA")]
+    harness(*words, "--runs", runs, "--split", f"1/2@{path}")
+    (run,) = runs.glob("msd_hippocampus-*")
+    again = ("reproduce", run, "--runs", runs, "--into", tmp_path / "again")
+    assert "give it with --split-file FILE" in fails(capsys, *again)
+    assert "is not the file of the run" in fails(capsys, *again, "--split-file", other)
+    harness(*again, "--split-file", path, "--go")
+    assert "every case has the same scores, to the last digit" in capsys.readouterr().out
+    assert (tmp_path / "again" / run.name / "record.json").exists()
+    record = json.loads((run / "record.json").read_text())
+    record["data"]["split"] = "1/2"
+    (run / "record.json").write_text(json.dumps(record))
+    assert "was split by '1/2', without a file" in fails(capsys, *again, "--split-file", path)

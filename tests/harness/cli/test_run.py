@@ -269,3 +269,22 @@ def test_the_real_btcv_like_case_goes_all_the_way(tmp_path, capsys):
     record = record_of(tmp_path, "simmim")
     assert record["data"]["n_test_seen"] == 1
     assert record["metrics"]["esophagus"]["n_empty"] + record["metrics"]["esophagus"]["n_spurious"] == 1
+
+
+def test_the_last_fold_prints_the_pooled_table(tmp_path, hippocampus_phantom, capsys):
+    for fold in ("1/2", "2/2"):
+        capsys.readouterr()
+        harness(*short_run("scratch", hippocampus_phantom), "--runs", tmp_path, "--split", fold)
+        assert f"split={'1/2' if fold == '1/2' else '2 folds'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--tune", "finetune.lr=abc"], "finetune.lr"),
+        (["--tune", "finetune.warmup_steps=0,1", "--set", "finetune.warmup_steps=1"], "give it once"),
+        (["--split", "1/3@/nowhere.json"], "there is no file"),
+    ],
+)
+def test_a_dry_run_without_data_checks_tuning_and_folds(words, says, capsys):
+    assert says in fails(capsys, "run", "--method", "scratch", "--task", "msd_spleen", "--dry-run", *words)

@@ -39,6 +39,7 @@ def test_what_can_be_tuned_is_a_setting_of_fine_tuning():
         ("finetune.steps=10,20", "finetune.steps"),
         ("pretrain.lr=1e-3,3e-3", "pretrain.lr"),
         ("finetune.lr=1e-3,1e-3", "twice"),
+        ("finetune.lr=1e-3,0.001", "twice"),
         ("finetune.lr=1e-3 finetune.lr=3e-3", "twice"),
         (f"finetune.lr={','.join(map(str, range(1, MOST_TRIALS + 2)))}", f"{MOST_TRIALS + 1} trials"),
     ],

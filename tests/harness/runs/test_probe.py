@@ -143,7 +143,7 @@ def test_a_probe_is_fitted_until_features_that_hold_the_answer_give_it(registry,
 
 
 def test_without_validation_cases_it_is_refused_before_training(hippocampus_phantom, tmp_path):
-    with pytest.raises(UserError, match=r"pretrain\.probe_every scores validation cases"):
+    with pytest.raises(UserError, match=r"pretrain\.probe_every needs validation cases, at most one in 20"):
         run(request_for(hippocampus_phantom, tmp_path, 2))
 
 
@@ -154,6 +154,8 @@ def test_probes_belong_to_the_identity_of_the_pre_training_only_if_they_are_aske
 
     assert key(0) == key(0, label_fraction=0.5)
     assert len({key(0), key(2), key(3), key(2, label_fraction=0.5)}) == 4
+    other = (*SETTINGS, "pretrain.probe_every=2", "evaluate.overlap=0.5")
+    assert key(2) != key(2, settings=other) != key(2, settings=(*other, "finetune.crop=64,32,32"))
     request = request_for(many_cases, tmp_path, 0)
     assert replace(request, settings=SETTINGS) != request
     assert plan(replace(request, settings=SETTINGS), *locate(request)).pretrain_key == key(0)

@@ -13,6 +13,7 @@ from harness.runs import tune as tuning
 from harness.runs.execute import run
 from harness.runs.locate import locate
 from harness.runs.plan import plan
+from harness.runs.status import stage_and_step
 from harness.system.signals import Interrupted
 from leaderboards import board, records, validate
 from tests.conftest import TINY, TINY_BUDGET
@@ -123,6 +124,11 @@ def test_a_tuned_record_is_valid_and_a_changed_choice_is_not(tuned):
             "highest validation Dice",
         ),
         (lambda record: record["tuning"].update(grid="finetune.lr=1,2,3"), "its grid gives 3"),
+        (lambda record: record["config"]["finetune"].update(lr=9.0), "its configuration says 9.0"),
+        (
+            lambda record: record["tuning"]["trials"][1 - record["tuning"]["chosen"]].update(dice=0.0),
+            "its curve ends elsewhere",
+        ),
         (lambda record: record["validation"].update(curve=[[3, 0.9]]), "another validation Dice"),
     ):
         record = json.loads(text)
@@ -183,5 +189,18 @@ def test_what_cannot_be_tuned_is_said_before_anything_is_computed(changes, says,
 
 
 def test_four_training_cases_are_too_few(hippocampus_phantom, tmp_path):
-    with pytest.raises(UserError, match="at most one in five training cases"):
+    with pytest.raises(UserError, match="at most one in 5 training cases"):
         run(request_for(hippocampus_phantom, tmp_path))
+
+
+def test_a_trial_whose_validation_is_gone_is_tried_again(sixteen_cases, tmp_path, monkeypatch):
+    request = request_for(sixteen_cases, tmp_path)
+    monkeypatch.setattr(tuning, "_take_over", lambda *_: (_ for _ in ()).throw(Interrupted("a test")))
+    with pytest.raises(Interrupted):
+        run(request)
+    monkeypatch.undo()
+    (folder,) = tmp_path.glob("msd_hippocampus-*")
+    assert stage_and_step(folder) == ("finetune", 3)
+    (folder / tuning.TRIALS / "1" / "validation.json").unlink()
+    trials = run(request).record["tuning"]["trials"]
+    assert [len(trial["curve"]) for trial in trials] == [2, 2]
