@@ -25,6 +25,16 @@ def write_fold(folder, method, fold, seed=0, total=3, dice=0.8, **changes):
     return place
 
 
+def test_folds_of_other_sizes_keep_their_cases(tmp_path):
+    """Two cases in the first fold, eight in the second: the order of folds is no mirror image."""
+    write_fold(tmp_path, "scratch", 1, total=2, cases=2)
+    write_fold(tmp_path, "scratch", 2, total=2)
+    run = tables(tmp_path)[0].groups[0].runs[0]
+    assert [(name[:2], fold) for name, fold in zip(run.cases, run.folds, strict=True)] == [("f2", 1)] * 8 + [
+        ("f3", 0)
+    ] * 2
+
+
 def write_study(folder, seeds=(0, 1)):
     for seed in seeds:
         for fold in (1, 2, 3):
