@@ -305,7 +305,8 @@ def _tuned(runs: Sequence[Run]) -> str:
     seeds: dict[str, list[str]] = defaultdict(list)
     for run in runs:
         if run.chosen:
-            seeds[run.chosen].append(str(run.seed))
+            split = run.record["data"].get("split", "fixed")
+            seeds[run.chosen].append(f"{run.seed} fold {split.partition('@')[0]}" if "/" in split else str(run.seed))
     named = [f"{text} (seed{'s' * (len(set(own)) > 1)} {', '.join(dict.fromkeys(own))})" for text, own in seeds.items()]
     return f"tuning chose {'; '.join(named)}" if named else ""
 

@@ -110,6 +110,10 @@ def resolve_trials(request: Request, registry: Registry, task: Task) -> list[Tun
         twice = sorted(settings.keys() & given.keys())
         if twice:
             raise UserError(f"{twice[0]} is set by --set and tried by --tune: give it once")
+        if request.protocol == "linear" and "finetune.layer_decay" in settings:
+            raise UserError(
+                "--tune finetune.layer_decay with --protocol linear: one layer is trained, which has one learning rate"
+            )
         pairs = (*request.settings, *(f"{key}={value}" for key, value in settings.items()))
         config = resolve(replace(base, settings=pairs), registry, task)
         # What was tried says the grid; the overrides are those of the user.

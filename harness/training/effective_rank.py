@@ -18,8 +18,10 @@ def effective_rank(features: Tensor) -> float:
 
     Returns:
         1 for features that vary along one direction, the number of channels for features that vary equally along all, and 0
-        for constant ones.
+        for constant ones and for ones that are not finite.
     """
+    if not torch.isfinite(features).all():
+        return 0.0
     centred = features.double() - features.double().mean(dim=0)
     spread = torch.linalg.eigvalsh(centred.T @ centred).clamp_min(0).sqrt()
     if float(spread.sum()) <= 1e-12 * max(1.0, float(features.abs().max())):

@@ -151,3 +151,13 @@ def test_one_amount_of_labels_more_does_not_undo_the_pooling_of_another(tmp_path
     write_fold(tmp_path, "scratch", 1, label_fraction=0.5, data={"n_train": 1}, mark="half")
     found = [(each.shared("preset"), each.shared("label_fraction"), len(each.groups)) for each in tables(tmp_path)]
     assert sorted(found) == [("demo{split=1/3}", 0.5, 1), ("demo{split=3 folds}", 1.0, 2)]
+
+
+def test_a_pooled_row_says_what_tuning_chose_in_each_fold(tmp_path):
+    trials = [{"settings": {"finetune.lr": value}, "dice": 0.5} for value in ("1", "2")]
+    for fold in (1, 2, 3):
+        chosen = fold == 3
+        own = [each | {"dice": 0.5 + 0.1 * (index == chosen)} for index, each in enumerate(trials)]
+        write_fold(tmp_path, "scratch", fold, tuning={"grid": "finetune.lr=1,2", "trials": own, "chosen": int(chosen)})
+    (only,) = tables(tmp_path)
+    assert "tuning chose lr=1 (seeds 0 fold 1/3, 0 fold 2/3); lr=2 (seed 0 fold 3/3)" in only.groups[0].note

@@ -172,6 +172,7 @@ def test_an_interrupted_tuning_goes_on_with_the_next_trial(sixteen_cases, tmp_pa
     ("changes", "says"),
     [
         ({"split": "same"}, "--split same"),
+        ({"protocol": "linear"}, "--protocol linear"),
         ({"settings": (*TINY["unet"], *TINY_BUDGET, "finetune.validation=0")}, "finetune.validation=0"),
         (
             {"settings": (*TINY["unet"], *TINY_BUDGET, "finetune.lr=1e-3")},

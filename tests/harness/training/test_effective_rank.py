@@ -20,6 +20,7 @@ def test_it_counts_directions():
     signs = torch.tensor([[a, b, c] for a in (-1.0, 1) for b in (-1.0, 1) for c in (-1.0, 1)])
     assert effective_rank(signs + 7) == pytest.approx(3)  # the mean does not count
     assert effective_rank(torch.full((10, 4), 3.0)) == 0
+    assert effective_rank(torch.tensor([[1.0, float("inf")], [2.0, 3.0]])) == 0
 
 
 def test_it_equals_numpys_singular_values():
