@@ -12,6 +12,9 @@ Count = Annotated[int, Field(ge=0, le=10**9)]
 Cases = list[Annotated[str, Field(min_length=1, max_length=1000)]]
 
 
+MOST_TRIALS = 100
+"""Largest number of settings that tuning tries, as in `harness.config.grid`."""
+
 Point = Annotated[list[Number], Field(min_length=2, max_length=2)]
 """A step and the Dice there."""
 
@@ -117,7 +120,7 @@ class Tuning(Part):
     """The grid of fine-tuning settings that were tried, and the index of the one that was chosen."""
 
     grid: Name
-    trials: Annotated[list[TrialPart], Field(min_length=1, max_length=1000)]
+    trials: Annotated[list[TrialPart], Field(min_length=1, max_length=MOST_TRIALS)]
     chosen: Count
 
     @model_validator(mode="after")

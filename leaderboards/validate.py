@@ -15,11 +15,9 @@ import pandas as pd
 from harness.system.files import digest_file
 from leaderboards import board, reported, statistics, table
 from leaderboards.records import STATUS, RecordError, Run, load_run
+from leaderboards.schema import MOST_TRIALS
 from leaderboards.table import COLUMNS, EXACT
 from leaderboards.text import escape_cell
-
-MOST_TRIALS = 1000
-"""Trials of a grid that are compared with those of a record."""
 
 TOLERANCE = 1e-9
 PRINTED = 2e-5
@@ -181,7 +179,7 @@ def _check_tuning(run: Run) -> Iterable[str]:
     axes = [word.partition("=") for word in run.tuning["grid"].split()]
     combinations = product(*(values.split(",") for _, _, values in axes))
     expected = [
-        dict(zip((key for key, _, _ in axes), values, strict=True)) for values in islice(combinations, MOST_TRIALS)
+        dict(zip((key for key, _, _ in axes), values, strict=True)) for values in islice(combinations, MOST_TRIALS + 1)
     ]
     tried = [trial["settings"] for trial in run.tuning["trials"]]
     if tried != expected:

@@ -65,6 +65,15 @@ def sixteen_cases(registry, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def thirty_cases(registry, tmp_path_factory) -> Path:
+    """Twenty-four to train on, of which one is held out for validation."""
+    task = small(registry.task("msd_hippocampus"))
+    root = tmp_path_factory.mktemp("phantom") / task.folder
+    write_phantom(task, root, 30, seed=0)
+    return root
+
+
+@pytest.fixture(scope="session")
 def real_hippocampus() -> Path:
     root = SHARED / "Task04_Hippocampus"
     if not root.is_dir():

@@ -1,4 +1,4 @@
-"""The grid of `--tune`: fine-tuning settings that are tried, the same ones for every method."""
+"""The grid of `harness tune --grid` and `harness run --tune`: fine-tuning settings that are tried, the same for every method."""
 
 from itertools import product
 
@@ -24,16 +24,18 @@ def parse_grid(text: str) -> list[dict[str, str]]:
         axis = [value.strip() for value in values.split(",")]
         if not sign or not all(axis):
             raise UserError(
-                f"--tune {word!r} is not of the form setting=value,value, for instance finetune.lr=1e-3,3e-3"
+                f"the grid's {word!r} is not of the form setting=value,value, for instance finetune.lr=1e-3,3e-3"
             )
         if key not in TUNABLE:
-            raise unknown("setting of --tune", key, TUNABLE)
+            raise unknown("setting of the grid", key, TUNABLE)
         if key in axes or len({_value(text) for text in axis}) < len(axis):
-            raise UserError(f"--tune {text!r} names a setting or a value twice: give each once")
+            raise UserError(f"the grid {text!r} names a setting or a value twice: give each once")
         axes[key] = axis
     trials = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())] if axes else []
     if len(trials) > MOST_TRIALS:
-        raise UserError(f"--tune describes {len(trials)} trials, at most {MOST_TRIALS} are allowed: give fewer values")
+        raise UserError(
+            f"the grid describes {len(trials)} trials, at most {MOST_TRIALS} are allowed: give fewer values"
+        )
     return trials
 
 

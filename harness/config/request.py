@@ -314,6 +314,10 @@ class Request:
             raise UserError(f"--shots {self.shots} is not a number of cases: give 1 or more")
         if self.shots and self.label_fraction != 1:
             raise UserError(f"--shots {self.shots} with --label-fraction {self.label_fraction:g}: give one of them")
+        if self.tune and not self.tune.strip():
+            raise UserError(
+                "--tune is blank: give settings to try, for instance finetune.lr=1e-3,3e-3, or leave it out"
+            )
         _check_choices(self)
 
 

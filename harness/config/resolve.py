@@ -105,21 +105,20 @@ def resolve_trials(request: Request, registry: Registry, task: Task) -> list[Tun
     Raises:
         UserError: as `resolve`, or a setting is also given by `--set`.
     """
-    trials, given, base = [], parse_overrides(request.settings), replace(request, tune="")
+    trials, given, grid = [], parse_overrides(request.settings), canonical_grid(request.tune)
     for settings in parse_grid(request.tune):
         twice = sorted(settings.keys() & given.keys())
         if twice:
-            raise UserError(f"{twice[0]} is set by --set and tried by --tune: give it once")
+            raise UserError(f"{twice[0]} is set by --set and in the grid: give it once")
         if request.protocol == "linear" and "finetune.layer_decay" in settings:
             raise UserError(
-                "--tune finetune.layer_decay with --protocol linear: one layer is trained, which has one learning rate"
+                "finetune.layer_decay in the grid, with --protocol linear: one layer has one learning rate: leave it out"
             )
         pairs = (*request.settings, *(f"{key}={value}" for key, value in settings.items()))
-        config = resolve(replace(base, settings=pairs), registry, task)
+        config = resolve(replace(request, settings=pairs, tune=""), registry, task)
         # What was tried says the grid; the overrides are those of the user.
         overrides = {key: value for key, value in config.overrides.items() if key not in settings}
-        asked = {"overrides": overrides, "tune": canonical_grid(request.tune)}
-        trials.append(TuningTrial(settings, config.model_copy(update=asked)))
+        trials.append(TuningTrial(settings, config.model_copy(update={"overrides": overrides, "tune": grid})))
     return trials
 
 

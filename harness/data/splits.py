@@ -21,7 +21,7 @@ from harness.system.files import digest_file, expand, read_json
 
 FOLD = re.compile(r"([1-9]\d{0,2})/([1-9]\d{0,2})(?:@(.+))?")
 LARGEST_FILE = 2**26
-"""Largest size in bytes of a file of folds; that of 1000 cases has 0.2 MB."""
+"""Largest size in bytes of a file of folds."""
 SAME = "same"
 TEST_SHARE = Fraction(1, 5)
 VALIDATION_SHARE, TUNING_SHARE = Fraction(1, 20), Fraction(1, 5)

@@ -51,23 +51,11 @@ class Validation:
             return
         began = time.perf_counter()
         modes = [(part, part.training) for part in module.modules()]
-        dice = self.score(module.get_submodule("network"))
+        dice = mean_dice(module.get_submodule("network"), self.config, self.task, self.volumes)
         for part, mode in modes:
             part.training = mode
         points = self._points() | {str(step): {"dice": round(dice, 6), "seconds": time.perf_counter() - began}}
         write_atomic(self.file, json.dumps(points))
-
-    def score(self, network: nn.Module) -> float:
-        """Mean Dice over cases and targets on the grid of preprocessing. A target that neither side has is left out."""
-        values = []
-        for volume in self.volumes:
-            probabilities = predict(self.task, network, volume.image, self.config.finetune, self.config.evaluate)
-            predicted, reference = self.task.decide(probabilities), self.task.masks(volume.label)
-            for ours, theirs in zip(predicted, reference, strict=True):
-                size = int(ours.sum()) + int(theirs.sum())
-                if size:
-                    values.append(2 * int((ours & theirs).sum()) / size)
-        return float(np.mean(values)) if values else 0.0
 
     @property
     def is_complete(self) -> bool:
@@ -87,3 +75,16 @@ class Validation:
         """The points that are written: step -> Dice and seconds."""
         points = read_json(self.file)
         return points if isinstance(points, dict) else {}
+
+
+def mean_dice(network: nn.Module, config: RunConfig, task: Task, volumes: Sequence[Volume]) -> float:
+    """Mean Dice over cases and targets on the grid of preprocessing. A target that neither side has is left out."""
+    values = []
+    for volume in volumes:
+        probabilities = predict(task, network, volume.image, config.finetune, config.evaluate)
+        predicted, reference = task.decide(probabilities), task.masks(volume.label)
+        for ours, theirs in zip(predicted, reference, strict=True):
+            size = int(ours.sum()) + int(theirs.sum())
+            if size:
+                values.append(2 * int((ours & theirs).sum()) / size)
+    return float(np.mean(values)) if values else 0.0

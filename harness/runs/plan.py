@@ -181,7 +181,7 @@ def plan(
     share = TUNING_SHARE if trials else VALIDATION_SHARE
     data = open_task(task, root, cache, request.split, config.finetune.validation, share)
     if trials and not data.split.validation:
-        raise _no_validation("--tune", config, data)
+        raise _no_validation("tuning", config, data)
     if plugins.method.trains and config.pretrain.probe_every:
         _check_probe(config, data, channels)
     corpora = open_corpora(located, cache, request.skip_bad)

@@ -17,7 +17,7 @@ from harness.api.task import Task
 from harness.config.schema import RunConfig
 from harness.data.crops import CropDataset
 from harness.data.volumes import Volume
-from harness.evaluation.validation import Validation
+from harness.evaluation.validation import mean_dice
 from harness.system.console import say
 from harness.system.files import read_json, write_atomic
 from harness.training.effective_rank import effective_ranks
@@ -83,9 +83,9 @@ class Probe:
         probe = fit_probe(
             backbone.eval(), [(image.to(device), target.to(device)) for image, target in crops], self.task
         )
-        scored = Validation(self.config, self.task, self.validation, 1, self.file).score(probe)
         images = [image[0] for image, _ in self._crops(self.validation, 0.0)]
-        return scored, effective_ranks(backbone, images)[-1]
+        dice = mean_dice(probe, self.config, self.task, self.validation)
+        return dice, effective_ranks(backbone, images)[-1]
 
     def record(self) -> dict[str, Any]:
         """What the record says: the points (step, Dice, effective rank), and the first step at which features had collapsed."""

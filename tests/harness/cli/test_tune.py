@@ -37,3 +37,8 @@ def test_nothing_is_computed_where_one_of_the_methods_cannot_be_tuned(sixteen_ca
     assert "nonsense" in said
     assert "empty" in fails(capsys, *words(sixteen_cases, tmp_path, *SETTINGS, "--grid", ""))
     assert not list(tmp_path.glob("msd_hippocampus-*"))
+
+
+def test_a_blank_grid_is_not_taken_for_none(sixteen_cases, tmp_path, capsys):
+    run = ("run", "--method", "scratch", "--task", "msd_hippocampus", "--data", sixteen_cases, "--runs", tmp_path)
+    assert "--tune is blank" in fails(capsys, *run, "--tune", " ")

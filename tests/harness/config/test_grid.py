@@ -45,6 +45,6 @@ def test_what_can_be_tuned_is_a_setting_of_fine_tuning():
     ],
 )
 def test_what_is_no_grid_is_refused_in_words(text, says):
-    with pytest.raises(UserError, match="--tune") as error:
+    with pytest.raises(UserError, match="grid") as error:
         parse_grid(text)
     assert says in str(error.value)

@@ -47,7 +47,7 @@ REQUEST = {
     "shots": st.just(0),  # together with a fraction they are refused
     "label_seed": st.none() | st.integers(0, 2**62),
     "corpora": WORDS,
-    "tune": WORD,
+    "tune": WORD.filter(str.strip),
     "settings": WORDS,
     "plugins": WORDS,
     "data": st.none() | FOLDER,

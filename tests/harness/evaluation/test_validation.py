@@ -11,10 +11,9 @@ from safetensors.torch import load_file
 from harness import UserError
 from harness.cli.main import main
 from harness.config.request import Request
-from harness.data.phantom import write_phantom
 from harness.data.volumes import preprocess_cases
 from harness.evaluation import validation
-from harness.evaluation.validation import Validation
+from harness.evaluation.validation import Validation, mean_dice
 from harness.runs.locate import locate
 from harness.runs.plan import plan
 from harness.system.signals import Interrupted
@@ -22,24 +21,15 @@ from harness.training.finetune import finetune
 from harness.training.loop import StageContext
 from harness.training.models import new_network
 from harness.training.segmenter import Segmenter
-from tests.conftest import TINY, TINY_BUDGET, small
+from tests.conftest import TINY, TINY_BUDGET
 
 SETTINGS = (*TINY["unet"], *TINY_BUDGET)
 
 
-@pytest.fixture(scope="module")
-def many_cases(registry, tmp_path_factory):
-    """Thirty cases: 24 to train on, of which one is held out."""
-    task = small(registry.task("msd_hippocampus"))
-    root = tmp_path_factory.mktemp("phantom") / task.folder
-    write_phantom(task, root, 30, seed=0)
-    return root
-
-
 @pytest.fixture
-def planned(many_cases, tmp_path):
+def planned(thirty_cases, tmp_path):
     request = Request(
-        method="scratch", task="msd_hippocampus", data=many_cases, runs=tmp_path / "runs", settings=SETTINGS
+        method="scratch", task="msd_hippocampus", data=thirty_cases, runs=tmp_path / "runs", settings=SETTINGS
     )
     return plan(request, *locate(request))
 
@@ -85,13 +75,13 @@ def test_the_score_is_the_mean_dice_of_cases_and_targets(planned, volumes, tmp_p
             truth = volume.label == value
             right = truth[: round(share * len(truth))].sum()
             expected.append(2 * right / (right + truth.sum()))
-    assert watching(planned, volumes, tmp_path).score(None) == pytest.approx(np.mean(expected))
+    assert mean_dice(None, planned.config, planned.task, volumes) == pytest.approx(np.mean(expected))
 
 
 def test_points_are_kept_in_order_and_a_repeated_one_counts_once(planned, volumes, tmp_path, monkeypatch):
     watch = watching(planned, volumes, tmp_path)
     values = iter([0.5, 0.1, 0.2])
-    monkeypatch.setattr(Validation, "score", lambda self, network: next(values))
+    monkeypatch.setattr(validation, "mean_dice", lambda *_: next(values))
     module = torch.nn.ModuleDict({"network": torch.nn.Linear(1, 1)})
     for step in (4, 3, 1, 4):
         watch(module, step)
@@ -147,8 +137,8 @@ def record_of(runs):
     return json.loads(path.read_text())
 
 
-def test_a_run_holds_the_cases_out_and_records_the_curve(many_cases, tmp_path):
-    assert main(words(many_cases, tmp_path / "runs")) == 0
+def test_a_run_holds_the_cases_out_and_records_the_curve(thirty_cases, tmp_path):
+    assert main(words(thirty_cases, tmp_path / "runs")) == 0
     record = record_of(tmp_path / "runs")
     data, curve = record["data"], record["validation"]["curve"]
     assert len(data["validation"]) == 1
@@ -159,16 +149,16 @@ def test_a_run_holds_the_cases_out_and_records_the_curve(many_cases, tmp_path):
     assert record["validation"]["seconds"] > 0
 
 
-def test_without_validation_cases_all_are_trained_on(many_cases, tmp_path):
-    assert main(words(many_cases, tmp_path / "runs", "--set", "finetune.validation=0")) == 0
+def test_without_validation_cases_all_are_trained_on(thirty_cases, tmp_path):
+    assert main(words(thirty_cases, tmp_path / "runs", "--set", "finetune.validation=0")) == 0
     record = record_of(tmp_path / "runs")
     assert (len(record["data"]["train"]), record["data"]["validation"]) == (24, [])
     assert record["validation"] == {"cases": [], "curve": [], "seconds": 0}
 
 
-def test_an_interrupted_run_has_the_same_curve(many_cases, tmp_path, monkeypatch):
+def test_an_interrupted_run_has_the_same_curve(thirty_cases, tmp_path, monkeypatch):
     """It stops after the third step, and goes on from the checkpoint there."""
-    assert main(words(many_cases, tmp_path / "whole")) == 0
+    assert main(words(thirty_cases, tmp_path / "whole")) == 0
     score, calls = Validation.__call__, []
 
     def stop_once(self, module, step):
@@ -179,9 +169,9 @@ def test_an_interrupted_run_has_the_same_curve(many_cases, tmp_path, monkeypatch
 
     monkeypatch.setattr(Validation, "__call__", stop_once)
     with pytest.raises((Interrupted, SystemExit, UserError)):
-        run_until_stopped(words(many_cases, tmp_path / "parts"))
+        run_until_stopped(words(thirty_cases, tmp_path / "parts"))
     monkeypatch.setattr("harness.training.loop.requested", lambda: "")
-    assert main(words(many_cases, tmp_path / "parts")) == 0
+    assert main(words(thirty_cases, tmp_path / "parts")) == 0
     assert all(later > earlier for earlier, later in pairwise(calls))
     first, second = record_of(tmp_path / "whole"), record_of(tmp_path / "parts")
     assert second["validation"]["curve"] == first["validation"]["curve"]

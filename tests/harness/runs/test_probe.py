@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from harness import UserError
 from harness.config.request import Request
-from harness.data.phantom import write_phantom
 from harness.data.volumes import preprocess_cases
 from harness.runs import probe
 from harness.runs.execute import run
@@ -17,7 +16,7 @@ from harness.runs.locate import locate
 from harness.runs.plan import plan
 from harness.runs.probe import Probe, fit_probe, has_collapsed
 from harness.training.protocols import LinearProbe
-from tests.conftest import TINY, TINY_BUDGET, small
+from tests.conftest import TINY, TINY_BUDGET
 
 SETTINGS = (*TINY["unet"], *TINY_BUDGET, "pretrain.steps=5", "finetune.steps=1", "evaluate.overlap=0")
 
@@ -31,24 +30,15 @@ def _quick():
         yield
 
 
-@pytest.fixture(scope="module")
-def many_cases(registry, tmp_path_factory):
-    """Thirty cases: 24 to train on, of which one is held out."""
-    task = small(registry.task("msd_hippocampus"))
-    root = tmp_path_factory.mktemp("phantom") / task.folder
-    write_phantom(task, root, 30, seed=0)
-    return root
-
-
 def request_for(data, runs, every, method="simmim", **changes) -> Request:
     settings = (*SETTINGS, f"pretrain.probe_every={every}")
     return Request(method=method, task="msd_hippocampus", data=data, runs=runs, **({"settings": settings} | changes))
 
 
 @pytest.fixture(scope="module")
-def probed(many_cases, tmp_path_factory):
+def probed(thirty_cases, tmp_path_factory):
     """Folder and record of a run with probes, and of the same run without."""
-    return [run(request_for(many_cases, tmp_path_factory.mktemp("runs"), every)) for every in (2, 0)]
+    return [run(request_for(thirty_cases, tmp_path_factory.mktemp("runs"), every)) for every in (2, 0)]
 
 
 def test_it_probes_before_training_at_its_pace_and_at_the_end(probed):
@@ -66,10 +56,10 @@ def test_training_does_not_notice(probed):
     assert probed[0].record["metrics"] == probed[1].record["metrics"]
 
 
-def test_the_last_point_is_of_the_weights_that_are_transferred(probed, many_cases, tmp_path):
+def test_the_last_point_is_of_the_weights_that_are_transferred(probed, thirty_cases, tmp_path):
     with_probe, _ = probed
     runs = with_probe.folder.parent
-    request = request_for(many_cases, runs, 2)
+    request = request_for(thirty_cases, runs, 2)
     run_plan = plan(request, *locate(request))
     weights = load_file(run_plan.pretrain_folder(runs) / "weights.safetensors")
     dice, rank = new_probe(run_plan, runs, tmp_path).measure(weights, torch.device("cpu"))
@@ -86,8 +76,8 @@ def new_probe(run_plan, runs, folder) -> Probe:
     return Probe(run_plan.config, run_plan.plugins, run_plan.task, labelled, validation, 5, folder / "probe.json")
 
 
-def test_collapsed_features_are_named(many_cases, tmp_path, capsys, monkeypatch):
-    request = request_for(many_cases, tmp_path, 2)
+def test_collapsed_features_are_named(thirty_cases, tmp_path, capsys, monkeypatch):
+    request = request_for(thirty_cases, tmp_path, 2)
     run_plan = plan(request, *locate(request))
     method = run_plan.plugins.new_method(run_plan.config, 1)
     watch = new_probe(run_plan, tmp_path, tmp_path)
@@ -107,8 +97,8 @@ def test_collapsed_features_are_named(many_cases, tmp_path, capsys, monkeypatch)
     assert watch.record()["collapsed"] == 2
 
 
-def test_a_point_that_is_written_is_not_measured_again(many_cases, tmp_path, monkeypatch):
-    request = request_for(many_cases, tmp_path, 2)
+def test_a_point_that_is_written_is_not_measured_again(thirty_cases, tmp_path, monkeypatch):
+    request = request_for(thirty_cases, tmp_path, 2)
     run_plan = plan(request, *locate(request))
     watch = new_probe(run_plan, tmp_path, tmp_path)
     (tmp_path / "probe.json").write_text(json.dumps({"0": {"dice": 0.5, "rank": 3.0, "seconds": 1.0}}))
@@ -147,16 +137,16 @@ def test_without_validation_cases_it_is_refused_before_training(hippocampus_phan
         run(request_for(hippocampus_phantom, tmp_path, 2))
 
 
-def test_probes_belong_to_the_identity_of_the_pre_training_only_if_they_are_asked_for(many_cases, tmp_path):
+def test_probes_belong_to_the_identity_of_the_pre_training_only_if_they_are_asked_for(thirty_cases, tmp_path):
     def key(every, **changes):
-        request = request_for(many_cases, tmp_path, every, **changes)
+        request = request_for(thirty_cases, tmp_path, every, **changes)
         return plan(request, *locate(request)).pretrain_key
 
     assert key(0) == key(0, label_fraction=0.5)
     assert len({key(0), key(2), key(3), key(2, label_fraction=0.5)}) == 4
     other = (*SETTINGS, "pretrain.probe_every=2", "evaluate.overlap=0.5")
     assert key(2) != key(2, settings=other) != key(2, settings=(*other, "finetune.crop=64,32,32"))
-    request = request_for(many_cases, tmp_path, 0)
+    request = request_for(thirty_cases, tmp_path, 0)
     assert replace(request, settings=SETTINGS) != request
     assert plan(replace(request, settings=SETTINGS), *locate(request)).pretrain_key == key(0)
 

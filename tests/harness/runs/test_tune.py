@@ -141,24 +141,25 @@ def test_a_tuned_record_is_valid_and_a_changed_choice_is_not(tuned):
 def test_an_interrupted_tuning_goes_on_with_the_next_trial(sixteen_cases, tmp_path, monkeypatch):
     request = request_for(sixteen_cases, tmp_path / "a")
     whole = run(request_for(sixteen_cases, tmp_path / "b")).record
-    score, calls = validation.Validation.score, []
+    watch, calls = validation.Validation.__call__, []
 
-    def stop(self, network):
-        calls.append(self.file.parent.name)
-        if len(calls) == 4:  # in the second trial
+    def stop(self, module, step):
+        calls.append(step)
+        if calls.count(1) == 2:  # the first step of the second trial
             raise Interrupted("a test")
-        return score(self, network)
+        watch(self, module, step)
 
-    monkeypatch.setattr(validation.Validation, "score", stop)
+    monkeypatch.setattr(validation.Validation, "__call__", stop)
     with pytest.raises(Interrupted):
         run(request)
     monkeypatch.undo()
     tried = []
-    monkeypatch.setattr(
-        validation.Validation,
-        "score",
-        lambda self, network: (tried.append(self.file.parent.name), score(self, network))[1],
-    )
+
+    def note(self, module, step):
+        tried.append(self.file.parent.name)
+        watch(self, module, step)
+
+    monkeypatch.setattr(validation.Validation, "__call__", note)
     record = run(request).record
     assert "1" not in tried
     assert set(tried) == {"2"}
@@ -176,7 +177,7 @@ def test_an_interrupted_tuning_goes_on_with_the_next_trial(sixteen_cases, tmp_pa
         ({"settings": (*TINY["unet"], *TINY_BUDGET, "finetune.validation=0")}, "finetune.validation=0"),
         (
             {"settings": (*TINY["unet"], *TINY_BUDGET, "finetune.lr=1e-3")},
-            "finetune.lr is set by --set and tried by --tune",
+            "finetune.lr is set by --set and in the grid",
         ),
         ({"tune": "finetune.lr=-1,1"}, "finetune.lr"),
         ({"tune": "finetune.warmup_steps=1,5000", "settings": TINY["unet"]}, "a warm-up of 5000 steps does not fit"),
