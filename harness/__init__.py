@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from harness.api.losses import dice_loss, segmentation_loss
     from harness.api.masks import any_box, inside_boxes, num_masked, random_integers, random_patches, to_voxels
     from harness.api.method import Batch, Method, Preparation, Source, Transform, VolumeSource
+    from harness.api.published import PublishedWeights
     from harness.api.settings import Settings, Size3, Triple, size_text
     from harness.api.task import Archive, Case, ImageSet, Percentiles, PhantomShape, Task, Window
     from harness.api.teacher import follow, new_teacher
+    from harness.api.weight_files import read_state_dict
     from harness.data.arrays import cut, origins, random_origin
     from harness.data.corpus import Corpus
     from harness.data.image_files import read_header, write_image
@@ -36,6 +38,7 @@ _HOME = {
     "Percentiles": "harness.api.task",
     "PhantomShape": "harness.api.task",
     "Preparation": "harness.api.method",
+    "PublishedWeights": "harness.api.published",
     "Pyramid": "harness.api.backbone",
     "Settings": "harness.api.settings",
     "Size3": "harness.api.settings",
@@ -66,6 +69,7 @@ _HOME = {
     "random_integers": "harness.api.masks",
     "random_patches": "harness.api.masks",
     "read_header": "harness.data.image_files",
+    "read_state_dict": "harness.api.weight_files",
     "slug": "harness.system.files",
     "stem": "harness.data.image_names",
     "to_voxels": "harness.api.masks",
@@ -86,6 +90,7 @@ __all__ = [
     "Percentiles",
     "PhantomShape",
     "Preparation",
+    "PublishedWeights",
     "Pyramid",
     "Settings",
     "Size3",
@@ -114,6 +119,7 @@ __all__ = [
     "random_origin",
     "random_patches",
     "read_header",
+    "read_state_dict",
     "segmentation_loss",
     "size_text",
     "slug",

@@ -1,7 +1,7 @@
 """Tables of methods that may be compared, made from runs, with all statistics about them."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -77,6 +77,11 @@ class Group:
         """Whether the row calibrates the table; it is neither ranked nor tested."""
         return self.control in CALIBRATES
 
+    @property
+    def num_test_seen(self) -> int | None:
+        """The largest `Run.num_test_seen` of the seeds; None where it is not above 0 and not known for one of them."""
+        return most_seen(self.runs)
+
     @cached_property
     def learning(self) -> Curve | None:
         """Dice on validation cases while fine-tuning ran; None where it was not recorded."""
@@ -121,12 +126,17 @@ class Table:
     @property
     def sentences(self) -> list[str]:
         """What a reader must know about the whole table, one sentence each."""
-        number = sum(bool(group.unconverged) for group in self.groups)
-        said = [
-            f"NOT CONVERGED: the fine-tuning of {number} of {len(self.groups)} rows ended too early for a comparison: give more "
-            "steps or a higher learning rate"
-        ]
-        return said * (number > 0) + [sentence for each in self.calibrations for sentence in each.sentences()]
+        sentences = []
+        if number := sum(bool(group.unconverged) for group in self.groups):
+            sentences.append(
+                f"NOT CONVERGED: the fine-tuning of {number} of {len(self.groups)} rows ended too early for a comparison: give "
+                "more steps or a higher learning rate"
+            )
+        if unknown := [f"{group.method} on {group.backbone}" for group in self.groups if group.num_test_seen is None]:
+            sentences.append(
+                f"UNKNOWN: nobody knows whether weights were trained on test cases (column seen): {', '.join(unknown)}"
+            )
+        return sentences + [sentence for each in self.calibrations for sentence in each.sentences()]
 
     def share(self, group: Group) -> Interval | None:
         """The share of the headroom that a row gains; None where it is not known."""
@@ -164,11 +174,17 @@ class Table:
         """One line that names what the rows share, with warnings first."""
         task, data, preset, mode, protocol, fraction = self.key[:6]
         marks = "PHANTOM DATA, says nothing about any method - " if data.startswith("phantom") else ""
-        if any(run.num_test_seen for group in self.groups for run in group.runs):
+        if any(group.num_test_seen for group in self.groups):
             marks += "TEST CASES WERE TRAINED OR PRE-TRAINED ON (column seen) - "
         number, drawn = self.groups[0].runs[0].record["data"].get("n_train"), drawn_text(self.shared("label_subset"))
         cases = f" ({number} cases{drawn})" if fraction < 1 and isinstance(number, int) else ""
         return f"{marks}{task}, {data}, preset {preset}, {mode}, {protocol}, {fraction:.0%} of the labels{cases}"
+
+
+def most_seen(runs: Iterable[Run]) -> int | None:
+    """The largest number of test cases that a run has seen; None where it is 0 as far as known, but not known for all."""
+    numbers = [run.num_test_seen for run in runs]
+    return max((number or 0 for number in numbers), default=0) or (None if None in numbers else 0)
 
 
 def drawn_text(subset: str) -> str:

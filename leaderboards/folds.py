@@ -86,10 +86,11 @@ def _join(parts: Sequence[Run]) -> Run:
     folds = [number for number, run in enumerate(parts) for _ in run.cases]
     fold = _fold(first)
     assert fold is not None
+    seen = [run.num_test_seen for run in parts]
     data = first.record["data"] | {
         "split": f"{fold[1]} folds{fold[2]}",
         "n_test": len(cases),
-        "n_test_seen": sum(run.num_test_seen for run in parts),
+        "n_test_seen": sum(run.num_test_seen or 0 for run in parts) or (None if None in seen else 0),
     }
     record = {key: value for key, value in first.record.items() if key != "validation"}
     return replace(

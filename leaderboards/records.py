@@ -11,7 +11,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -112,9 +112,9 @@ class Run:
         return int(self.record["seed"])
 
     @property
-    def num_test_seen(self) -> int:
-        """Number of test cases that were trained or pre-trained on: 0 in an honest run."""
-        return int(self.record["data"]["n_test_seen"])
+    def num_test_seen(self) -> int | None:
+        """Number of test cases that were trained or pre-trained on, as `num_test_seen`."""
+        return num_test_seen(self.record)
 
     @property
     def missed(self) -> NDArray[np.bool_]:
@@ -184,6 +184,16 @@ class Run:
     def backbone(self) -> str:
         """The backbone's name with the settings that were changed from the preset."""
         return _label(self.record["backbone"], self.record["overrides"], ("backbone",))
+
+
+def num_test_seen(record: Mapping[str, Any]) -> int | None:
+    """Number of test cases that were trained or pre-trained on: 0 in an honest run; None if nobody knows.
+
+    Nobody knows for weights from a file whose lineage the record does not have.
+    """
+    stated: int | None = record["data"]["n_test_seen"]
+    without_lineage = bool(record.get("files")) and record.get("lineage") is None
+    return None if without_lineage and not stated else stated
 
 
 def load_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:

@@ -67,7 +67,7 @@ class Data(Part):
 
     source: Literal["real", "phantom"]
     fingerprint: Annotated[str, Field(min_length=1, max_length=200)]
-    n_test_seen: Count
+    n_test_seen: Count | None
     label_subset: Annotated[str, Field(pattern=r"^(first|per seed|by label seed \d{1,19})$")] = "first"
     split: Name = "fixed"
     train: Cases | None = None
@@ -139,6 +139,44 @@ class Probed(Part):
     collapsed: Count | None = None
 
 
+class Foreign(Part):
+    """A file of weights whose trainings are not known; `scans`: whether those that its user states are at hand."""
+
+    file: Name
+    digest: Digest
+    stated: Annotated[str, Field(max_length=1000)] = ""
+    scans: bool = False
+
+
+class GenerationPart(Part):
+    """One training that the starting weights went through."""
+
+    stage: Name
+    method: Name
+    data: Name
+    num_scans: Count
+    labels: bool
+
+
+class Citation(Part):
+    """Something that a run used, and how to cite it; licence and BibTeX are empty where they are not known."""
+
+    kind: Name
+    name: Name
+    licence: Annotated[str, Field(max_length=1000)] = ""
+    reference: Annotated[str, Field(max_length=1000)] = ""
+    bibtex: Annotated[str, Field(max_length=10_000)] = ""
+
+
+class LineagePart(Part):
+    """What the weights that the run started from were trained on."""
+
+    generations: list[GenerationPart] = []
+    num_scans: Count = 0
+    num_labelled: Count = 0
+    foreign: list[Foreign] = []
+
+
 class Validation(Part):
     """Validation cases and their mean Dice while fine-tuning ran: (step, Dice), in ascending order."""
 
@@ -185,5 +223,7 @@ class Record(Part):
     metric_definitions: Definitions = Definitions()
     environment: Environment = Environment()
     files: dict[Name, Digest] = {}
+    lineage: LineagePart | None = None
+    citations: Annotated[list[Citation], Field(max_length=100)] = []
     transfer: Transferred = Transferred()
     finished: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")] | None = None

@@ -11,7 +11,7 @@ import pandas as pd
 from leaderboards.board import Group, Table, drawn_text
 from leaderboards.calibration import share_text
 from leaderboards.statistics import Estimate
-from leaderboards.text import align, escape_cell, escape_latex, escape_markdown, printable
+from leaderboards.text import UNKNOWN, align, escape_cell, escape_latex, escape_markdown, printable, seen_text
 
 COLUMNS = [
     *("task", "data", "preset", "mode", "protocol", "label_fraction", "method", "backbone", "n_seeds", "target"),
@@ -150,7 +150,7 @@ def _measured(group: Group, number: int, average: bool) -> dict[str, Any]:
         "pretrain_seconds": group.pretrain_seconds,
         "source": "measured",
         "run_ids": " ".join(sorted(run.run_id for run in group.members)),
-        "n_test_seen": max(run.num_test_seen for run in group.runs),
+        "n_test_seen": seen_text(group.num_test_seen),
         "p_value_holm": _value(group.p[number]),
         "surface_tolerance_mm": group.runs[0].record.get("metric_definitions", {}).get("surface_dice_tolerance_mm"),
         "note": group.note,
@@ -199,7 +199,7 @@ def _digits(value: float | None) -> str:
 
 def _grid(table: Table) -> list[list[str]]:
     """Heading and rows of a table for the terminal."""
-    seen = any(run.num_test_seen for group in table.groups for run in group.runs)
+    seen = any(group.num_test_seen != 0 for group in table.groups)
     heading = ["rank", "method", "backbone", "seeds", "Dice [95 % CI]", "vs scratch [95 % CI]", "p (Holm)", "HD95 mm"]
     shares = any(each.shares for each in table.calibrations)
     heading += [
@@ -251,8 +251,10 @@ def _averages(frame: pd.DataFrame) -> Iterable[tuple[str, list[list[str]]]]:
     for key, rows in average.groupby(shared, sort=False, dropna=False):
         task, data, preset, mode, protocol, fraction, policy, source, subset = map(str, key)
         mark = "PHANTOM DATA, says nothing about any method: " if data.startswith("phantom") else ""
-        if rows["n_test_seen"].fillna(0).any():
+        if rows["n_test_seen"].map(lambda cell: str(cell).isdecimal() and int(cell) > 0).any():
             mark += "TEST CASES WERE TRAINED OR PRE-TRAINED ON: "
+        if (rows["n_test_seen"] == UNKNOWN).any():
+            mark += "TEST CASES MAY HAVE BEEN TRAINED ON, NOBODY KNOWS: "
         share = "" if fraction in ("nan", "") else f", {float(fraction):.0%} of the labels"
         share += drawn_text(subset.replace("nan", "")) if share and float(fraction) < 1 else ""
         heading = f"{mark}{task}, {data}, preset {preset}, {mode}, {protocol}{share}, {policy}, {source}"

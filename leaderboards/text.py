@@ -10,6 +10,14 @@ from rich.cells import cell_len
 # Characters that start a formula in spreadsheets, with their full-width forms.
 FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 
+UNKNOWN = "unknown"
+"""Cell of the column `n_test_seen` where nobody knows what the weights were trained on."""
+
+
+def seen_text(number: int | None) -> int | str:
+    """A number of test cases that were trained on, for a table cell."""
+    return UNKNOWN if number is None else number
+
 
 def align(lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
     """Lines of text with aligned columns; wide characters count as two.

@@ -17,7 +17,7 @@ from leaderboards import board, reported, statistics, table
 from leaderboards.records import STATUS, RecordError, Run, load_run
 from leaderboards.schema import MOST_TRIALS
 from leaderboards.table import COLUMNS, EXACT
-from leaderboards.text import escape_cell
+from leaderboards.text import UNKNOWN, escape_cell
 
 TOLERANCE = 1e-9
 PRINTED = 2e-5
@@ -41,7 +41,6 @@ NUMBERS = {
     "rank": (1, math.inf),
     "step_ms_p50": (0, math.inf),
     "pretrain_seconds": (0, math.inf),
-    "n_test_seen": (0, math.inf),
     "surface_dice": (0, 1),
     "surface_dice_ci_low": (-1, 2),
     "surface_dice_ci_high": (-1, 2),
@@ -148,8 +147,11 @@ def _check_lists(run: Run) -> Iterable[str]:
     overlap = data.get("overlap") or []
     overlapping = {case for pair in overlap if isinstance(pair, list) for case in pair}
     seen = (set(lists["train"] or ()) | set(lists["pretrain"] or ()) | overlapping) & set(run.cases)
-    if len(seen) > run.num_test_seen:
+    if len(seen) > (run.num_test_seen or 0):
         yield f"{len(seen)} test cases were trained or pre-trained on ({min(seen)} ...), n_test_seen is {run.num_test_seen}"
+    lineage = run.record.get("lineage")
+    if run.record["data"]["n_test_seen"] == 0 and lineage and any(not each["scans"] for each in lineage["foreign"]):
+        yield "n_test_seen is 0, its lineage says that nobody knows"
 
 
 def _check_validation(run: Run) -> Iterable[str]:
@@ -270,6 +272,9 @@ def _check_cells(frame: pd.DataFrame) -> list[str]:
                 problems.append(
                     f"line {line}: {column} is {cell[:40]!r}, due is a number in {low:g}..{high:g}, or nothing"
                 )
+    for line, cell in enumerate(frame["n_test_seen"], 2):
+        if cell not in ("", UNKNOWN) and not (cell.isascii() and cell.isdecimal()):
+            problems.append(f"line {line}: n_test_seen is {cell[:40]!r}, due is a number, {UNKNOWN} or nothing")
     for line, cell in enumerate(frame["source"], 2):
         if cell not in ("measured", "reported"):
             problems.append(f"line {line}: source is {cell[:40]!r}, due is measured or reported")
@@ -338,8 +343,8 @@ def _recompute(frame: pd.DataFrame, runs: Sequence[Run]) -> tuple[list[str], str
         if recomputed is None:
             problems.append(f"line {line}: its runs give no such row")
             continue
-        for column in ("run_ids", "note"):
-            if row[column] != recomputed[column]:
+        for column in ("run_ids", "note", "n_test_seen"):
+            if row[column] != str(recomputed[column]):
                 problems.append(
                     f"line {line}: {column} is {row[column]!r:.80}, its runs give {recomputed[column]!r:.80}"
                 )

@@ -21,6 +21,7 @@ from leaderboards import board, curves, figures, table
 from leaderboards.board import Table
 from leaderboards.calibration import share_text
 from leaderboards.records import Run
+from leaderboards.text import seen_text
 
 MARK = ".harness-site"
 LINKED = ("record.json", "cases.csv")
@@ -116,7 +117,7 @@ class _Site:
         rows: list[dict[str, Any]] = []
         for rank, group in zip(ranked.ranks(), ranked.groups, strict=True):
             missed = sum(int(run.missed.sum()) for run in group.runs)
-            seen = max(run.num_test_seen for run in group.runs)
+            seen = seen_text(group.num_test_seen)
             share = share_text(ranked.share(group))
             rows.append({"rank": rank, "group": group, "missed": missed, "seen": seen, "share": share})
             rows[-1]["to_scratch"] = ranked.to_scratch(group)

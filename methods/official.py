@@ -1,30 +1,17 @@
 """Start from published weights instead of pre-training."""
 
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
 import torch
 from pydantic import Field, FilePath
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from harness import Backbone, Method, Settings, Triple, UserError, inflate
+from harness import Backbone, Method, Settings, Triple, UserError, inflate, read_state_dict
 
-CONTAINERS = ("state_dict", "model", "model_state_dict", "network_weights", "net")
 PREFIXES = ("module.", "model.", "backbone.", "classficationNet.")  # the last one is TransVW's own spelling
-LONGEST_KEY = 1000  # characters; prefixes are removed one by one, which takes long for longer keys
-# TransVW's checkpoint holds its best loss as a NumPy number, under the former name of NumPy's module. Only numbers are
-# allowed here, because NumPy arrays can hold objects.
-_NUMBER = np.float64(0).__reduce__()[0]
-NUMBERS: list[Any] = [
-    (_NUMBER, "numpy.core.multiarray.scalar"),
-    (_NUMBER, "numpy._core.multiarray.scalar"),
-    *(np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType),
-]
 
 
 class Official(Method):
@@ -55,6 +42,7 @@ class Official(Method):
     """
 
     name = "official"
+    version = "2"
     reference = "cite the weights that you give"
     trains = ()
 
@@ -65,6 +53,11 @@ class Official(Method):
         inflate_stem: bool = Field(
             False,
             description="repeat first convolutions of one channel for all modalities, divided by their number",
+        )
+        corpus: str = Field(
+            "unknown",
+            description="what weights from elsewhere were trained on: a folder of scans, the name of a corpus or of "
+            "published weights, or unknown",
         )
 
     config: Config
@@ -141,59 +134,3 @@ class Official(Method):
             f"least 50% are needed: {'; '.join(examples)}; unknown in the file: {', '.join(foreign) or 'nothing'}: choose the "
             f"backbone, and its settings, that the weights were made for{hint}"
         )
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors by name, from a safetensors file or a PyTorch checkpoint. Nothing in the file is executed.
-
-    Raises:
-        UserError: the file cannot be read this way, unpacks to more than the free memory, or holds no tensors.
-    """
-    try:
-        _check_size(path)
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals(NUMBERS):
-            content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    # The readers raise errors of nearly any class for foreign bytes. In every case the file is at fault.
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"method.weights={path} cannot be read as weights, {type(error).__name__}: {reason}; give a .safetensors file or "
-            "a PyTorch checkpoint that holds tensors only (saving its state_dict alone makes one)"
-        ) from None
-    for _ in range(3):  # checkpoints have few wrappers; without a limit, a dict that contains itself would never end
-        if not isinstance(content, dict) or any(isinstance(value, Tensor) for value in content.values()):
-            break
-        content = next((content[name] for name in CONTAINERS if isinstance(content.get(name), dict)), {})
-    items = content.items() if isinstance(content, dict) else ()
-    tensors = {str(key): value for key, value in items if _usable(value) and len(str(key)) <= LONGEST_KEY}
-    if not tensors:
-        raise UserError(
-            f"method.weights={path} holds no state dict (looked for {', '.join(CONTAINERS)}): save the network's state_dict"
-        )
-    return tensors
-
-
-def _check_size(path: Path) -> None:
-    """Raise UserError if the members of a zipped checkpoint, once decompressed, need more than the free memory."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as packed:
-        size = sum(member.file_size for member in packed.infolist())
-    if size > (free := psutil.virtual_memory().available):
-        raise UserError(
-            f"method.weights={path} unpacks to {size / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: give other weights"
-        )
-
-
-def _usable(value: Any) -> bool:
-    """Whether this is a dense tensor with values. All others are left out and later reported as missing."""
-    return (
-        isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and not (value.is_quantized or value.is_nested)
-    )

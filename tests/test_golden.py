@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save
 
 from harness.data.phantom import write_phantom
 from tests.conftest import small
@@ -27,7 +28,7 @@ FILE = Path(__file__).with_name("golden.json")
 WRITE = "HARNESS_WRITE_GOLDEN"
 PACKAGES = ("torch", "monai", "timm", "accelerate", "numpy", "scipy", "nibabel")
 # What differs between two runs of the same thing, or names the version that computed it.
-VOLATILE = ("timing", "memory", "environment", "finished", "run_id", "resumed")
+VOLATILE = ("citations", "timing", "memory", "environment", "finished", "run_id", "resumed")
 UNET = ["backbone.features=4,4,8,8,8"]
 BUDGET = [
     *("pretrain.steps=12", "pretrain.warmup_steps=2", "pretrain.crop=32,32,32"),
@@ -84,11 +85,15 @@ def carry_out(name: str, folders: tuple[Path, Path], runs: Path) -> Path:
 
 
 def summary(run: Path) -> dict:
-    """What is compared: digests of the files, the losses, and the record without what changes from run to run."""
+    """What is compared: digests of weights and cases, the losses, and the record without what changes from run to run.
+
+    Weights are compared without their metadata, which name the version.
+    """
     record = json.loads((run / "record.json").read_text())
+    del record["digests"]["weights.safetensors"]  # of the file with its metadata
     history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     return {
-        "weights": hashlib.sha256((run / "weights.safetensors").read_bytes()).hexdigest(),
+        "weights": hashlib.sha256(save(load_file(run / "weights.safetensors"))).hexdigest(),
         "cases": hashlib.sha256((run / "cases.csv").read_bytes()).hexdigest(),
         "losses": history,
         "record": {name: value for name, value in record.items() if name not in VOLATILE},

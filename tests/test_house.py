@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("harness", "leaderboards", "methods", "backbones", "tasks")
+PACKAGES = ("harness", "leaderboards", "methods", "backbones", "tasks", "weights")
 MOST_FLOORS, MOST_FILES = 8, 20
 # Where an import inside a function is the rule: commands import what they need when they are called.
 LAZY = ("harness/cli/", "harness/__init__.py", "harness/__main__.py")

@@ -6,21 +6,25 @@ To list plugins, their source is read instead of imported, because importing the
 import ast
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from harness.api.published import PublishedWeights
 from harness.api.task import ImageSet, Task
 from harness.system.errors import UserError, unknown
 from harness.system.files import digest, digest_chunks, digest_file, digest_tree, expand, is_folder
 
-PLURAL = {"method": "methods", "backbone": "backbones", "task": "tasks", "corpus": "corpora"}
+PLURAL = {"method": "methods", "backbone": "backbones", "task": "tasks", "corpus": "corpora", "weights": "weights"}
 KINDS = tuple(PLURAL)
+ENTRY = re.compile(r"^(?=@\w+\{([^,\s]+),)(.*?^\})", re.MULTILINE | re.DOTALL)
+"""An entry of BibTeX: its key, and its text, which ends with a brace at the beginning of a line."""
 STATED = ("version", "reference", "trains", "needs", "abilities", "variants", "presets")
 
 
@@ -29,7 +33,7 @@ class Plugin:
     """A named plugin and its origin: an entry point, or an object from a `--plugin` file or module.
 
     Attributes:
-        kind: "method", "backbone", "task" or "corpus".
+        kind: "method", "backbone", "task", "corpus" or "weights".
         name: name under which the user selects it.
         origin: where it comes from, in words, for messages.
         entry_point: its entry point; None for a `--plugin`.
@@ -46,9 +50,8 @@ class Plugin:
     def source(self) -> Path | None:
         """The file that defines the plugin, located without importing it; None if there is no such file."""
         if self.entry_point is None:
-            module = inspect.getmodule(
-                type(self.definition) if isinstance(self.definition, ImageSet) else self.definition
-            )
+            is_object = isinstance(self.definition, ImageSet | PublishedWeights)
+            module = inspect.getmodule(type(self.definition) if is_object else self.definition)
             return Path(module.__file__) if module is not None and module.__file__ else None
         return _locate(self.entry_point.module)
 
@@ -159,9 +162,27 @@ class Registry:
         for name in self.names(kind):
             plugin = self.plugin(kind, name)
             row = {"name": name, "origin": plugin.origin}
-            has_images = kind in ("task", "corpus")
-            rows.append(row | (_describe_images(self.load(kind, name)) if has_images else _describe_class(plugin)))
+            if kind in ("task", "corpus"):
+                row |= _describe_images(self.load(kind, name))
+            elif kind == "weights":
+                row |= asdict(self.load(kind, name))
+            else:
+                row |= _describe_class(plugin)
+            rows.append(row)
         return rows
+
+    def citation(self, kind: str, name: str) -> str:
+        """The BibTeX entry of a plugin: the one with its name as key, or with a beginning of it (`msd` for `msd_liver`).
+
+        It is in the file `citations.bib` beside the plugin's module. Empty if there is no such file or entry.
+        """
+        source = self.plugin(kind, name).source if name in self._plugins[kind] else None
+        file = None if source is None else source.with_name("citations.bib")
+        if file is None or not file.is_file():
+            return ""
+        entries = dict(ENTRY.findall(file.read_text(encoding="utf-8")))
+        keys = [key for key in entries if name == key or name.startswith(f"{key}_")]
+        return entries[max(keys, key=len)].strip() if keys else ""
 
     def digest_sources(self) -> str:
         """Digest of the source files of all plugins.
@@ -282,6 +303,9 @@ def _objects(module: ModuleType) -> list[tuple[str, Any]]:
     """
     objects: list[tuple[str, Any]] = []
     for value in vars(module).values():
+        if isinstance(value, PublishedWeights):
+            objects.append(("weights", value))
+            continue
         if isinstance(value, ImageSet):
             objects.append(("task" if isinstance(value, Task) else "corpus", value))
             continue
@@ -296,6 +320,6 @@ def _objects(module: ModuleType) -> list[tuple[str, Any]]:
     if not objects:
         raise UserError(
             f"--plugin {module.__name__} defines no plugin: it needs a subclass of harness.Method or harness.Backbone "
-            "with a `name`, or a harness.Task or harness.Corpus object"
+            "with a `name`, or a harness.Task, harness.Corpus or harness.PublishedWeights object"
         )
     return objects

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.cli.options import Parser, add_options
+from harness.system.console import say
 from harness.system.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -49,7 +50,12 @@ def add_parser(commands: Any) -> None:
     )
     add_options(validation, "runs")
     validation.set_defaults(command=check)
-    for parser, command in ((table, build), (pair, compare_two), (ranking, ranks), (curve, efficiency)):
+    citing = verbs.add_parser("cite", help="BibTeX for everything that the runs used", allow_abbrev=False)
+    add_options(citing, "plugins")
+    for parser, command in (
+        *((table, build), (pair, compare_two), (ranking, ranks), (curve, efficiency)),
+        (citing, cite),
+    ):
         _add_records(parser, command)
     _add_publish(verbs)
     _add_panels(verbs)
@@ -91,6 +97,11 @@ def _add_records(parser: argparse.ArgumentParser, command: Command) -> None:
         metavar="DIR",
         dest="folders",
         help="a folder of runs to merge, also several, of other labs too (default: the runs folder)",
+    )
+    parser.add_argument(
+        "--only-verified",
+        action="store_true",
+        help="leave out runs that were trained on test cases, and runs of which nobody knows",
     )
     parser.set_defaults(command=command)
 
@@ -285,7 +296,29 @@ def load(arguments: argparse.Namespace) -> "tuple[list[Run], list[str]]":
     runs, problems = records.load_runs(folders)
     if not runs and not problems:
         raise UserError(f"no finished run in {', '.join(map(str, folders))}: `harness run` makes one")
-    return runs, problems
+    return (_verified(runs) if arguments.only_verified else runs), problems
+
+
+def cite(arguments: argparse.Namespace) -> int:
+    """Print BibTeX for everything that the runs used. Returns the exit status."""
+    from harness.api.registry import Registry
+    from leaderboards.cite import cite as entries
+
+    runs, problems = load(arguments)
+    print(entries(runs, Registry(arguments.plugins).citation))
+    return _finish(problems)
+
+
+def _verified(runs: "list[Run]") -> "list[Run]":
+    """The runs of which it is known that no test case was trained on; the number of the others is printed."""
+    verified = [run for run in runs if run.num_test_seen == 0]
+    unknown = sum(run.num_test_seen is None for run in runs)
+    known = len(runs) - len(verified) - unknown
+    if known or unknown:
+        say(
+            f"--only-verified leaves out {known} runs that were trained on test cases, and {unknown} of which nobody knows"
+        )
+    return verified
 
 
 def _lines(result: object) -> str:

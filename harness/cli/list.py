@@ -11,9 +11,14 @@ from harness.system.errors import unknown
 
 def add_parser(commands: Any) -> None:
     """The options of `harness list`."""
-    parser = commands.add_parser("list", help="methods, backbones, tasks, presets", allow_abbrev=False)
+    parser = commands.add_parser(
+        "list", help="methods, backbones, tasks, published weights, presets", allow_abbrev=False
+    )
     parser.add_argument(
-        "kind", nargs="?", metavar="KIND", help="methods, backbones, tasks, corpora or presets; all if left out"
+        "kind",
+        nargs="?",
+        metavar="KIND",
+        help="methods, backbones, tasks, corpora, weights or presets; all if left out",
     )
     add_options(parser, "plugins")
     parser.add_argument("--json", action="store_true")

@@ -47,7 +47,7 @@ def fetch(archive: Archive, folder: Path, keep: bool = False) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     packed = folder / f"{archive.folder}.tar"
     if not (packed.exists() and md5(packed) == archive.md5):
-        _download(archive, packed)
+        download(archive.url, packed, "md5", archive.md5)
     _unpack(packed, root)
     if not keep:
         packed.unlink()
@@ -55,42 +55,57 @@ def fetch(archive: Archive, folder: Path, keep: bool = False) -> Path:
 
 
 def md5(path: Path) -> str:
-    """MD5 sum of a file. Publishers give this sum; it detects broken transfers, not forgeries."""
+    """MD5 sum of a file. Publishers of archives give this sum; it detects broken transfers, not forgeries."""
+    return _sum(path, "md5")
+
+
+def _sum(path: Path, kind: str) -> str:
+    """The "md5" or "sha256" sum of a file, in hexadecimal digits."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False)).hexdigest()
 
 
-def _download(archive: Archive, packed: Path) -> None:
-    """Download into a `.part` file, resume where an earlier transfer stopped, and rename the file if its MD5 sum is right."""
-    partial, tries = packed.with_name(f"{packed.name}.part"), 0
+def download(url: str, path: Path, kind: str, expected: str) -> str:
+    """Download into a `.part` file, resume where an earlier transfer stopped, and rename the file if its sum is right.
+
+    Args:
+        kind: of the sum, "md5" or "sha256".
+        expected: the sum; empty if it is not known, so that it is not compared.
+
+    Returns:
+        the sum.
+
+    Raises:
+        UserError: the transfer breaks TRIES times without progress, the address is none, or the content has another sum.
+    """
+    partial, tries = path.with_name(f"{path.name}.part"), 0
     while True:
         before = partial.stat().st_size if partial.exists() else 0
         try:
-            if _transfer(archive.url, partial, before):
+            if _transfer(url, partial, before):
                 break
             problem = "the transfer ended before its end"
         except (HTTPError, URLError, HTTPException, TimeoutError, ConnectionError) as error:
             problem = str(getattr(error, "reason", error)) or type(error).__name__
             if isinstance(error, HTTPError) and error.code < 500 and error.code != 429:
-                raise UserError(
-                    f"{archive.url} answers {error.code} {error.reason}: give another address with --url"
-                ) from None
+                raise UserError(f"{url} answers {error.code} {error.reason}: give another address with --url") from None
         tries = tries + 1 if (partial.stat().st_size if partial.exists() else 0) <= before else 1
         if tries >= TRIES:
             raise UserError(
-                f"{archive.url}: {problem}, {TRIES} times; {before / 2**20:.1f} MiB are kept in {partial}: the same command goes "
+                f"{url}: {problem}, {TRIES} times; {before / 2**20:.1f} MiB are kept in {partial}: the same command goes "
                 "on from there once the network is well"
             )
         say(f"{problem}; going on from {before / 2**20:.1f} MiB")
         time.sleep(min(PAUSE_S * 2.0**tries, 30))
-    md5_sum = md5(partial)
-    if md5_sum != archive.md5:
+    actual = _sum(partial, kind)
+    if expected and actual != expected:
         partial.unlink()
         raise UserError(
-            f"{archive.url}: MD5 sum {md5_sum}, expected {archive.md5}: the transfer was removed; ask again, or give another "
+            f"{url}: {kind.upper()} sum {actual}, expected {expected}: the transfer was removed; ask again, or give another "
             "address with --url"
         )
-    partial.replace(packed)
+    partial.replace(path)
+    return actual
 
 
 def _transfer(url: str, partial: Path, start: int) -> bool:

@@ -30,6 +30,7 @@ from harness.system.errors import UserError
 from harness.system.files import digest_file, write_atomic
 from harness.system.locks import Lock
 from harness.training.finetune import finetune
+from harness.training.lineage import cache_lineage
 from harness.training.loop import StageContext
 from harness.training.models import new_network, seed_for
 from harness.training.pretrain import PICTURE, PROBE, pretrain
@@ -135,6 +136,7 @@ def _compute(run_plan: RunPlan, request: Request, folder: Path, context: StageCo
     def finish() -> None:
         """Write the record; remove the per-case scores, which `cases.csv` now has, and the other trials of tuning."""
         record["digests"] = {name: digest_file(folder / name) for name in ("cases.csv", "weights.safetensors")}
+        cache_lineage(folder / "weights.safetensors", request.runs / "cache")
         write_atomic(folder / "record.json", json.dumps(record, indent=1, allow_nan=False))
         for name in ("evaluation", TRIALS):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -193,9 +195,10 @@ def _pretrain_or_reuse(
             cache = (run_plan.preparation_identity, runs / "cache" / "prepared-by-methods" / config.method)
             mark = "PHANTOM - " if run_plan.phantom else ""
             title = f"{mark}{config.method} on {config.backbone}, after pre-training"
-            watched = replace(context.under(lock), watch=probe)
+            watched = replace(context.under(lock), watch=probe, lineage=run_plan.pretrained_lineage)
             pretrain(config, plugins, run_plan.task, channels, volumes.pretrain, folder, cache, watched, title)
             stage = processes.decide(lambda: _read_pretraining(folder))
+            processes.decide(lambda: cache_lineage(folder / "weights.safetensors", runs / "cache"))
     if stage is None:
         raise UserError(f"{folder} was changed while the run wrote to it: ask again, and it goes on")
     stage |= {"folder": folder, "probe": None if probe is None else probe.record()}
@@ -266,7 +269,8 @@ def _finetune_or_reuse(
 
     history = context.processes.decide(take_over_pretraining)
     repeat_stem = run_plan.pretrain_channels == 1 < len(task.channels) and bool(run_plan.corpora)
-    watched, labelled = replace(context, watch=validation), volumes.labelled
+    watched = replace(context, watch=validation, lineage=run_plan.finetuned_lineage)
+    labelled = volumes.labelled
     finetune(run_plan.config, run_plan.plugins, task, labelled, weights, folder, watched, repeat_stem, history)
     finetuned = context.processes.decide(lambda: read_stage(file))
     if finetuned is None:

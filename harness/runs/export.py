@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from harness.api.registry import Registry
 from harness.runs.restore import Restored, in_memory, read_run, restore
 from harness.system.errors import UserError
+from harness.training.lineage import Lineage, write_lineage
+from leaderboards.records import CONTROLS
 from leaderboards.text import escape_markdown
 
 FORMATS = ("monai", "safetensors", "onnx")
@@ -46,7 +48,7 @@ def export(run: Path, kind: str, out: Path, plugins: tuple[str, ...] = ()) -> li
         how = {"monai": _monai, "safetensors": _safetensors, "onnx": _onnx}[kind](
             folder, record, restored, example, expected
         )
-        (folder / "README.md").write_text(card(record, how), encoding="utf-8")
+        (folder / "README.md").write_text(card(record, how, restored.lineage), encoding="utf-8")
         shutil.move(folder, out)
     return sorted(path for path in out.iterdir())
 
@@ -70,7 +72,7 @@ def _monai(folder: Path, record: dict[str, Any], restored: Restored, example: Te
     monai_network.load_state_dict({**monai_state, **own})
     with torch.inference_mode():
         _check_equal(monai_network(example), expected)
-    _save(monai_network, folder, record)
+    _save(monai_network, folder, record, restored.lineage)
     (folder / "network.json").write_text(
         json.dumps({"class": f"monai.networks.nets.{name}", "arguments": arguments}, indent=1)
     )
@@ -87,7 +89,7 @@ network.load_state_dict(load_file("weights.safetensors"))
 
 def _safetensors(folder: Path, record: dict[str, Any], restored: Restored, example: Tensor, expected: Tensor) -> str:
     """Write the weights with this harness's keys. Returns how to use them."""
-    _save(restored.network, folder, record)
+    _save(restored.network, folder, record, restored.lineage)
     return (
         "The keys are those of this harness's backbone: `harness run --method official --set "
         f"method.weights=weights.safetensors --backbone {record['backbone']}` starts from them."
@@ -117,10 +119,13 @@ def _onnx(folder: Path, record: dict[str, Any], restored: Restored, example: Ten
     return f"`network.onnx` takes `image` (batch, {shape}) and gives `logits`; slide it over larger images."
 
 
-def _save(network: nn.Module, folder: Path, record: dict[str, Any]) -> None:
-    """Write the weights of a network to `weights.safetensors`, with the id of the run."""
+def _save(network: nn.Module, folder: Path, record: dict[str, Any], lineage: Lineage | None) -> None:
+    """Write the weights of a network to `weights.safetensors`, with the id of the run and their lineage."""
     state = {key: value.detach().cpu().contiguous().clone() for key, value in network.state_dict().items()}
-    save_file(state, folder / "weights.safetensors", metadata={"run_id": record["run_id"], "format": "pt"})
+    metadata = {"run_id": record["run_id"], "format": "pt"}
+    if lineage is not None:
+        metadata |= write_lineage(lineage, state, folder / "weights.safetensors")
+    save_file(state, folder / "weights.safetensors", metadata=metadata)
 
 
 def _check_equal(output: Tensor, expected: Tensor) -> None:
@@ -130,13 +135,14 @@ def _check_equal(output: Tensor, expected: Tensor) -> None:
         raise RuntimeError(f"MONAI's network gives another output with these weights: they differ by {difference:g}")
 
 
-def card(record: dict[str, Any], how: str) -> str:
+def card(record: dict[str, Any], how: str, lineage: Lineage | None = None) -> str:
     """The model card: data and its licence, protocol, results, preprocessing, and limits of use.
 
     Values from the record are escaped.
 
     Args:
         how: text on using the weights; it is not escaped, because the harness wrote it.
+        lineage: of the weights; None where it is not known.
     """
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("harness.runs", "templates"),
@@ -147,5 +153,10 @@ def card(record: dict[str, Any], how: str) -> str:
     data = record["data"]
     corpora = [f"{corpus['name']} ({corpus.get('licence', 'licence unknown')})" for corpus in data.get("corpora", [])]
     pretrained = ", ".join(corpora) or f"the task's own {len(data.get('pretrain') or [])} training cases"
-    template = templates.get_template("card.md")
-    return template.render(record=record, how=how, pretrained=pretrained, version=version("ssl-seg-harness"))
+    if not corpora and record.get("files"):
+        pretrained = "what its weights were trained on, see Lineage"
+    elif not corpora and record["method"] in CONTROLS:
+        pretrained = "nothing"
+    return templates.get_template("card.md").render(
+        record=record, how=how, pretrained=pretrained, lineage=lineage, version=version("ssl-seg-harness")
+    )

@@ -11,7 +11,17 @@ from harness.api.registry import Registry
 from harness.config.request import Request
 from harness.runs.locate import locate
 from harness.system.errors import UserError
-from harness.system.files import ENGINE, check_name, digest, digest_file, digest_tree, expand, read_json
+from harness.system.files import (
+    ENGINE,
+    LINEAGE,
+    check_name,
+    digest,
+    digest_file,
+    digest_tree,
+    expand,
+    is_folder,
+    read_json,
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,14 @@ def digest_request(request: Request, registry: Registry, roots: Sequence[Path]) 
     paths.append(expand(request.split.partition("@")[2]))
     # `Path.is_file` raises for text that is too long for a name.
     fields["files"] = [digest_file(path) for path in paths if os.path.isfile(path)]  # noqa: PTH113
+    if fields["files"]:  # weights, of whose past more may be known by now
+        lineages = [path.with_suffix(LINEAGE) for path in paths if os.path.isfile(path)]  # noqa: PTH113
+        fields["lineages"] = [digest_file(path) for path in lineages if path.is_file()]
+        fields["known"] = digest_tree(request.runs / "cache" / "lineage")
+    for pair in request.settings:
+        if pair.startswith("method.corpus="):
+            named = expand(pair.partition("=")[2])
+            fields["stated"] = digest_tree(named if is_folder(named) else request.data or request.runs)
     sources = [digest_tree(ENGINE), registry.digest_sources(), [digest_tree(root) for root in roots]]
     return digest([fields, *sources, platform.node()])
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from harness.api.registry import Registry
 from harness.api.task import Case, Task
@@ -18,10 +18,12 @@ from harness.data.corpus import Corpus
 from harness.data.datasets import CorpusData, TaskData, check_overlap, open_corpora, open_task
 from harness.data.splits import SAME, TUNING_SHARE, VALIDATION_SHARE, check_split, draw_labelled, parse_fold
 from harness.runs.locate import locate
+from harness.runs.provenance import check_lineage, citations, parent_lineage, scans_of
 from harness.system.console import say_once
 from harness.system.errors import UserError
 from harness.system.files import digest, digest_file
 from harness.training.compatibility import check_fit
+from harness.training.lineage import Generation, Lineage
 from harness.training.models import Plugins, seed_for
 
 
@@ -36,6 +38,8 @@ class RunPlan:
         sources: digests of the source files of plugins that are given as files.
         files: digests of the files that the method's settings name, by setting.
         trials: the settings of a grid that are tried; empty without `--tune`.
+        lineage: of the weights that the method's settings name; empty where they name none.
+        citations: of everything that the run uses, with licence and BibTeX, see `harness.runs.provenance.citations`.
     """
 
     config: RunConfig
@@ -46,6 +50,8 @@ class RunPlan:
     sources: list[str]
     files: dict[str, str]
     trials: list[TuningTrial] = field(default_factory=list)
+    lineage: Lineage = field(default_factory=Lineage)
+    citations: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def task(self) -> Task:
@@ -143,10 +149,61 @@ class RunPlan:
         return [self.task.name, self.task.version, self.config.prepared, digests]
 
     @property
-    def num_test_seen(self) -> int:
-        """Number of test cases that are also used for training or pre-training."""
+    def num_test_seen(self) -> int | None:
+        """Number of test cases that were trained on, in this run or before it; None if nobody knows.
+
+        A number above 0 is the least that is known.
+        """
         trained = {case.id for case in self.train} | {case for _, case in self.overlap}
-        return len(trained & {case.id for case in self.test})
+        return len(trained & {case.id for case in self.test}) or (0 if self.lineage.is_complete else None)
+
+    @property
+    def pretrained_lineage(self) -> Lineage:
+        """The lineage of the weights that fine-tuning starts from."""
+        if not self.plugins.method.trains:
+            return self.lineage
+        scans = scans_of(self.data.inventory, self.train)
+        if self.corpora:
+            scans = {}
+            for corpus in self.corpora:
+                scans |= scans_of(corpus.inventory, corpus.cases)
+        names = {"mode", "pretrain", "method_settings", "backbone_settings"}
+        settings = self.config.model_dump(mode="json", include=names)
+        del settings["pretrain"]["probe_every"]  # the weights do not depend on it
+        for name, file_digest in self.files.items():
+            settings["method_settings"][name] = f"{getattr(self.config.method_settings, name).name}@{file_digest}"
+        label = "+".join(corpus.label for corpus in self.corpora) or self.task.name
+        labels = self.plugins.method.uses_labels
+        generation = self._generation("pretrain", label, len(scans), labels, settings)
+        return self.lineage.after(generation, scans, scans if labels else ())
+
+    @property
+    def finetuned_lineage(self) -> Lineage:
+        """The lineage of the fine-tuned weights. Validation cases count where settings were chosen on them."""
+        cases = self.label_cases + (self.validation if self.config.tune else [])
+        scans = scans_of(self.data.inventory, cases)
+        settings = self.config.model_dump(
+            mode="json", include={"protocol", "transfer", "finetune", "backbone_settings"}
+        )
+        generation = self._generation("finetune", self.task.name, len(scans), True, settings)
+        return self.pretrained_lineage.after(generation, scans, scans)
+
+    def _generation(
+        self, stage: Literal["pretrain", "finetune"], data: str, number: int, labels: bool, settings: dict[str, Any]
+    ) -> Generation:
+        """One training of this run, on `number` scans."""
+        return Generation(
+            stage=stage,
+            method=self.config.method,
+            method_version=self.plugins.method.version,
+            backbone=self.config.backbone,
+            harness=version("ssl-seg-harness"),
+            data=data,
+            num_scans=number,
+            labels=labels,
+            seed=self.config.seed,
+            settings=settings,
+        )
 
     @property
     def run_id(self) -> str:
@@ -155,7 +212,16 @@ class RunPlan:
         tested = [case.id for case in self.test]
         # Skipped scans change only the record, which lists them.
         skipped = [sorted(data.inventory.bad) for data in self.corpora]
-        key = digest([self.pretrain_key, config.model_dump(mode="json"), self.data.fingerprint, tested, skipped])
+        identity: list[Any] = [
+            self.pretrain_key,
+            config.model_dump(mode="json"),
+            self.data.fingerprint,
+            tested,
+            skipped,
+        ]
+        if self.files:  # what is known about their past changes the record
+            identity.append([sorted(self.lineage.scans), [each.model_dump() for each in self.lineage.foreign]])
+        key = digest(identity)
         return f"{config.task}-{config.method}-{config.backbone}-{config.preset}-s{config.seed}-{key[:10]}"
 
 
@@ -186,6 +252,10 @@ def plan(
         _check_probe(config, data, channels)
     corpora = open_corpora(located, cache, request.skip_bad)
     overlap = check_overlap(data, corpora, request.allow_overlap)
+    # Paths say where a file lies, not what is in it.
+    files = {name: digest_file(path) for name, path in config.method_settings if isinstance(path, Path)}
+    lineage = parent_lineage(config.method_settings, files, registry, task, request)
+    overlap += check_lineage(data, lineage, request.allow_overlap)
     # A plugin that is given as a file may change without a new version. Installed plugins state their version.
     named = [(kind, getattr(request, kind)) for kind in ("method", "backbone")]
     sources = [registry.digest(kind, name) for kind, name in named if registry.plugin(kind, name).entry_point is None]
@@ -195,7 +265,9 @@ def plan(
     known_now = {"corpora": tuple(corpus.label for corpus in corpora)} | _labelled(request, data)
     known_now |= {"split": fold.canonical} if fold is not None else {}
     trials = [replace(trial, config=trial.config.model_copy(update=known_now)) for trial in trials]
-    run_plan = RunPlan(config.model_copy(update=known_now), plugins, data, corpora, overlap, sources, files, trials)
+    config = config.model_copy(update=known_now)
+    cited = citations(registry, request, plugins, task, corpora)
+    run_plan = RunPlan(config, plugins, data, corpora, overlap, sources, files, trials, lineage, cited)
     # Problems of fine-tuning must be known before pre-training.
     num_labelled = len(run_plan.label_cases)
     finetuning = [(each.finetune, num_labelled) for each in (config, *(trial.config for trial in trials))]

@@ -11,12 +11,13 @@ import numpy as np
 from harness.api.registry import Registry
 from harness.api.task import Case
 from harness.data.cases import group_images, load_case
+from harness.data.duplicates import signature
 from harness.data.image_files import read_header, write_label
 from harness.data.image_names import stem
 from harness.data.preprocessing import STEPS, preprocess, quantise
 from harness.evaluation.sliding_window import predict
 from harness.runs.restore import Restored, in_memory, read_run, restore
-from harness.system.console import progress
+from harness.system.console import progress, say
 from harness.system.errors import UserError
 
 
@@ -63,8 +64,14 @@ def predict_images(run: Path, inputs: Sequence[Path], output: Path, plugins: Seq
 
 
 def _predict(restored: Restored, case: Case, path: Path) -> None:
-    """Segment one case and write its label map."""
+    """Segment one case and write its label map. The user is told if the weights were trained on it."""
     loaded = load_case(restored.task, case)
+    if restored.lineage is not None:
+        signatures = np.stack([signature(channel) for channel in loaded.image])
+        if restored.lineage.seen({case.id: ("", signatures)}):
+            say(
+                f"{case.images[0]}: these weights were trained on this scan: its prediction shows no quality on new scans"
+            )
     image, _, geometry = preprocess(restored.task, loaded, str(case.images[0]))
     # Values are rounded as in the cache, so that a test case gets the same prediction that was scored.
     image = quantise(image).astype(np.float32) * np.float32(1 / STEPS)

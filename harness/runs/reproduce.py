@@ -20,7 +20,8 @@ from harness.config.request import Request, command, recorded_fields
 from harness.runs.locate import locate
 from harness.runs.plan import plan
 from harness.system.errors import UserError
-from leaderboards.records import load_run
+from leaderboards.records import load_run, num_test_seen
+from leaderboards.text import seen_text
 
 ENVIRONMENT = ("python", "platform", "cpu", "threads", "torch", "cuda", "gpu", "harness")
 """Fields of a record's environment that are compared."""
@@ -48,6 +49,10 @@ class Reproduction:
         lines += [f"  packages: {packages}"] if packages else []
         dirty = " with uncommitted changes" if git.get("dirty") else ""
         lines += [f"  revision: {git['revision']}{dirty}"] if git.get("revision") else []
+        for each in (self.record.get("lineage") or {}).get("generations", []):
+            lines.append(
+                f"  starting weights: {each['stage']} {each['method']} on {each['num_scans']} scans of {each['data']}"
+            )
         lines += ["what differs here:" if self.differences else "nothing differs here"]
         lines += [f"  {name}: there {there}, here {here}" for name, there, here in self.differences]
         return "\n".join(lines)
@@ -140,6 +145,10 @@ def _data(record: Mapping[str, Any], request: Request) -> list[tuple[str, str, s
         differences.append(("task version", record["task_version"], run_plan.task.version))
     if run_plan.plugins.method.version != record.get("method_version"):
         differences.append(("method version", str(record.get("method_version")), run_plan.plugins.method.version))
+    seen = num_test_seen(record), run_plan.num_test_seen
+    if seen[0] != seen[1]:
+        there_seen, here_seen = (str(seen_text(each)) for each in seen)
+        differences.append(("test cases that were trained on", there_seen, here_seen))
     if run_plan.run_id != record["run_id"]:
         differences.append(("run id", record["run_id"], run_plan.run_id))
     return differences

@@ -21,6 +21,8 @@ from harness.config.request import FinetuneProtocol
 from harness.config.schema import Evaluate, Finetune, TaskSettings
 from harness.data.cases import group_images
 from harness.system.errors import UserError
+from harness.system.files import digest_file
+from harness.training.lineage import Lineage, lineage_of
 from harness.training.models import new_network
 from leaderboards.records import RecordError, read_record
 from leaderboards.schema import Name, Part, Record
@@ -95,12 +97,14 @@ class Restored:
 
     Attributes:
         trained: settings of fine-tuning, for the extent of windows, the precision and the memory layout.
+        lineage: of the weights; None for a run of an earlier version, which has none.
     """
 
     task: RecordedTask
     network: Any
     trained: Finetune
     evaluate: Evaluate
+    lineage: Lineage | None
 
 
 def read_run(run: Path) -> dict[str, Any]:
@@ -179,8 +183,12 @@ def restore(run: Path, record: dict[str, Any], registry: Registry) -> Restored:
         backbone = backbone_class(own, len(task.channels))
         if any(edge % stride for edge, stride in zip(trained.crop, backbone.stride, strict=True)):
             raise ValueError(f"a crop of {trained.crop}, which is no multiple of {backbone.stride}")
-        network = new_network(backbone, task, record["protocol"], run / "weights.safetensors")
-        return Restored(task, network, trained, settings)
+        weights = run / "weights.safetensors"
+        network = new_network(backbone, task, record["protocol"], weights)
+        stated = (record.get("digests") or {}).get(weights.name)
+        if stated is not None and digest_file(weights) != stated:
+            raise ValueError(f"{weights.name} was changed after the run, as its digest in the record says")
+        return Restored(task, network, trained, settings, lineage_of(weights))
     except (
         KeyError,
         OverflowError,

@@ -17,6 +17,9 @@ from harness.system.errors import UserError
 ENGINE = Path(__file__).resolve().parents[1]
 """The folder `harness/`. The results of a run depend on every file in it."""
 
+LINEAGE = ".lineage.safetensors"
+"""Ending of the file beside a file of weights that says what they were trained on, see `harness.training.lineage`."""
+
 
 def digest(value: Any) -> str:
     """Digest of a value, independent of the order of keys in it: 32 hexadecimal digits of BLAKE2b.

@@ -82,7 +82,7 @@ def finetune(
         context.check()
         assert_unchanged(volumes, folder)
         path = folder / "weights.safetensors"
-        write_weights(network.state_dict(), path)
+        write_weights(network.state_dict(), path, context.lineage)
         ranks["finetuned"] = effective_ranks(backbone, probes)
         moved = {
             "requested": config.transfer,

@@ -27,6 +27,7 @@ from harness.system.errors import UserError
 from harness.system.locks import Lock
 from harness.system.signals import Interrupted, deferred, requested
 from harness.training.checkpoints import Checkpoints
+from harness.training.lineage import Lineage
 from harness.training.out_of_memory import explain_out_of_memory
 from harness.training.trainer import FINITE, StageReport, Trainer, compiled
 
@@ -66,6 +67,7 @@ class StageContext:
         quiet: whether to hide the progress bar.
         watch: is called on the main process with the module that is trained and the number of each step, from 1; in pre-training
             also with 0, before the first step. It must not change the module. Its time does not count.
+        lineage: of the weights that the stage writes.
     """
 
     processes: Processes = field(default_factory=Processes)
@@ -74,6 +76,7 @@ class StageContext:
     locks: tuple[Lock, ...] = ()
     quiet: bool = False
     watch: Callable[[nn.Module, int], None] | None = None
+    lineage: Lineage | None = None
 
     def check(self) -> None:
         """Raises LostLockError if another process has taken over one of the locks."""

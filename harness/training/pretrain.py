@@ -128,7 +128,7 @@ def _finish(
     device = next(method.parameters()).device
     assert_unchanged(volumes, folder)
     weights = folder / "weights.safetensors"
-    write_weights(method.weights(), weights)
+    write_weights(method.weights(), weights, context.lineage)
     stage = {
         **asdict(report),
         "prepare_seconds": preparation.seconds,

@@ -12,6 +12,7 @@ from harness.data.volumes import Volume, verify_volumes
 from harness.system.errors import UserError
 from harness.system.files import digest_file, read_json, write_atomic
 from harness.training.checkpoints import Checkpoints
+from harness.training.lineage import Lineage, write_lineage
 
 
 def read_stage(path: Path) -> dict[str, Any] | None:
@@ -36,10 +37,15 @@ def final_soft_dice(history: Path) -> float | None:
     return round(1 - sum(last) / len(last), 4) if last else None
 
 
-def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write weights by renaming a finished file, so that nobody reads half of it. Raises OSError if the disk is full."""
+def write_weights(weights: Mapping[str, Tensor], path: Path, lineage: Lineage | None = None) -> None:
+    """Write weights by renaming a finished file, so that nobody reads half of it; and their lineage, if there is one.
+
+    Raises:
+        OSError: the disk is full.
+    """
     tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-    write_atomic(path, serialise(tensors))
+    metadata = None if lineage is None else write_lineage(lineage, tensors, path)
+    write_atomic(path, serialise(tensors, metadata))
 
 
 def assert_unchanged(volumes: Sequence[Volume], folder: Path) -> None:

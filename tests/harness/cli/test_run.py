@@ -32,6 +32,7 @@ def test_a_run_leaves_its_files(finished_runs):
         "cases.csv",
         "finetune.json",
         "history.jsonl",
+        "weights.lineage.safetensors",
         "weights.safetensors",
         "figures/restoration.png",
         "figures/segmentation.png",

@@ -1,0 +1,63 @@
+"""Weights are read without executing anything, and a file that holds none is named."""
+
+import pickle
+import zipfile
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from harness import UserError, read_state_dict
+
+
+def test_nothing_in_a_file_is_executed(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    path = tmp_path / "attack.pt"
+    torch.save({"state_dict": Attack()}, path)
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        read_state_dict(path)
+    path.write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(UserError, match="cannot be read as weights"):
+        read_state_dict(path)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.pt", b"nonsense"), ("a.pt", b""), ("a.safetensors", b"nonsense"), ("a.safetensors", b"\xff" * 64)],
+)
+def test_broken_files_are_named(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        read_state_dict(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"state_dict": {"a": 1}}, torch.zeros(2)])
+def test_a_checkpoint_without_tensors_says_so(content, tmp_path):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="holds no state dict"):
+        read_state_dict(tmp_path / "a.pt")
+
+
+def test_a_checkpoint_that_contains_itself_ends(tmp_path):
+    content = {}
+    content["state_dict"] = content
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="holds no state dict"):
+        read_state_dict(tmp_path / "a.pt")
+
+
+def test_a_checkpoint_that_unpacks_to_more_than_the_memory_is_refused(tmp_path, monkeypatch):
+    torch.save({"a": torch.zeros(1_000_000)}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "a.pt", "w", 8) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert (tmp_path / "a.pt").stat().st_size < 100_000
+    assert len(read_state_dict(tmp_path / "a.pt")["a"]) == 1_000_000
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2_000_000))
+    with pytest.raises(UserError, match=r"a\.pt unpacks to 0\.0 GiB"):
+        read_state_dict(tmp_path / "a.pt")

@@ -1,0 +1,1 @@
+"""Published weights: what they are, what they were trained on, and where they come from."""
