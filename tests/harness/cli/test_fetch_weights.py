@@ -11,7 +11,8 @@ PLUGIN = """
 from harness import PublishedWeights
 mine = PublishedWeights(
     name="mine", description="mine", backbone="unet", settings={{"features": "4,4,8,8,8"}}, channels=1, spacing="",
-    intensities="", corpus="my scans", licence="MIT", reference="me", page="here", url="{url}", file="{file}", sha256="{sha256}", known_from="me"
+    intensities="", corpus="my scans", licence="MIT", reference="me", page="here",
+    url="{url}", file="{file}", sha256="{sha256}", known_from="me"
 )
 """
 
