@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness.api.registry import Registry
+from harness.data.preprocessing import STEPS
 from harness.runs.restore import Restored, in_memory, read_run, restore
 from harness.system.errors import UserError
 from harness.training.lineage import Lineage, write_lineage
@@ -21,6 +22,21 @@ from leaderboards.records import CONTROLS
 from leaderboards.text import escape_markdown
 
 FORMATS = ("monai", "safetensors", "onnx")
+SCRIPTS = {
+    "monai": """    from monai.networks import nets
+    from safetensors.torch import load_file
+
+    described = json.loads((HERE / "network.json").read_text())
+    network = getattr(nets, described["class"].rpartition(".")[2])(**described["arguments"]).eval()
+    network.load_state_dict(load_file(HERE / "weights.safetensors"))
+    return network""",
+    "onnx": """    import onnxruntime
+
+    session = onnxruntime.InferenceSession(HERE / "network.onnx", providers=["CPUExecutionProvider"])
+    return lambda window: torch.from_numpy(session.run(None, {"image": window.float().numpy()})[0])""",
+}
+"""How the exported script gets the network, for the formats that need nothing of this package."""
+
 EQUAL = 1e-4
 """Largest difference between two outputs that count as equal, relative to the largest output."""
 
@@ -48,7 +64,11 @@ def export(run: Path, kind: str, out: Path, plugins: tuple[str, ...] = ()) -> li
         how = {"monai": _monai, "safetensors": _safetensors, "onnx": _onnx}[kind](
             folder, record, restored, example, expected
         )
-        (folder / "README.md").write_text(card(record, how, restored.lineage), encoding="utf-8")
+        steps = pipeline(record, restored)
+        (folder / "pipeline.json").write_text(json.dumps(steps, indent=1), encoding="utf-8")
+        if kind in SCRIPTS:
+            (folder / "predict.py").write_text(_script(kind), encoding="utf-8")
+        (folder / "README.md").write_text(card(record, how, steps, kind in SCRIPTS, restored.lineage), encoding="utf-8")
         shutil.move(folder, out)
     return sorted(path for path in out.iterdir())
 
@@ -135,13 +155,46 @@ def _check_equal(output: Tensor, expected: Tensor) -> None:
         raise RuntimeError(f"MONAI's network gives another output with these weights: they differ by {difference:g}")
 
 
-def card(record: dict[str, Any], how: str, lineage: Lineage | None = None) -> str:
+def pipeline(record: dict[str, Any], restored: Restored) -> dict[str, Any]:
+    """The numbers of the whole way from an image file to a label map, which `card` describes in words."""
+    task, prepared = restored.task, record["config"]["prepared"]
+    used = (record.get("computed_with") or {}).get("finetune") or {}
+    return {
+        "channels": list(task.channels),
+        "spacing": prepared["spacing"],
+        "intensities": {
+            "kind": "window" if prepared["normalisation"] == "Window" else "percentiles",
+            "low": prepared["low"],
+            "high": prepared["high"],
+        },
+        "steps": STEPS,
+        "windows": {
+            "extent": list(restored.trained.crop),
+            "overlap": restored.evaluate.overlap,
+            "precision": used.get("precision", "fp32"),
+        },
+        "outputs_overlap": task.overlapping,
+        "targets": {name: list(values) for name, values in task.targets.items()},
+        "labels": list(task.labels),
+    }
+
+
+def _script(kind: str) -> str:
+    """The text of `predict.py`, which needs nothing of this package."""
+    template = jinja2.Environment(loader=jinja2.PackageLoader("harness.runs", "templates"), keep_trailing_newline=True)
+    needs = "monai" if kind == "monai" else "monai and onnxruntime"
+    return template.get_template("predict.py.txt").render(network=SCRIPTS[kind], needs=needs)
+
+
+def card(record: dict[str, Any], how: str, steps: dict[str, Any], script: bool, lineage: Lineage | None = None) -> str:
     """The model card: data and its licence, protocol, results, preprocessing, and limits of use.
 
     Values from the record are escaped.
 
     Args:
         how: text on using the weights; it is not escaped, because the harness wrote it.
+        steps: of the way from image to label map, as `pipeline` gives them.
+        script: whether `predict.py` lies beside the card.
         lineage: of the weights; None where it is not known.
     """
     templates = jinja2.Environment(
@@ -158,5 +211,11 @@ def card(record: dict[str, Any], how: str, lineage: Lineage | None = None) -> st
     elif not corpora and record["method"] in CONTROLS:
         pretrained = "nothing"
     return templates.get_template("card.md").render(
-        record=record, how=how, pretrained=pretrained, lineage=lineage, version=version("ssl-seg-harness")
+        record=record,
+        how=how,
+        script=script,
+        pretrained=pretrained,
+        pipeline=steps,
+        lineage=lineage,
+        version=version("ssl-seg-harness"),
     )

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from harness.api.registry import Registry
 from harness.cli.main import main
 from harness.runs.reproduce import compare
 from harness.runs.restore import read_run, restore
-from tests.harness.commands import SMALL, folder_of, make_run
+from tests.harness.commands import SMALL, folder_of, harness, make_run, short_run
 
 # MONAI, torch and safetensors only: nothing of the harness.
 ALONE = """
@@ -65,13 +66,80 @@ def test_onnx_gives_the_same_output(predicted_runs, tmp_path):
         np.testing.assert_allclose(logits, network(image).numpy(), rtol=1e-3, atol=1e-4)
 
 
+# The script of the export, in a process that cannot import the harness.
+BLIND = """
+import runpy, sys
+sys.modules |= dict.fromkeys(["harness", "backbones", "methods", "tasks", "leaderboards"])
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def turned(path, folder):
+    """The same image with its axes in another order and direction, as its affine says."""
+    image = nib.load(path)
+    nib.save(image.as_reoriented(np.array([[1, -1], [2, 1], [0, -1]])), folder / "turned.nii.gz")
+    return folder / "turned.nii.gz"
+
+
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        ("msd_hippocampus", "monai"),
+        ("btcv", "onnx"),
+        pytest.param("brats", "monai", marks=pytest.mark.slow),
+        pytest.param("msd_hippocampus", "onnx", marks=pytest.mark.slow),
+    ],
+)
+def test_the_card_alone_gives_the_same_prediction(task, kind, data_folders, tmp_path):
+    """Percentiles and a window, resampled and not, softmax and overlapping outputs, a turned array, four channels."""
+    runs, out = tmp_path / "runs", tmp_path / "export"
+    spacing = ["--set", "task.spacing=1.2,0.9,1.1"] if task == "msd_hippocampus" else []
+    harness(*short_run("scratch", data_folders / task, task), *spacing, "--set", "finetune.lr=0.01", "--runs", runs)
+    folder = folder_of(runs, "scratch")
+    case = Registry().task(task).cases(data_folders / task)[0]
+    images = [turned(case.images[0], tmp_path)] if len(case.images) == 1 else case.images
+    harness("predict", "--run", folder, *images, tmp_path / "ours.nii.gz")
+    harness("export", "--run", folder, "--format", kind, "--out", out)
+    words = [sys.executable, "-c", BLIND, out / "predict.py", *images, tmp_path / "theirs.nii.gz"]
+    subprocess.run([str(word) for word in words], check=True, cwd=tmp_path)
+    ours, theirs = (nib.load(tmp_path / f"{name}.nii.gz") for name in ("ours", "theirs"))
+    assert np.allclose(ours.affine, theirs.affine)
+    first, second = (np.asarray(image.dataobj) for image in (ours, theirs))
+    assert len(np.unique(first)) > 1
+    # The last bit of a resampled probability decides between equal ones, in a voxel or two.
+    assert np.count_nonzero(first != second) <= 1e-4 * first.size
+
+
+def test_the_card_has_every_number_of_the_pipeline(data_folders, corpus_runs, tmp_path):
+    folder = folder_of(corpus_runs, "scratch")
+    harness("export", "--run", folder, "--format", "monai", "--out", tmp_path / "out")
+    card, steps = (
+        (tmp_path / "out" / "README.md").read_text(),
+        json.loads((tmp_path / "out" / "pipeline.json").read_text()),
+    )
+    record = read_run(folder)
+    assert steps["spacing"] == record["config"]["prepared"]["spacing"]
+    assert steps["windows"]["overlap"] == record["config"]["evaluate"]["overlap"]
+    for number in (*steps["spacing"], *steps["windows"]["extent"], steps["windows"]["overlap"], steps["steps"]):
+        assert str(number) in card
+    for said in (
+        "RAS+",
+        "other than 0",
+        "percentiles 0.5 and 99.5",
+        "anterior = 1, posterior = 2",
+        "python predict.py",
+    ):
+        assert said in card
+
+
 def test_the_card_says_what_a_user_must_know(predicted_runs, tmp_path):
     folder = folder_of(predicted_runs, "simmim")
     out = tmp_path / "weights"
     assert main(["export", "--run", str(folder), "--format", "safetensors", "--out", str(out)]) == 0
     card = (out / "README.md").read_text()
     record = json.loads((folder / "record.json").read_text())
-    for said in ("Not a medical device", "CC-BY-SA 4.0", "phantom", "empty-is-worst-v1", "softmax, background first"):
+    for said in ("Not a medical device", "CC-BY-SA 4.0", "phantom", "empty-is-worst-v1", "Softmax: background first"):
         assert said in card
     assert f"{record['metrics']['average']['dice']:.4f}" in card
     assert "harness run --method official" in card
