@@ -15,9 +15,8 @@ def test_weights_go_to_a_folder_named_after_the_run_and_the_form(finished_simmim
     harness("export", "--run", run.name[:-3], "--format", "safetensors", "--runs", finished_simmim)
     said = capsys.readouterr().out.split()
     out = f"{run.name}-safetensors"
-    assert said == [
-        f"{out}/{name}" for name in ("README.md", "pipeline.json", "weights.lineage.safetensors", "weights.safetensors")
-    ]
+    names = ("README.md", "pipeline.json", "weights.lineage.safetensors", "weights.safetensors")
+    assert said == [f"{out}/{name}" for name in names]
     there, here = (load_file(path) for path in (run / "weights.safetensors", tmp_path / said[3]))
     assert there.keys() == here.keys()
     assert all(bool((there[key] == here[key]).all()) for key in there)
