@@ -104,7 +104,9 @@ def test_kinds_of_runs_are_all_pinned():
     assert set(json.loads(FILE.read_text())["runs"]) == set(RUNS)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.endswith("swinunetr")) for name in RUNS]
+)
 def test_a_run_gives_the_committed_bytes(name, folders, tmp_path):
     made = summary(carry_out(name, folders, tmp_path))
     if os.environ.get(WRITE):

@@ -173,6 +173,15 @@ class Backbone(nn.Module):
         """Image (N, in_channels, x, y, z) -> logits (N, num_outputs, x, y, z)."""
         return self.head(self.decode(self.encode(image)))
 
+    def supervised(self, image: Tensor) -> list[Tensor]:
+        """The logits that fine-tuning compares with the labels, from fine to coarse: (N, num_outputs, x / s, y / s, z / s).
+
+        One level, that of the image, unless the network has deep supervision. Then, as in nnU-Net, the loss of each level
+        counts half as much as that of the level before, and the coarsest one counts 0; coarser levels are compared with the
+        nearest neighbours of the labels.
+        """
+        return [self(image)]
+
     def monai(self, num_outputs: int) -> tuple[str, dict[str, Any]] | None:
         """The equivalent network of `monai.networks.nets`: the name of its class and its arguments, or None.
 

@@ -1,7 +1,9 @@
 """A segmentation network with its fine-tuning loss."""
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harness.api.backbone import Backbone
 from harness.api.losses import segmentation_loss
 from harness.api.method import Batch
 
@@ -26,5 +28,23 @@ class Segmenter(nn.Module):
         return self
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`image` and `target` as the loss takes it -> two loss terms."""
-        return segmentation_loss(self.network(batch["image"]), batch["target"], self.overlapping)
+        """`image` and `target` as the loss takes it -> two loss terms, weighted over the levels that are supervised."""
+        image, target = batch["image"], batch["target"]
+        if not isinstance(self.network, Backbone):
+            return segmentation_loss(self.network(image), target, self.overlapping)
+        levels = self.network.supervised(image)
+        weights = [0.5**number for number in range(len(levels) - 1)] + [0.0]
+        losses = [segmentation_loss(logits, _nearest(target, logits), self.overlapping) for logits in levels]
+        if len(losses) == 1:
+            return losses[0]
+        pairs = list(zip(weights, losses, strict=True))
+        return {
+            name: sum((w * loss[name] for w, loss in pairs), image.new_zeros(())) / sum(weights) for name in losses[0]
+        }
+
+
+def _nearest(target: Tensor, logits: Tensor) -> Tensor:
+    """The target (N, C, x, y, z) at the extent of the logits, by nearest neighbours."""
+    if target.shape[2:] == logits.shape[2:]:
+        return target
+    return F.interpolate(target.float(), logits.shape[2:], mode="nearest-exact").to(target.dtype)

@@ -10,6 +10,9 @@ SMALL = {
     "swinunetr": {"feature_size": 12, "window_size": 4},
     "genesis_unet3d": {"first": 4},
     "segresnet": {"init_filters": 8},
+    "resenc": {"features": (4, 4, 8, 8), "blocks": (1, 1, 1, 1)},
+    "plainunet": {"features": (4, 4, 8, 8)},
+    "mednext": {"filters": 4},
     "unetr": {"image_size": (64, 32, 32), "feature_size": 4, "hidden_size": 24, "mlp_dim": 48, "num_heads": 3},
 }
 

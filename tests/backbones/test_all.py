@@ -45,7 +45,8 @@ def test_partial_decoding_costs_its_share(name):
             with counter:
                 backbone.decode(crop(pyramid, backbone.strides, (0, 0, 0), size))
             cost.append(counter.get_total_flops())
-    assert cost[0] / cost[1] == pytest.approx(4, rel=0.01)
+    # MedNeXt's upsampling computes 2 n - 1 voxels along an axis, which is no share of n.
+    assert cost[0] / cost[1] == pytest.approx(4, rel=0.03 if name == "mednext" else 0.01)
 
 
 @pytest.mark.parametrize("name", NAMES)

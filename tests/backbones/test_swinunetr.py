@@ -92,9 +92,9 @@ def check_gradients(ours, theirs):
 @pytest.mark.parametrize(
     ("crop", "batch", "window", "settings"),
     [
-        ((96, 32, 64), 1, 7, {}),
+        pytest.param((96, 32, 64), 1, 7, {}, marks=pytest.mark.slow),
         ((64, 64, 32), 2, 4, {}),
-        ((64, 32, 32), 2, 7, {"depths": (1, 2, 3, 2)}),
+        pytest.param((64, 32, 32), 2, 7, {"depths": (1, 2, 3, 2)}, marks=pytest.mark.slow),
         ((64, 32, 32), 1, 7, {"checkpoint": True}),
     ],
 )

@@ -34,7 +34,9 @@ assert not any(name.split(".")[0] in ("harness", "backbones", "methods") for nam
 """
 
 
-@pytest.mark.parametrize("backbone", SMALL)
+@pytest.mark.parametrize(
+    "backbone", ["unet", *(pytest.param(each, marks=pytest.mark.slow) for each in SMALL if each != "unet")]
+)
 def test_monai_alone_gives_the_same_output(backbone, hippocampus_phantom, tmp_path):
     folder = make_run(tmp_path / "runs", hippocampus_phantom, "scratch", backbone)
     out = tmp_path / "export"
