@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from harness.api.method import Batch, Method, Preparation, Source, Transform, VolumeSource
     from harness.api.published import PublishedWeights
     from harness.api.settings import Settings, Size3, Triple, size_text
-    from harness.api.task import Archive, Case, ImageSet, Percentiles, PhantomShape, Task, Window
+    from harness.api.task import Archive, Case, ImageSet, Percentiles, PhantomShape, Task, Window, ZScore
     from harness.api.teacher import follow, new_teacher
     from harness.api.weight_files import read_state_dict
     from harness.data.arrays import cut, origins, random_origin
@@ -49,6 +49,7 @@ _HOME = {
     "UserError": "harness.system.errors",
     "VolumeSource": "harness.api.method",
     "Window": "harness.api.task",
+    "ZScore": "harness.api.task",
     "any_box": "harness.api.masks",
     "crop": "harness.api.backbone",
     "cut": "harness.data.arrays",
@@ -101,6 +102,7 @@ __all__ = [
     "UserError",
     "VolumeSource",
     "Window",
+    "ZScore",
     "any_box",
     "crop",
     "cut",

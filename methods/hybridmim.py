@@ -69,6 +69,7 @@ class HybridMIM(Method):
     """
 
     name = "hybridmim"
+    unit_range = False
     reference = "Xing et al. 2023, HybridMIM; github.com/ge-xing/HybridMIM"
     trains: tuple[str, ...] = ("encoder", "decoder")
     variants = {

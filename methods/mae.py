@@ -43,6 +43,7 @@ class MAE(Method):
     """
 
     name = "mae"
+    unit_range = False
     reference = "He et al. 2022, arXiv:2111.06377; Wald et al. 2024, arXiv:2410.23132; SparK, arXiv:2301.03580"
 
     class Config(Settings):

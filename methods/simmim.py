@@ -65,6 +65,7 @@ class SimMIM(MaskedReconstruction):
     """
 
     name = "simmim"
+    unit_range = False
     reference = "Xie et al. 2022, arXiv:2111.09886; github.com/microsoft/SimMIM"
     trains = ("encoder",)
 

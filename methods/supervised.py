@@ -18,6 +18,7 @@ class Supervised(Method):
     """
 
     name = "supervised"
+    unit_range = False
     reference = "the positive control of every comparison"
     uses_labels = True
 

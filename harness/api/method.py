@@ -116,6 +116,7 @@ class Method(nn.Module):
         needs: optional abilities that the backbone must have, see `Backbone.abilities`.
         uses_labels: whether pre-training sees the labels of the training cases: batches then hold `target` too. Such a method
             is a control. Tables mark it and never rank it, and it pre-trains on the task's own training cases only.
+        unit_range: whether the method needs intensities in [0, 1]. Others work with z-scores too (`task.normalisation=zscore`).
         variants: variant name -> {"section.field": value}, for `harness profile --compare NAME NAME`.
         generator: the run's random generator on the training device; the harness seeds it before every step. Values
             drawn with `harness.rand`, `random_integers` and `random_patches` do not depend on how the batch is divided
@@ -130,6 +131,7 @@ class Method(nn.Module):
     trains: tuple[str, ...] = ("encoder", "decoder")
     needs: ClassVar[frozenset[str]] = frozenset()
     uses_labels: ClassVar[bool] = False
+    unit_range: ClassVar[bool] = True
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     generator: torch.Generator | None = None
 

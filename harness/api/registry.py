@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from harness.api.published import PublishedWeights
-from harness.api.task import ImageSet, Task
+from harness.api.task import ImageSet, Task, ZScore
 from harness.system.errors import UserError, unknown
 from harness.system.files import digest, digest_chunks, digest_file, digest_tree, expand, is_folder
 
@@ -207,13 +207,14 @@ class Registry:
 
 def _describe_images(images: ImageSet) -> dict[str, Any]:
     """Attributes of a task or corpus, for `Registry.describe`."""
-    normalisation = images.normalisation
+    how = images.normalisation
+    kind = type(how).__name__.lower()
     return {
         "description": images.description,
         "targets": list(images.targets),
         "channels": list(images.channels),
         "spacing": list(images.spacing or ()),
-        "intensities": f"{type(normalisation).__name__.lower()} {normalisation.low:g}..{normalisation.high:g}",
+        "intensities": kind if isinstance(how, ZScore) else f"{kind} {how.low:g}..{how.high:g}",
         "version": images.version,
         "licence": images.licence,
         "reference": images.reference,

@@ -69,6 +69,20 @@ class Window:
 
 
 @dataclass(frozen=True)
+class ZScore:
+    """Mean 0 and standard deviation 1 over the box of the foreground, per image and per channel, as nnU-Net has it for MR.
+
+    Values beyond 31 standard deviations are cut off. `hounsfield`: whether the voxels are Hounsfield units.
+    """
+
+    hounsfield: bool = False
+
+
+Normalisation = Percentiles | Window | ZScore
+"""How intensities are scaled."""
+
+
+@dataclass(frozen=True)
 class PhantomShape:
     """One labelled structure of a phantom.
 
@@ -114,7 +128,7 @@ class ImageSet:
         reference: publication or web page of the data.
         channels: names of the channels, in the order of the network's input.
         spacing: voxel spacing of the preprocessed volumes in mm; None keeps the spacing of each image.
-        normalisation: how intensities are scaled to [0, 1].
+        normalisation: how intensities are scaled: to [0, 1] unless it is a `ZScore`.
         targets: the regions that are scored, in the order of the leaderboard: name -> label values that the region is
             made of.
         labels: every value that a label file may hold, 0 included. Any other value is an error.
@@ -129,11 +143,17 @@ class ImageSet:
     reference: str
     channels: tuple[str, ...]
     spacing: tuple[float, float, float] | None
-    normalisation: Percentiles | Window
+    normalisation: Normalisation
     targets: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     labels: tuple[int, ...] = (0,)
     registration: str = ""
     layout: str = ""
+
+    @property
+    def hounsfield(self) -> bool:
+        """Whether voxels are Hounsfield units."""
+        how = self.normalisation
+        return isinstance(how, Window) or (isinstance(how, ZScore) and how.hounsfield)
 
     def masks(self, label: NDArray[Any]) -> NDArray[np.bool_]:
         """Label map (x, y, z) -> one bool mask per target (targets, x, y, z)."""

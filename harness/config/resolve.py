@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.api.registry import Registry
 from harness.api.settings import build
-from harness.api.task import Task, Window
+from harness.api.task import Task, Window, ZScore
 from harness.config.grid import canonical_grid, parse_grid
 from harness.config.presets import lineage, settings_of
 from harness.config.request import Request, options
@@ -57,6 +57,8 @@ def change_task(task: Task, overrides: Mapping[str, str]) -> Task:
     settings = build(TaskSettings, values, "task")
     if settings.spacing is not None:
         task = replace(task, spacing=settings.spacing)
+    if settings.normalisation == "zscore":
+        return replace(task, normalisation=ZScore(task.hounsfield))
     return replace(task, normalisation=Window(*settings.window)) if settings.window is not None else task
 
 

@@ -119,12 +119,18 @@ class TaskSettings(Settings):
 
     spacing: tuple[float, float, float] | None = Field(None, description="of the prepared volumes in mm")
     window: tuple[float, float] | None = Field(None, description="intensities that are told apart, in Hounsfield units")
+    normalisation: Literal["zscore"] | None = Field(
+        None,
+        description="zscore: mean 0 and deviation 1 over the cropped image, as nnU-Net's weights expect; none: the task's own",
+    )
 
     @model_validator(mode="after")
     def _in_order(self) -> "TaskSettings":
         """The spacing must be in range, and the window in ascending order and representable in float32."""
         if self.spacing is not None and not all(SPACINGS[0] <= edge <= SPACINGS[1] for edge in self.spacing):
             raise ValueError(f"each spacing must be more than 0 mm, within {SPACINGS[0]:g} to {SPACINGS[1]:g} mm")
+        if self.window is not None and self.normalisation is not None:
+            raise ValueError("give a window or a normalisation, not both")
         if self.window is not None and self.window[0] >= self.window[1]:
             raise ValueError("give the lower end of the window first, for instance -175,250")
         if self.window is not None and not Window(*self.window).usable:

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from harness.api.task import Case, ImageSet, Window
+from harness.api.task import Case, ImageSet
 from harness.data.image_files import Affine, corners_apart, read_header, read_image
 from harness.data.image_names import IMAGE_ENDINGS, is_named_label, stem
 from harness.system.errors import UserError
@@ -138,7 +138,7 @@ def _check_intensities(images: ImageSet, path: Path, voxels: NDArray[Any]) -> No
             raise UserError(
                 f"{path}: {bad} voxels are NaN or infinite (or beyond {limit:.3g}): mend the image or take the case out"
             )
-    if isinstance(images.normalisation, Window) and np.count_nonzero(voxels > HIGHEST_HU) > 0.01 * voxels.size:
+    if images.hounsfield and np.count_nonzero(voxels > HIGHEST_HU) > 0.01 * voxels.size:
         raise UserError(
             f"{path}: more than 1 % of the voxels are above {HIGHEST_HU}, no Hounsfield units: negative values were stored "
             "without a sign; convert the image again"

@@ -122,9 +122,10 @@ def _check_label(
         problem(LOOK, "absent targets (counted, not averaged)", f"{result.case.label}: no {', '.join(absent)}")
     empty = np.ones(label.shape, dtype=np.bool_)
     for channel in loaded.image:
-        if isinstance(images.normalisation, Window):
+        if images.hounsfield:
             # Only air counts as empty: a window may cut off tissue that belongs to a target.
-            empty &= channel <= min(images.normalisation.low, -500)
+            low = images.normalisation.low if isinstance(images.normalisation, Window) else -500
+            empty &= channel <= min(low, -500)
         else:
             empty &= channel == 0
     labelled = label > 0

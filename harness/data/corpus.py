@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from harness.api.task import Case, ImageSet, Percentiles, Task, Window
+from harness.api.task import Case, ImageSet, Normalisation, Percentiles, Task, Window, ZScore
 from harness.data.image_names import IMAGE_ENDINGS, is_named_label
 from harness.system.errors import UserError
 from harness.system.files import slug, walk
 
 ANY = "**/*"
-NORMALISATION = re.compile(r"(-?\d+(?:\.\d+)?),(-?\d+(?:\.\d+)?)|percentiles")
+NORMALISATION = re.compile(r"(-?\d+(?:\.\d+)?),(-?\d+(?:\.\d+)?)|percentiles|zscore")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +90,8 @@ def folder_corpus(folder: Path, like: Task | None = None) -> Corpus:
     )
 
 
-def parse_spec(spec: str) -> tuple[str, Percentiles | Window | None]:
-    """Parse `NAME|DIR[=LOW,HIGH|=percentiles]`: the name or folder, and the normalisation or None.
+def parse_spec(spec: str) -> tuple[str, Normalisation | None]:
+    """Parse `NAME|DIR[=LOW,HIGH|=percentiles|=zscore]`: the name or folder, and the normalisation or None.
 
     Raises:
         UserError: the window is empty or too wide.
@@ -100,8 +100,8 @@ def parse_spec(spec: str) -> tuple[str, Percentiles | Window | None]:
     match = NORMALISATION.fullmatch(how) if sign else None
     if match is None:
         return spec, None
-    if how == "percentiles":
-        return name, Percentiles()
+    if how in ("percentiles", "zscore"):
+        return name, Percentiles() if how == "percentiles" else ZScore()
     window = Window(float(match[1]), float(match[2]))
     if not window.usable:
         raise UserError(
@@ -110,6 +110,8 @@ def parse_spec(spec: str) -> tuple[str, Percentiles | Window | None]:
     return name, window
 
 
-def with_normalisation(corpus: Corpus, normalisation: Percentiles | Window | None) -> Corpus:
+def with_normalisation(corpus: Corpus, normalisation: Normalisation | None) -> Corpus:
     """The corpus with another normalisation, or unchanged for None."""
+    if isinstance(normalisation, ZScore):
+        normalisation = ZScore(corpus.hounsfield)
     return corpus if normalisation is None else replace(corpus, normalisation=normalisation)

@@ -6,7 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from harness.api.registry import Registry
-from harness.api.task import Case, Percentiles, Task, Window
+from harness.api.task import Case, Normalisation, Task, ZScore
 from harness.data.corpus import Corpus, folder_corpus, parse_spec, with_normalisation
 from harness.data.duplicates import ALIKE, duplicate_pairs, same_scans
 from harness.data.inventory import Inventory, fingerprint, take_inventory
@@ -85,13 +85,19 @@ def find_corpora(
         if any(other.name == corpus.name for other, _ in corpora):
             raise UserError(f"--corpus {spec}: two corpora are named {corpus.name!r}: give it once, or rename a folder")
         corpora.append((with_normalisation(corpus, normalisation), root))
+    for corpus, _ in corpora:
+        if task is not None and isinstance(task.normalisation, ZScore) != isinstance(corpus.normalisation, ZScore):
+            raise UserError(
+                f"--corpus {corpus.name}: it and task {task.name!r} must both have z-scores, or neither: give --corpus "
+                "NAME=zscore and --set task.normalisation=zscore, or leave both out"
+            )
     if len({len(corpus.channels) for corpus, _ in corpora}) > 1:
         listed = ", ".join(f"{corpus.name} has {len(corpus.channels)}" for corpus, _ in corpora)
         raise UserError(f"corpora must have equally many channels: {listed}: pre-train on them in turn")
     return corpora
 
 
-def read_spec(registry: Registry, spec: str) -> tuple[str, Path | None, Percentiles | Window | None]:
+def read_spec(registry: Registry, spec: str) -> tuple[str, Path | None, Normalisation | None]:
     """Read a value of `--corpus`. No data is read.
 
     Returns:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from harness.api.task import ImageSet, PhantomShape, Task, Window
+from harness.api.task import ImageSet, PhantomShape, Task
 from harness.data.corpus import Corpus
 from harness.data.image_files import write_image
 from harness.system.console import progress
@@ -83,7 +83,7 @@ def make_phantom(images: Task | Corpus, rng: np.random.Generator) -> tuple[NDArr
     body = _ellipsoid(axes, (0, 0, 0), (0.95, 0.95, 0.95), rng, wobble=0.06)
     core = _ellipsoid(axes, (0, 0, 0), (0.72, 0.74, 0.7), rng, wobble=0.2)
     label = _structures(axes, body, shapes, rng)
-    if isinstance(images.normalisation, Window):
+    if images.hounsfield:
         return _hounsfield(body, core, label, shapes, rng)[None], label
     return _intensities(images, body, core, label, shapes, rng), label
 

@@ -9,24 +9,33 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from harness.api.task import ImageSet, Percentiles, Window
+from harness.api.task import ImageSet, Normalisation, Percentiles, Window, ZScore
 from harness.data.cases import LoadedCase
 from harness.data.geometry import Geometry, resample, resample_label
 from harness.system.errors import UserError
 
 POINTS_PER_TARGET = 2000
 STEPS = 32767  # number of int16 steps in [0, 1]; a step is 3e-5, far below any noise
+Z_STEPS, Z_LIMIT = (
+    1024,
+    31.0,
+)  # int16 steps per standard deviation, and the number of deviations beyond which values are cut
 
 
-def quantise(image: NDArray[np.float32]) -> NDArray[np.int16]:
-    """Intensities in [0, 1] as the int16 steps that the cache holds."""
-    return np.rint(image * np.float32(STEPS)).astype(np.int16)
+def steps_of(how: Normalisation) -> int:
+    """Number of int16 steps per unit of intensity in the cache."""
+    return Z_STEPS if isinstance(how, ZScore) else STEPS
+
+
+def quantise(image: NDArray[np.float32], steps: int = STEPS) -> NDArray[np.int16]:
+    """Intensities as the int16 steps that the cache holds, `steps` per unit."""
+    return np.rint(image * np.float32(steps)).astype(np.int16)
 
 
 def preprocess(
     images: ImageSet, loaded: LoadedCase, source: str
 ) -> tuple[NDArray[np.float32], NDArray[np.uint8] | None, Geometry]:
-    """Preprocess a case: image (C, x, y, z) in [0, 1], label (x, y, z) or None, and geometry. No file is read or written.
+    """Preprocess a case: image (C, x, y, z), label (x, y, z) or None, and geometry. No file is read or written.
 
     Args:
         source: path or name of the image, for messages.
@@ -48,7 +57,8 @@ def preprocess(
     for index, channel in enumerate(channels):
         # Cubic splines as in nnU-Net. They overshoot at edges, so the result is clipped.
         scaled = normalise(channel[spans], images.normalisation, source)
-        image[index] = scaled if extent == shape else resample(scaled, extent, order=3).clip(0, 1)
+        low, high = (-Z_LIMIT, Z_LIMIT) if isinstance(images.normalisation, ZScore) else (0, 1)
+        image[index] = scaled if extent == shape else resample(scaled, extent, order=3).clip(low, high)
     label = None
     if loaded.label is not None:
         label = np.ascontiguousarray(turn(loaded.label)[spans])
@@ -83,12 +93,18 @@ def preprocessed_extent(
     return extent
 
 
-def normalise(channel: NDArray[np.float32], how: Percentiles | Window, source: str) -> NDArray[np.float32]:
-    """Scale a channel (x, y, z) to [0.001, 1]; 0 is kept for voxels without an intensity (as in HybridMIM's code).
+def normalise(channel: NDArray[np.float32], how: Normalisation, source: str) -> NDArray[np.float32]:
+    """Scale a channel (x, y, z): to [0.001, 1], where 0 is kept for voxels without an intensity (as in HybridMIM's code), or
+    to mean 0 and standard deviation 1.
 
     Raises:
         UserError: the channel has no contrast.
     """
+    if isinstance(how, ZScore):
+        mean, deviation = float(channel.mean(dtype=np.float64)), float(channel.std(dtype=np.float64))
+        if not deviation > 1e-6 * max(1.0, abs(mean)):
+            raise UserError(f"{source}: a channel has the same value {mean:g} everywhere: restore the image")
+        return ((channel - np.float32(mean)) * np.float32(1 / deviation)).clip(-Z_LIMIT, Z_LIMIT)
     if isinstance(how, Window):
         low, high = how.low, how.high
     else:

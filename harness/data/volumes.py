@@ -22,7 +22,7 @@ from harness.data.arrays import cut, load_array, random_origin
 from harness.data.cases import case_bytes, load_case, num_workers
 from harness.data.geometry import Geometry
 from harness.data.image_files import read_header
-from harness.data.preprocessing import STEPS, label_points, preprocess, quantise
+from harness.data.preprocessing import STEPS, label_points, preprocess, quantise, steps_of
 from harness.system.console import progress, say
 from harness.system.errors import UserError
 from harness.system.files import digest, digest_file, write_atomic
@@ -37,10 +37,12 @@ class Volume:
 
     Attributes:
         stem: path of its files without their endings.
+        steps: of the stored whole numbers, per unit of intensity.
     """
 
     case: Case
     stem: Path
+    steps: int = STEPS
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -50,12 +52,12 @@ class Volume:
 
     @property
     def image(self) -> NDArray[np.float32]:
-        """The whole image (C, x, y, z) in [0, 1], in memory."""
-        return np.multiply(self._stored, np.float32(1 / STEPS), dtype=np.float32)
+        """The whole image (C, x, y, z), in memory."""
+        return np.multiply(self._stored, np.float32(1 / self.steps), dtype=np.float32)
 
     def crop(self, origin: Sequence[int], size: Sequence[int]) -> NDArray[np.float32]:
         """A crop (C, *size) that starts at `origin`, zeros outside of the volume; only the pages of the crop are read."""
-        return cut(self._stored, origin, size, scale=1 / STEPS)
+        return cut(self._stored, origin, size, scale=1 / self.steps)
 
     def sample(self, size: tuple[int, int, int], rng: np.random.Generator) -> dict[str, Any]:
         """A random crop: `image` (C, *size), padded with zeros if the volume is smaller."""
@@ -99,7 +101,7 @@ class Volume:
 
     @property
     def _stored(self) -> NDArray[np.int16]:
-        """The image as it is stored, (C, x, y, z) in steps of 1 / STEPS."""
+        """The image as it is stored, (C, x, y, z)."""
         mapped: NDArray[np.int16] = self._load("image", mmap_mode="r")
         return mapped
 
@@ -126,7 +128,8 @@ def volumes_of(images: ImageSet, cases: Sequence[Case], digests: Mapping[str, st
         "targets": list(images.targets.items()),
     }
     folder = cache / "prepared" / f"{images.name}-{digest(settings)[:8]}"
-    return [Volume(case, folder / digests[case.id][:20]) for case in cases]
+    steps = steps_of(images.normalisation)
+    return [Volume(case, folder / digests[case.id][:20], steps) for case in cases]
 
 
 def preprocess_cases(
@@ -225,7 +228,7 @@ def _preprocess_case(images: ImageSet, volume: Volume) -> None:
     """Preprocess one case and write its files, the description last."""
     loaded = load_case(images, volume.case)
     image, label, geometry = preprocess(images, loaded, str(volume.case.images[0]))
-    arrays: dict[str, NDArray[Any]] = {"image": quantise(image)}
+    arrays: dict[str, NDArray[Any]] = {"image": quantise(image, volume.steps)}
     if label is not None:
         arrays |= {"label": label, "points": label_points(images, label)}
     files = {}

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harness.api.registry import Registry
-from harness.data.preprocessing import STEPS
+from harness.data.preprocessing import Z_LIMIT, steps_of
 from harness.runs.restore import Restored, in_memory, read_run, restore
 from harness.system.errors import UserError
 from harness.training.lineage import Lineage, write_lineage
@@ -22,6 +22,9 @@ from leaderboards.records import CONTROLS
 from leaderboards.text import escape_markdown
 
 FORMATS = ("monai", "safetensors", "onnx")
+KINDS = {"Window": "window", "Percentiles": "percentiles", "ZScore": "zscore"}
+"""Name of a normalisation in `pipeline.json`."""
+
 SCRIPTS = {
     "monai": """    from monai.networks import nets
     from safetensors.torch import load_file
@@ -163,11 +166,11 @@ def pipeline(record: dict[str, Any], restored: Restored) -> dict[str, Any]:
         "channels": list(task.channels),
         "spacing": prepared["spacing"],
         "intensities": {
-            "kind": "window" if prepared["normalisation"] == "Window" else "percentiles",
-            "low": prepared["low"],
-            "high": prepared["high"],
+            "kind": KINDS[prepared["normalisation"]],
+            **{k: prepared[k] for k in ("low", "high") if k in prepared},
         },
-        "steps": STEPS,
+        "steps": steps_of(task.normalisation),
+        "limit": Z_LIMIT,
         "windows": {
             "extent": list(restored.trained.crop),
             "overlap": restored.evaluate.overlap,

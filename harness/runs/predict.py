@@ -14,7 +14,7 @@ from harness.data.cases import group_images, load_case
 from harness.data.duplicates import signature
 from harness.data.image_files import read_header, write_label
 from harness.data.image_names import stem
-from harness.data.preprocessing import STEPS, preprocess, quantise
+from harness.data.preprocessing import preprocess, quantise, steps_of
 from harness.evaluation.sliding_window import predict
 from harness.runs.restore import Restored, in_memory, read_run, restore
 from harness.system.console import progress, say
@@ -74,7 +74,8 @@ def _predict(restored: Restored, case: Case, path: Path) -> None:
             )
     image, _, geometry = preprocess(restored.task, loaded, str(case.images[0]))
     # Values are rounded as in the cache, so that a test case gets the same prediction that was scored.
-    image = quantise(image).astype(np.float32) * np.float32(1 / STEPS)
+    steps = steps_of(restored.task.normalisation)
+    image = quantise(image, steps).astype(np.float32) * np.float32(1 / steps)
     with in_memory(case.images[0], restored.trained.crop):
         probabilities = predict(restored.task, restored.network, image, restored.trained, restored.evaluate)
     write_label(path, restored.task.compose(geometry.decide(restored.task, probabilities)), loaded.affine)

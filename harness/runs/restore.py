@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from harness.api.registry import Registry
 from harness.api.settings import build
-from harness.api.task import Case, Percentiles, Task, Window
+from harness.api.task import Case, Normalisation, Percentiles, Task, Window, ZScore
 from harness.compute.memory import is_too_large, weights_bytes
 from harness.config.request import FinetuneProtocol
 from harness.config.schema import Evaluate, Finetune, TaskSettings
@@ -44,9 +44,10 @@ class _Prepared(Part):
     """The recorded preprocessing of a run's volumes."""
 
     spacing: list[float] | None
-    normalisation: Literal["Window", "Percentiles"]
-    low: float
-    high: float
+    normalisation: Literal["Window", "Percentiles", "ZScore"]
+    low: float = 0.0
+    high: float = 0.0
+    hounsfield: bool = False
 
 
 class _Trained(Part):
@@ -127,10 +128,13 @@ def read_run(run: Path) -> dict[str, Any]:
 def _recorded_task(record: dict[str, Any]) -> RecordedTask:
     """The task in a record. Raises UserError or ValueError if its preprocessing or its label values are impossible."""
     described, preprocessing = record["task_description"], record["config"]["prepared"]
-    low, high = preprocessing["low"], preprocessing["high"]
+    low, high = preprocessing.get("low", 0.0), preprocessing.get("high", 0.0)
     window = (low, high) if preprocessing["normalisation"] == "Window" else None
     settings = build(TaskSettings, {"spacing": preprocessing["spacing"], "window": window}, "prepared")
-    if window is None and not 0 <= low < high <= 100:
+    how: Normalisation = Percentiles(low, high) if window is None else Window(low, high)
+    if preprocessing["normalisation"] == "ZScore":
+        how = ZScore(preprocessing.get("hounsfield", False))
+    elif window is None and not 0 <= low < high <= 100:
         raise ValueError(f"percentiles {low:g} to {high:g}")
     values = {value for region in described["targets"].values() for value in region}
     if not values <= set(described["labels"]):
@@ -146,7 +150,7 @@ def _recorded_task(record: dict[str, Any]) -> RecordedTask:
         labels=tuple(described["labels"]),
         overlapping=described["overlapping"],
         spacing=settings.spacing,
-        normalisation=Percentiles(low, high) if window is None else Window(low, high),
+        normalisation=how,
     )
 
 

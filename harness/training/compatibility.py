@@ -38,6 +38,7 @@ def check_fit(
             raise MemoryError(f"weights, gradients and moments take {need / 2**30:.1f} GiB")
         backbone = plugins.new_backbone(config, channels)
         _check_needs(registry, config, plugins, backbone)
+        _check_intensities(registry, config, plugins)
         _check_crops(config, backbone)
         if pretrain_channels != channels:
             backbone = plugins.new_backbone(config, pretrain_channels)
@@ -67,6 +68,18 @@ def _check_needs(registry: Registry, config: RunConfig, plugins: Plugins, backbo
         f"which {config.backbone!r} does not have: choose --backbone from "
         f"{', '.join(suitable) or 'none of those installed'}"
     )
+
+
+def _check_intensities(registry: Registry, config: RunConfig, plugins: Plugins) -> None:
+    """Raises UserError if the method pre-trains on intensities in 0..1, and the task has z-scores."""
+    method = plugins.method
+    if method.trains and method.unit_range and config.prepared.get("normalisation") == "ZScore":
+        classes = [registry.load("method", name) for name in registry.names("method")]
+        others = sorted(each.name for each in classes if each.trains and not each.unit_range)
+        raise UserError(
+            f"method {config.method!r} needs intensities in 0..1, task.normalisation=zscore gives others: leave it out, or "
+            f"choose --method from {', '.join(others) or 'none of those installed'}"
+        )
 
 
 def _check_transfer(config: RunConfig, method: Method) -> None:

@@ -158,5 +158,7 @@ def _draw_restoration(
         say(f"no {path.name}: its crops do not fit the memory of {device}; the training does not depend on it")
         return
     if images:
+        if config.prepared.get("normalisation") == "ZScore":
+            images = {name: (value + 3) / 6 for name, value in images.items()}  # three deviations to both sides
         arrays = {name: value.float().clamp(0, 1).cpu().numpy() for name, value in images.items()}
         pictures.restoration(arrays, path, title)

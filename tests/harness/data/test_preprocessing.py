@@ -8,10 +8,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from harness import Percentiles, UserError, Window
+from harness import Percentiles, UserError, Window, ZScore
 from harness.api.registry import Registry
 from harness.data.cases import LoadedCase
-from harness.data.preprocessing import normalise, preprocess
+from harness.data.preprocessing import Z_LIMIT, Z_STEPS, normalise, preprocess, quantise
 from tests.harness.commands import harness, last_error
 
 TASK = Registry().task("msd_hippocampus")
@@ -25,6 +25,31 @@ def anatomy(shape=(20, 24, 16)):
     label = np.zeros(shape, np.uint8)
     label[6:12, 5:14, 4:9], label[12:15, 6:12, 4:8] = 1, 2
     return image, label
+
+
+def test_z_scores_are_those_of_the_cropped_image():
+    """As nnU-Net's: background inside the box counts, and resampling comes after."""
+    image, label = anatomy()
+    task = replace(TASK, normalisation=ZScore())
+    prepared, *_ = preprocess(task, LoadedCase(image, label, np.eye(4)), "x")
+    inside = image[0, 3:, :-2].astype(np.float64)
+    np.testing.assert_allclose(prepared[0], (inside - inside.mean()) / inside.std(), atol=1e-5)
+    finer, *_ = preprocess(replace(task, spacing=(0.5, 0.5, 0.5)), LoadedCase(image, label, np.eye(4)), "x")
+    assert finer.min() < prepared.min(), "cubic splines overshoot, and nothing cuts z-scores at 0"
+
+
+def test_a_z_score_beyond_the_limit_is_cut():
+    values = np.zeros((20, 20, 20), np.float32)
+    values[0, 0, 0] = 1e6
+    scaled = normalise(values, ZScore(), "x")
+    assert scaled.max() == Z_LIMIT
+    assert np.abs(quantise(scaled, Z_STEPS).astype(np.float32) / Z_STEPS - scaled).max() <= 0.5 / Z_STEPS
+
+
+@pytest.mark.parametrize("value", [0.0, 7.0, 1e6])
+def test_a_constant_image_has_no_z_score(value):
+    with pytest.raises(UserError, match="same value"):
+        normalise(np.full((4, 4, 4), value, np.float32), ZScore(), "x")
 
 
 @pytest.mark.parametrize(("axes", "flips"), ORIENTATIONS)

@@ -85,19 +85,20 @@ def turned(path, folder):
 
 
 @pytest.mark.parametrize(
-    ("task", "kind"),
+    ("task", "kind", "more"),
     [
-        ("msd_hippocampus", "monai"),
-        ("btcv", "onnx"),
-        pytest.param("brats", "monai", marks=pytest.mark.slow),
-        pytest.param("msd_hippocampus", "onnx", marks=pytest.mark.slow),
+        ("msd_hippocampus", "monai", ["task.spacing=1.2,0.9,1.1", "task.normalisation=zscore"]),
+        ("btcv", "onnx", []),
+        pytest.param("brats", "monai", [], marks=pytest.mark.slow),
+        pytest.param("btcv", "monai", ["task.normalisation=zscore"], marks=pytest.mark.slow),
+        pytest.param("msd_hippocampus", "onnx", ["task.spacing=1.2,0.9,1.1"], marks=pytest.mark.slow),
     ],
 )
-def test_the_card_alone_gives_the_same_prediction(task, kind, data_folders, tmp_path):
-    """Percentiles and a window, resampled and not, softmax and overlapping outputs, a turned array, four channels."""
+def test_the_card_alone_gives_the_same_prediction(task, kind, more, data_folders, tmp_path):
+    """Percentiles, a window and z-scores, resampled and not, softmax and overlapping outputs, a turned array, four channels."""
     runs, out = tmp_path / "runs", tmp_path / "export"
-    spacing = ["--set", "task.spacing=1.2,0.9,1.1"] if task == "msd_hippocampus" else []
-    harness(*short_run("scratch", data_folders / task, task), *spacing, "--set", "finetune.lr=0.01", "--runs", runs)
+    settings = [word for each in ["finetune.lr=0.01", *more] for word in ("--set", each)]
+    harness(*short_run("scratch", data_folders / task, task), *settings, "--runs", runs)
     folder = folder_of(runs, "scratch")
     case = Registry().task(task).cases(data_folders / task)[0]
     images = [turned(case.images[0], tmp_path)] if len(case.images) == 1 else case.images

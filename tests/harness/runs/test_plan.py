@@ -180,3 +180,35 @@ def test_a_dry_run_writes_no_phantom(request_, tmp_path):
     assert found.run_id == planned(request_).run_id
     with pytest.raises(UserError, match=r"33"):
         plan_without_data(replace(request_, data=None, settings=("finetune.crop=33,32,32",)))
+
+
+def test_z_scores_are_part_of_what_a_run_is(request_):
+    plain, scored = planned(request_), planned(request_, "task.normalisation=zscore")
+    assert plain.run_id != scored.run_id
+    assert plain.pretrain_key != scored.pretrain_key
+    assert scored.config.prepared["normalisation"] == "ZScore"
+    assert scored.config.overrides["task.normalisation"] == "zscore"
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "says"),
+    [
+        ("models_genesis", ["task.normalisation=zscore"], "choose --method from hybridmim, mae, simmim, supervised"),
+        ("scratch", ["task.normalisation=zscore", "task.window=0,1"], "not both"),
+        ("scratch", ["task.normalisation=minmax"], "task.normalisation=minmax"),
+    ],
+)
+def test_z_scores_where_they_do_not_fit_are_refused(method, settings, says, request_):
+    with pytest.raises(UserError, match=says):
+        planned(request_, *settings, method=method)
+
+
+def test_corpus_and_task_have_z_scores_or_neither(request_, data_folders):
+    scans = data_folders / "scans"
+    generic = {"mode": "generic", "corpora": (f"{scans}=percentiles",)}
+    with pytest.raises(UserError, match="must both have z-scores, or neither"):
+        planned(request_, "task.normalisation=zscore", **generic)
+    with pytest.raises(UserError, match="must both have z-scores, or neither"):
+        planned(request_, mode="generic", corpora=(f"{scans}=zscore",))
+    assert planned(request_, "task.normalisation=zscore", mode="generic", corpora=(f"{scans}=zscore",)).corpora
+    assert planned(request_, "task.normalisation=zscore", mode="generic", corpora=(str(scans),)).corpora
