@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from harness.api.losses import dice_loss, segmentation_loss
     from harness.api.masks import any_box, inside_boxes, num_masked, random_integers, random_patches, to_voxels
     from harness.api.method import Batch, Method, Preparation, Source, Transform, VolumeSource
+    from harness.api.nnssl import NNSSL_NORMALISATION, from_nnssl, read_plan
     from harness.api.published import PublishedWeights
     from harness.api.settings import Settings, Size3, Triple, size_text
     from harness.api.task import Archive, Case, ImageSet, Percentiles, PhantomShape, Task, Window, ZScore
     from harness.api.teacher import follow, new_teacher
-    from harness.api.weight_files import read_state_dict
+    from harness.api.weight_files import WeightsFile, read_state_dict, read_weights_file
     from harness.data.arrays import cut, origins, random_origin
     from harness.data.corpus import Corpus
     from harness.data.image_files import read_header, write_image
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "IMAGE_ENDINGS": "harness.data.image_names",
+    "NNSSL_NORMALISATION": "harness.api.nnssl",
     "Archive": "harness.api.task",
     "Backbone": "harness.api.backbone",
     "Batch": "harness.api.method",
@@ -48,6 +50,7 @@ _HOME = {
     "Transform": "harness.api.method",
     "UserError": "harness.system.errors",
     "VolumeSource": "harness.api.method",
+    "WeightsFile": "harness.api.weight_files",
     "Window": "harness.api.task",
     "ZScore": "harness.api.task",
     "any_box": "harness.api.masks",
@@ -60,6 +63,7 @@ _HOME = {
     "size_text": "harness.api.settings",
     "dice_loss": "harness.api.losses",
     "segmentation_loss": "harness.api.losses",
+    "from_nnssl": "harness.api.nnssl",
     "gather": "harness.api.global_batch",
     "inflate": "harness.api.backbone",
     "inside_boxes": "harness.api.masks",
@@ -70,7 +74,9 @@ _HOME = {
     "random_integers": "harness.api.masks",
     "random_patches": "harness.api.masks",
     "read_header": "harness.data.image_files",
+    "read_plan": "harness.api.nnssl",
     "read_state_dict": "harness.api.weight_files",
+    "read_weights_file": "harness.api.weight_files",
     "slug": "harness.system.files",
     "stem": "harness.data.image_names",
     "to_voxels": "harness.api.masks",
@@ -80,6 +86,7 @@ _HOME = {
 
 __all__ = [
     "IMAGE_ENDINGS",
+    "NNSSL_NORMALISATION",
     "Archive",
     "Backbone",
     "Batch",
@@ -101,6 +108,7 @@ __all__ = [
     "Triple",
     "UserError",
     "VolumeSource",
+    "WeightsFile",
     "Window",
     "ZScore",
     "any_box",
@@ -108,6 +116,7 @@ __all__ = [
     "cut",
     "dice_loss",
     "follow",
+    "from_nnssl",
     "gather",
     "inflate",
     "inside_boxes",
@@ -121,7 +130,9 @@ __all__ = [
     "random_origin",
     "random_patches",
     "read_header",
+    "read_plan",
     "read_state_dict",
+    "read_weights_file",
     "segmentation_loss",
     "size_text",
     "slug",

@@ -1,6 +1,7 @@
 """Start from published weights instead of pre-training."""
 
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,19 @@ from pydantic import Field, FilePath
 from safetensors.torch import save_file
 from torch import Tensor
 
-from harness import Backbone, Method, Settings, Triple, UserError, inflate, read_state_dict
+from harness import (
+    NNSSL_NORMALISATION,
+    Backbone,
+    Method,
+    Settings,
+    Triple,
+    UserError,
+    WeightsFile,
+    from_nnssl,
+    inflate,
+    read_plan,
+    read_weights_file,
+)
 
 PREFIXES = ("module.", "model.", "backbone.", "classficationNet.")  # the last one is TransVW's own spelling
 
@@ -23,6 +36,8 @@ class Official(Method):
       * MONAI's self-supervised SwinUNETR encoder (`module.` or `swin_vit.` prefixes, `mlp.fc1` names) and whole
         SwinUNETR state dicts, for backbone `swinunetr`;
       * state dicts of MONAI's BasicUNet, SegResNet and UNETR, for `unet`, `segresnet` and `unetr`;
+      * checkpoints of nnssl (OpenMind's ResEnc-L and the like), for `resenc` and `plainunet`: encoder and stem, as their plan
+        names them, with kernels turned from (z, y, x) to (x, y, z). They need `task.normalisation=zscore`;
       * `weights.safetensors` of any run or pre-training of this harness.
 
     Prefixes are removed from key names, and the backbone's `aliases` translate them. Every tensor that is not loaded is
@@ -73,6 +88,16 @@ class Official(Method):
         """Raise UserError if the weights cannot be used. See `weights`."""
         self.weights()
 
+    @cached_property
+    def file(self) -> WeightsFile:
+        """What the file holds. Raises UserError if it cannot be read."""
+        return read_weights_file(self.config.weights)
+
+    def expects(self) -> dict[str, Any]:
+        """z-scores at the plan's spacing, for a checkpoint of nnssl."""
+        plan = read_plan(self.file)
+        return {} if plan is None else {"normalisation": NNSSL_NORMALISATION, "spacing": plan.spacing}
+
     def weights(self) -> dict[str, Tensor]:
         """The file's tensors under the backbone's names. Tensors that do not fit are included; the transfer reports them.
 
@@ -81,7 +106,9 @@ class Official(Method):
                 less than half of the encoder.
         """
         own = self.backbone.state_dict()
-        weights = {self._rename(key, own): value for key, value in read_state_dict(self.config.weights).items()}
+        plan = read_plan(self.file)
+        weights = self.file.tensors if plan is None else from_nnssl(self.file, plan, self.backbone)
+        weights = {self._rename(key, own): value for key, value in weights.items()}
         if self.config.inflate_stem:
             weights = {key: inflate(value, own[key].shape) if key in own else value for key, value in weights.items()}
         encoder = {

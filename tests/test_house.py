@@ -7,6 +7,7 @@ without those above it.
 import ast
 import re
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,7 @@ def file_of(module: str) -> Path | None:
     return None
 
 
+@cache
 def arrows() -> dict[str, set[str]]:
     """Room -> the rooms that it imports; the public names of `harness` itself are everybody's."""
     found: dict[str, set[str]] = defaultdict(set)

@@ -163,6 +163,14 @@ class Method(nn.Module):
         """
         return {}
 
+    def expects(self) -> dict[str, Any]:
+        """What the images of the task must be for the weights that the method starts from; empty if anything will do.
+
+        `normalisation`: the class of the task's normalisation by name; another one is refused. `spacing` in mm along
+        (x, y, z); another one is said.
+        """
+        return {}
+
     def check(self, crop: Triple, batch_size: int) -> None:
         """Check the settings before any data is read.
 

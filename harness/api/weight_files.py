@@ -1,6 +1,7 @@
 """Reads files of weights: safetensors files, and PyTorch checkpoints without executing what is in them."""
 
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,29 @@ NUMBERS: list[Any] = [
 ]
 
 
+@dataclass(frozen=True)
+class WeightsFile:
+    """What a file of weights holds.
+
+    Attributes:
+        tensors: by name.
+        adaptation: the entry `nnssl_adaptation_plan` of a checkpoint of nnssl, see `harness.api.nnssl`; None for other files.
+        citations: the entry `citations` of such a checkpoint, unchecked.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    adaptation: Any = None
+    citations: Any = None
+
+
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Tensors by name, from a safetensors file or a PyTorch checkpoint. Nothing in the file is executed.
+    """Tensors by name, as `read_weights_file` gives them."""
+    return read_weights_file(path).tensors
+
+
+def read_weights_file(path: Path) -> WeightsFile:
+    """Read a safetensors file or a PyTorch checkpoint. Nothing in the file is executed.
 
     Raises:
         UserError: the file cannot be read this way, unpacks to more than the free memory, or holds no tensors.
@@ -33,7 +55,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         _check_size(path)
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return WeightsFile(path, load_file(path))
         with torch.serialization.safe_globals(NUMBERS):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
@@ -45,6 +67,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"method.weights={path} cannot be read as weights, {type(error).__name__}: {reason}; give a .safetensors file or "
             "a PyTorch checkpoint that holds tensors only (saving its state_dict alone makes one)"
         ) from None
+    outer = content if isinstance(content, dict) else {}
     for _ in range(3):  # checkpoints have few wrappers; without a limit, a dict that contains itself would never end
         if not isinstance(content, dict) or any(isinstance(value, Tensor) for value in content.values()):
             break
@@ -55,7 +78,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"method.weights={path} holds no state dict (looked for {', '.join(CONTAINERS)}): save the network's state_dict"
         )
-    return tensors
+    return WeightsFile(path, tensors, outer.get("nnssl_adaptation_plan"), outer.get("citations"))
 
 
 def _check_size(path: Path) -> None:

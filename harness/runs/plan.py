@@ -254,7 +254,7 @@ def plan(
     overlap = check_overlap(data, corpora, request.allow_overlap)
     # Paths say where a file lies, not what is in it.
     files = {name: digest_file(path) for name, path in config.method_settings if isinstance(path, Path)}
-    lineage = parent_lineage(config.method_settings, files, registry, task, request)
+    lineage, asked = parent_lineage(config.method_settings, files, registry, task, request)
     overlap += check_lineage(data, lineage, request.allow_overlap)
     # A plugin that is given as a file may change without a new version. Installed plugins state their version.
     named = [(kind, getattr(request, kind)) for kind in ("method", "backbone")]
@@ -266,7 +266,7 @@ def plan(
     known_now |= {"split": fold.canonical} if fold is not None else {}
     trials = [replace(trial, config=trial.config.model_copy(update=known_now)) for trial in trials]
     config = config.model_copy(update=known_now)
-    cited = citations(registry, request, plugins, task, corpora)
+    cited = [*citations(registry, request, plugins, task, corpora), *asked]
     run_plan = RunPlan(config, plugins, data, corpora, overlap, sources, files, trials, lineage, cited)
     # Problems of fine-tuning must be known before pre-training.
     num_labelled = len(run_plan.label_cases)

@@ -6,10 +6,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from harness.api.nnssl import own_citations
 from harness.api.registry import Registry
 from harness.api.settings import Settings
 from harness.api.task import Case, Task
-from harness.api.weight_files import read_state_dict
+from harness.api.weight_files import read_weights_file
 from harness.config.request import Request
 from harness.data.corpus import folder_corpus, with_normalisation
 from harness.data.datasets import CorpusData, TaskData, open_corpora, read_spec
@@ -26,7 +27,7 @@ UNKNOWN = "unknown"
 
 def parent_lineage(
     settings: Settings, files: Mapping[str, str], registry: Registry, task: Task, request: Request
-) -> Lineage:
+) -> tuple[Lineage, list[dict[str, str]]]:
     """The lineage of the files that the settings of a method name; empty where they name none.
 
     Every such file counts as weights. If it has no lineage, it is foreign: then `method.corpus` may say what it was trained on.
@@ -35,26 +36,31 @@ def parent_lineage(
         settings: of the method.
         files: digest of the content of each file, by setting.
 
+    Returns:
+        the lineage; and what the files themselves ask to be cited, as in `citations`.
+
     Raises:
         UserError: a file holds no weights, or `method.corpus` is neither a folder nor a known name, or cannot be used.
     """
     lineage, cache = Lineage(), request.runs / "cache"
+    cited: list[dict[str, str]] = []
     for name, file_digest in files.items():
-        path = getattr(settings, name)
-        lineage += read_lineage(path, read_state_dict(path), file_digest, cache)
+        file = read_weights_file(getattr(settings, name))
+        lineage += read_lineage(file.path, file.tensors, file_digest, cache)
+        cited += own_citations(file)
     spec = getattr(settings, "corpus", UNKNOWN)
     if spec != UNKNOWN:
         lineage = _with_statement(lineage, spec, registry, task, request)
     for each in lineage.generations:
         say(f"the weights went through: {each}")
-    for file in lineage.foreign:
-        if not file.scans:
-            stated = f", stated: {file.stated}" if file.stated else ""
+    for unknown in lineage.foreign:
+        if not unknown.scans:
+            stated = f", stated: {unknown.stated}" if unknown.stated else ""
             say(
-                f"{file.file}: what it was trained on is not known{stated}, so that tables say `unknown` for the test cases "
+                f"{unknown.file}: what it was trained on is not known{stated}, so that tables say `unknown` for the test cases "
                 "that it has seen; method.corpus=DIR or NAME says what it was"
             )
-    return lineage
+    return lineage, cited
 
 
 def _with_statement(lineage: Lineage, spec: str, registry: Registry, task: Task, request: Request) -> Lineage:

@@ -8,6 +8,7 @@ from harness.api.registry import Registry
 from harness.api.settings import size_text
 from harness.compute.memory import is_too_large, weights_bytes
 from harness.config.schema import RunConfig
+from harness.system.console import say_once
 from harness.system.errors import UserError
 from harness.training.models import Plugins, new_method
 from harness.training.trainer import refuse_batch_norm
@@ -44,6 +45,7 @@ def check_fit(
             backbone = plugins.new_backbone(config, pretrain_channels)
         method = new_method(plugins.method, config.method_settings, backbone)
         _check_transfer(config, method)
+        _check_expected(config, method)
         refuse_batch_norm(method, micro_batches)
         method.check(config.pretrain.crop, config.pretrain.batch_size)
     except Exception as error:
@@ -92,6 +94,25 @@ def _check_transfer(config: RunConfig, method: Method) -> None:
     if config.transfer != "method" and not method.trains and not method.weights():
         raise UserError(
             f"--transfer {config.transfer}: method {config.method!r} has no pre-trained weights to transfer: leave it out"
+        )
+
+
+def _check_expected(config: RunConfig, method: Method) -> None:
+    """Raises UserError if the weights that the method starts from expect other intensities; another spacing is said."""
+    expected = method.expects()
+    wanted, given = expected.get("normalisation"), config.prepared.get("normalisation")
+    if wanted is not None and wanted != given:
+        how = "give --set task.normalisation=zscore" if wanted == "ZScore" else "leave task.normalisation=zscore out"
+        raise UserError(
+            f"the weights that method {config.method!r} starts from expect {wanted} intensities, the task has {given}: {how}"
+        )
+    spacing, own = expected.get("spacing"), config.prepared.get("spacing")
+    if spacing is not None and (own is None or any(abs(a - b) > 0.01 for a, b in zip(spacing, own, strict=True))):
+        text = ",".join(f"{edge:g}" for edge in spacing)
+        say_once(
+            f"the weights were trained at {text} mm, the images have "
+            f"{'their own spacing' if own is None else ','.join(f'{edge:g}' for edge in own) + ' mm'}; --set task.spacing={text} "
+            "gives the same"
         )
 
 
