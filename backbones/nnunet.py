@@ -319,15 +319,15 @@ class Decoder(nn.Module):
 
     def __init__(self, config: NNUNetConfig, convs: Sequence[int]) -> None:
         super().__init__()
-        # From the deepest level up: channels below, channels of the skip, stride between both, kernel of the skip's stage.
+        # From the deepest level up.
         widths, strides, kernels = config.features[::-1], config.stage_strides[::-1], config.stage_kernels[::-1]
         self.stages = nn.ModuleList(
             _convolutions(2 * skip, skip, kernel, (1, 1, 1), number)
             for skip, kernel, number in zip(widths[1:], kernels[1:], convs, strict=True)
         )
         self.transpconvs = nn.ModuleList(
-            nn.ConvTranspose3d(below, skip, stride, stride)
-            for below, skip, stride in zip(widths, widths[1:], strides, strict=False)
+            nn.ConvTranspose3d(deep, skip, stride, stride)
+            for deep, skip, stride in zip(widths[:-1], widths[1:], strides[:-1], strict=True)
         )
 
     def forward(self, pyramid: Pyramid) -> Pyramid:

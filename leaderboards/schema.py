@@ -223,6 +223,7 @@ class Record(Part):
     metric_definitions: Definitions = Definitions()
     environment: Environment = Environment()
     files: dict[Name, Digest] = {}
+    pretrain_folder: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}$")] | None = None
     lineage: LineagePart | None = None
     citations: Annotated[list[Citation], Field(max_length=100)] = []
     transfer: Transferred = Transferred()

@@ -1,4 +1,4 @@
-"""Reads checkpoints of nnssl, which nnU-Net fine-tunes from.
+"""Reads and writes checkpoints in the format of nnssl, which nnU-Net fine-tunes from.
 
 Such a checkpoint holds `network_weights` and a plan that says which of them are encoder and stem. The facts about the format
 were found by trying files on nnU-Net; no code of nnssl is used. Arrays there are in the order (z, y, x), here in (x, y, z):
@@ -185,3 +185,80 @@ def _text(value: Any) -> str:
     if isinstance(value, tuple) and value and isinstance(value[0], tuple):
         return ";".join(",".join(map(str, stage)) for stage in value)
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def nnunet_weights(weights: Mapping[str, Tensor], everything: bool) -> dict[str, Tensor]:
+    """Weights of `resenc` or `plainunet` under the names of nnU-Net's package, with kernels in the order (z, y, x).
+
+    A layer has two names there, and both are written: nnU-Net loads strictly. They are one tensor, which is stored once.
+
+    Args:
+        everything: also the decoder, and the encoder once more as a part of it; otherwise encoder and stem only.
+    """
+    named: dict[str, Tensor] = {}
+    for key, value in weights.items():
+        part = key.partition(".")[0]
+        if part != "encoder" and not (everything and part == "decoder"):
+            continue
+        turned = value.detach().cpu()
+        turned = turned.permute(0, 1, 4, 3, 2).contiguous() if turned.ndim == 5 else turned.clone()
+        names = [key]
+        for layer, number in ((".conv.", ".all_modules.0."), (".norm.", ".all_modules.1.")):
+            names += [key.replace(layer, number)] if layer in key else []
+        if everything and part == "encoder":
+            names += [f"decoder.{name}" for name in names]
+        named |= dict.fromkeys(names, turned)
+    return named
+
+
+def adaptation_plan(backbone: Backbone, spacing: Iterable[float] | None, crop: Iterable[int]) -> dict[str, Any]:
+    """The plan of a checkpoint of `backbone`: every entry that nnU-Net reads, with sizes in the order (z, y, x).
+
+    Args:
+        spacing: of the images in mm along (x, y, z); None for each image's own.
+        crop: extent of a crop of pre-training in voxels.
+    """
+    config, name = backbone.config, {ours: theirs for theirs, ours in BACKBONES.items()}
+    residual = backbone.name == "resenc"
+    features, patch = list(config.model_dump()["features"]), list(crop)[::-1]
+    stages = getattr(config, "stage_blocks", None) or [getattr(config, "convs", 2)] * len(features)
+    convs = getattr(config, "decoder_convs", None) or getattr(config, "convs", 2)
+    imported = {
+        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "nonlin": "torch.nn.LeakyReLU",
+    }
+    arguments = {
+        "n_stages": len(features),
+        "features_per_stage": features,
+        "kernel_sizes": [list(kernel)[::-1] for kernel in getattr(config, "stage_kernels", [])],
+        "strides": [list(stride)[::-1] for stride in getattr(config, "stage_strides", [])],
+        "n_blocks_per_stage" if residual else "n_conv_per_stage": stages,
+        "n_conv_per_stage_decoder": [convs] * (len(features) - 1),
+        "conv_bias": True,
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin_kwargs": {"inplace": True},
+        **imported,
+    }
+    kind = "ResidualEncoderUNet" if residual else name[backbone.name]
+    first = "encoder.stem.convs.0" if residual else "encoder.stages.0.0.convs.0"
+    return {
+        "architecture_plans": {
+            "arch_class_name": f"dynamic_network_architectures.architectures.unet.{kind}",
+            "arch_kwargs": arguments,
+            "arch_kwargs_requiring_import": list(imported),
+        },
+        "pretrain_plan": {
+            "configurations": {
+                "harness": {"spacing": None if spacing is None else list(spacing)[::-1], "patch_size": patch}
+            }
+        },
+        "pretrain_num_input_channels": backbone.in_channels,
+        "recommended_downstream_patchsize": patch,
+        "key_to_encoder": "encoder.stages",
+        "key_to_stem": "encoder.stem" if residual else "encoder.stages.0",
+        "keys_to_in_proj": [f"{first}.conv", f"{first}.all_modules.0"],
+        "key_to_lpe": None,
+    }

@@ -14,9 +14,15 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--format",
         required=True,
-        choices=["monai", "safetensors", "onnx"],
+        choices=["monai", "safetensors", "onnx", "nnssl", "nnunet"],
         dest="kind",
-        help="for MONAI's own network, as the run left them, or as a graph",
+        help="for MONAI's own network, as the run left them, as a graph, or for nnU-Net: encoder, or whole network",
+    )
+    parser.add_argument(
+        "--stage",
+        choices=["pretrain", "finetune"],
+        default="pretrain",
+        help="whose weights go to nnU-Net (default: pretrain); the other formats have those of fine-tuning",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="a new folder (default: ./RUN-FORMAT)")
     add_options(parser, "runs", "plugins")
@@ -28,8 +34,14 @@ def export(arguments: argparse.Namespace) -> None:
     from harness.runs.status import find_run
 
     folder = find_run(arguments.run, arguments.runs)
-    from harness.runs.export import export as write
+    out, plugins = arguments.out or Path(f"{folder.resolve().name}-{arguments.kind}"), tuple(arguments.plugins)
+    if arguments.kind in ("nnssl", "nnunet"):
+        from harness.runs.export_nnssl import export_nnssl
 
-    out = arguments.out or Path(f"{folder.resolve().name}-{arguments.kind}")
-    for path in write(folder, arguments.kind, out, tuple(arguments.plugins)):
+        paths = export_nnssl(folder, arguments.kind, arguments.stage, out, plugins)
+    else:
+        from harness.runs.export import export as write
+
+        paths = write(folder, arguments.kind, out, plugins)
+    for path in paths:
         print(path)
