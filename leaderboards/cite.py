@@ -7,7 +7,8 @@ from typing import Any
 from leaderboards.records import Run
 from leaderboards.text import printable
 
-KEY = re.compile(r"^@(\w+)\{([^,\s]*),")
+KEY = re.compile(r"^@(\w+)\{([^,\s]*)\s*,")
+OWN = "ssl_seg_harness"
 ORDER = ("method", "backbone", "weights", "task", "corpus")
 
 
@@ -28,28 +29,34 @@ def cite(runs: Iterable[Run], lookup: Callable[[str, str], str]) -> str:
     versions = sorted({str(run.record.get("environment", {}).get("harness", "unknown")) for run in runs})
     lines = [_harness(versions)]
     printed: dict[str, str] = {}
-    for kind in ORDER:
-        for (other, name), each in sorted(cited.items()):
-            if other == kind:
-                lines.append(_entry(kind, name, each, printed))
+    order = {kind: number for number, kind in enumerate(ORDER)}
+    for (kind, name), each in sorted(cited.items(), key=lambda pair: (order.get(pair[0][0], len(order)), pair[0])):
+        lines.append(_entry(kind, name, each, printed))
     return "\n\n".join(lines)
 
 
 def _entry(kind: str, name: str, each: Mapping[str, Any], printed: dict[str, str]) -> str:
     """The comment and the entry of one thing; only the comment where its entry was printed before, or is not known."""
     licence = f", licence: {each['licence']}" if each.get("licence") else ""
-    comment = f"% {kind} {printable(name)}{printable(licence)}"
+    comment = _comment(f"{kind} {name}{licence}")
     # Lines of BibTeX stay lines; characters that would act on a terminal do not.
-    entry = "\n".join(map(printable, str(each.get("bibtex") or "").splitlines()))
+    entry = "\n".join(map(printable, str(each.get("bibtex") or "").strip().splitlines()))
     match = KEY.match(entry)
     if match is None:
-        return f"{comment}: no BibTeX is known; {printable(each.get('reference') or 'no reference either')}"
+        return f"{comment}: no BibTeX is known; {_comment(each.get('reference') or 'no reference either')[2:]}"
     body = entry[match.end() :]
     if body in printed:
         return f"{comment}: see {printed[body]}"
-    key = match[2] if match[2] not in printed.values() else f"{match[2]}_{kind}"
+    taken = {OWN, *printed.values()}
+    keys = (match[2], f"{match[2]}_{kind}", *(f"{match[2]}_{kind}_{number}" for number in range(2, len(taken) + 3)))
+    key = next(each_key for each_key in keys if each_key not in taken)
     printed[body] = key
     return f"{comment}\n@{match[1]}{{{key},{body}"
+
+
+def _comment(text: str) -> str:
+    """A line that BibTeX skips: an at sign would begin an entry, even behind a percent sign."""
+    return f"% {printable(text)}".replace("@", "(at)")
 
 
 def _from_names(run: Run, lookup: Callable[[str, str], str]) -> list[dict[str, str]]:
@@ -68,7 +75,7 @@ def _from_names(run: Run, lookup: Callable[[str, str], str]) -> list[dict[str, s
 def _harness(versions: list[str]) -> str:
     """The entry of this software."""
     return (
-        "@software{ssl_seg_harness,\n"
+        f"@software{{{OWN},\n"
         "  title = {ssl-seg-harness: Matched Comparisons of Self-Supervised Pre-Training for {3D} Medical Image Segmentation},\n"
         "  author = {{The ssl-seg-harness authors}},\n"
         f"  version = {{{printable(', '.join(versions))}}}\n"

@@ -70,6 +70,7 @@ class Data(Part):
     n_test_seen: Count | None
     label_subset: Annotated[str, Field(pattern=r"^(first|per seed|by label seed \d{1,19})$")] = "first"
     split: Name = "fixed"
+    overlap: list[Annotated[list[Name], Field(min_length=2, max_length=2)]] = []
     train: Cases | None = None
     pretrain: Cases | None = None
     test: Cases | None = None
@@ -174,6 +175,7 @@ class LineagePart(Part):
     generations: list[GenerationPart] = []
     num_scans: Count = 0
     num_labelled: Count = 0
+    num_without_signatures: Count = 0
     foreign: list[Foreign] = []
 
 

@@ -149,8 +149,9 @@ def _check_lists(run: Run) -> Iterable[str]:
     seen = (set(lists["train"] or ()) | set(lists["pretrain"] or ()) | overlapping) & set(run.cases)
     if len(seen) > (run.num_test_seen or 0):
         yield f"{len(seen)} test cases were trained or pre-trained on ({min(seen)} ...), n_test_seen is {run.num_test_seen}"
-    lineage = run.record.get("lineage")
-    if run.record["data"]["n_test_seen"] == 0 and lineage and any(not each["scans"] for each in lineage["foreign"]):
+    lineage = run.record.get("lineage") or {}
+    unknown = any(not each.get("scans", False) for each in lineage.get("foreign", []))
+    if run.record["data"]["n_test_seen"] == 0 and (unknown or lineage.get("num_without_signatures")):
         yield "n_test_seen is 0, its lineage says that nobody knows"
 
 

@@ -78,6 +78,11 @@ def read_weights_file(path: Path) -> WeightsFile:
         raise UserError(
             f"method.weights={path} holds no state dict (looked for {', '.join(CONTAINERS)}): save the network's state_dict"
         )
+    logical = sum(value.numel() * value.element_size() for value in tensors.values())
+    if logical > (free := psutil.virtual_memory().available):  # a few bytes may stand for a tensor of any size
+        raise UserError(
+            f"method.weights={path} holds tensors of {logical / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: give others"
+        )
     return WeightsFile(path, tensors, outer.get("nnssl_adaptation_plan"), outer.get("citations"))
 
 

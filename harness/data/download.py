@@ -79,6 +79,8 @@ def download(url: str, path: Path, kind: str, expected: str) -> str:
         UserError: the transfer breaks TRIES times without progress, the address is none, or the content has another sum.
     """
     partial, tries = path.with_name(f"{path.name}.part"), 0
+    if not expected:  # nothing would tell whether an earlier transfer was of the same file
+        partial.unlink(missing_ok=True)
     while True:
         before = partial.stat().st_size if partial.exists() else 0
         try:

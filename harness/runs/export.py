@@ -10,13 +10,14 @@ from typing import Any
 import jinja2
 import monai.networks.nets
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from harness.api.registry import Registry
 from harness.data.preprocessing import Z_LIMIT, steps_of
 from harness.runs.restore import Restored, in_memory, read_run, restore
 from harness.system.errors import UserError
+from harness.system.files import write_atomic
 from harness.training.lineage import Lineage, write_lineage
 from leaderboards.records import CONTROLS
 from leaderboards.text import escape_markdown
@@ -148,7 +149,7 @@ def _save(network: nn.Module, folder: Path, record: dict[str, Any], lineage: Lin
     metadata = {"run_id": record["run_id"], "format": "pt"}
     if lineage is not None:
         metadata |= write_lineage(lineage, state, folder / "weights.safetensors")
-    save_file(state, folder / "weights.safetensors", metadata=metadata)
+    write_atomic(folder / "weights.safetensors", serialise(state, metadata))  # with the usual permissions
 
 
 def _check_equal(output: Tensor, expected: Tensor) -> None:

@@ -96,7 +96,7 @@ def _weights(
         )
     path = run.resolve().parent / "cache" / "pretrain" / Path(name).name / "weights.safetensors"
     try:
-        return load_file(path), lineage_of(path)
+        return load_file(path), lineage_of(path, path.parents[2])
     except (OSError, SafetensorError):
         raise UserError(
             f"{path}, the pre-training of {run.name}, cannot be read: keep the runs folder together, or give --stage finetune"

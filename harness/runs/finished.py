@@ -9,6 +9,7 @@ from typing import Any
 
 from harness.api.registry import Registry
 from harness.config.request import Request
+from harness.data.corpus import parse_spec
 from harness.runs.locate import locate
 from harness.system.errors import UserError
 from harness.system.files import (
@@ -71,10 +72,21 @@ def digest_request(request: Request, registry: Registry, roots: Sequence[Path]) 
         fields["known"] = digest_tree(request.runs / "cache" / "lineage")
     for pair in request.settings:
         if pair.startswith("method.corpus="):
-            named = expand(pair.partition("=")[2])
-            fields["stated"] = digest_tree(named if is_folder(named) else request.data or request.runs)
+            fields["stated"] = _digest_statement(pair.partition("=")[2], request, registry)
     sources = [digest_tree(ENGINE), registry.digest_sources(), [digest_tree(root) for root in roots]]
     return digest([fields, *sources, platform.node()])
+
+
+def _digest_statement(spec: str, request: Request, registry: Registry) -> str:
+    """Digest of the scans that a value of `method.corpus` names: a folder's, or a corpus' where it is found."""
+    name, _ = parse_spec(spec)
+    folder = expand(name)
+    if not is_folder(folder) and name in registry.names("corpus") and request.data is not None:
+        try:
+            folder = registry.load("corpus", name).find(request.data)
+        except UserError:
+            return "not at hand"
+    return digest_tree(folder) if is_folder(folder) else "no scans"
 
 
 def finished_folder(runs: Path, key: str, predictions: bool) -> Path | None:

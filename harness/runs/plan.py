@@ -18,7 +18,7 @@ from harness.data.corpus import Corpus
 from harness.data.datasets import CorpusData, TaskData, check_overlap, open_corpora, open_task
 from harness.data.splits import SAME, TUNING_SHARE, VALIDATION_SHARE, check_split, draw_labelled, parse_fold
 from harness.runs.locate import locate
-from harness.runs.provenance import check_lineage, citations, parent_lineage, scans_of
+from harness.runs.provenance import check_lineage, citations, named_files, parent_lineage, scans_of
 from harness.system.console import say_once
 from harness.system.errors import UserError
 from harness.system.files import digest, digest_file
@@ -170,8 +170,9 @@ class RunPlan:
         names = {"mode", "pretrain", "method_settings", "backbone_settings"}
         settings = self.config.model_dump(mode="json", include=names)
         del settings["pretrain"]["probe_every"]  # the weights do not depend on it
-        for name, file_digest in self.files.items():
-            settings["method_settings"][name] = f"{getattr(self.config.method_settings, name).name}@{file_digest}"
+        for name, path in named_files(self.config.method_settings).items():
+            settings["method_settings"][name.partition(".")[0]] = None  # where a file lies says nothing
+            settings["method_settings"][f"{name} file"] = f"{path.name}@{self.files[name]}"
         label = "+".join(corpus.label for corpus in self.corpora) or self.task.name
         labels = self.plugins.method.uses_labels
         generation = self._generation("pretrain", label, len(scans), labels, settings)
@@ -198,7 +199,7 @@ class RunPlan:
             method_version=self.plugins.method.version,
             backbone=self.config.backbone,
             harness=version("ssl-seg-harness"),
-            data=data,
+            data=data[:1000],
             num_scans=number,
             labels=labels,
             seed=self.config.seed,
@@ -253,14 +254,12 @@ def plan(
     corpora = open_corpora(located, cache, request.skip_bad)
     overlap = check_overlap(data, corpora, request.allow_overlap)
     # Paths say where a file lies, not what is in it.
-    files = {name: digest_file(path) for name, path in config.method_settings if isinstance(path, Path)}
+    files = {name: digest_file(path) for name, path in named_files(config.method_settings).items()}
     lineage, asked = parent_lineage(config.method_settings, files, registry, task, request)
     overlap += check_lineage(data, lineage, request.allow_overlap)
     # A plugin that is given as a file may change without a new version. Installed plugins state their version.
     named = [(kind, getattr(request, kind)) for kind in ("method", "backbone")]
     sources = [registry.digest(kind, name) for kind, name in named if registry.plugin(kind, name).entry_point is None]
-    # Paths say where a file lies, not what is in it.
-    files = {name: digest_file(path) for name, path in config.method_settings if isinstance(path, Path)}
     fold = parse_fold(request.split)
     known_now = {"corpora": tuple(corpus.label for corpus in corpora)} | _labelled(request, data)
     known_now |= {"split": fold.canonical} if fold is not None else {}

@@ -19,6 +19,7 @@ from harness.evaluation.sliding_window import predict
 from harness.runs.restore import Restored, in_memory, read_run, restore
 from harness.system.console import progress, say
 from harness.system.errors import UserError
+from harness.training.lineage import say_what_is_lost
 
 
 def predict_images(run: Path, inputs: Sequence[Path], output: Path, plugins: Sequence[str]) -> list[Path]:
@@ -58,6 +59,8 @@ def predict_images(run: Path, inputs: Sequence[Path], output: Path, plugins: Seq
     for path in outputs:
         if path.resolve() in input_paths:
             raise UserError(f"{path} is an input, which would be overwritten: give another output")
+    if restored.lineage is not None:
+        say_what_is_lost(restored.lineage)
     for case, path in zip(progress(cases, "predict"), outputs, strict=True):
         _predict(restored, case, path)
     return outputs

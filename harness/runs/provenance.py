@@ -5,6 +5,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from harness.api.nnssl import own_citations
 from harness.api.registry import Registry
@@ -18,11 +19,24 @@ from harness.data.duplicates import Signature
 from harness.data.inventory import Inventory
 from harness.system.console import say
 from harness.system.errors import UserError
-from harness.training.lineage import Lineage, read_lineage
+from harness.system.files import printable
+from harness.training.lineage import Foreign, Lineage, cache_lineage, read_lineage, say_what_is_lost
 from harness.training.models import Plugins
 
+MOST_SAID = 10  # trainings of the starting weights that are printed
 UNKNOWN = "unknown"
 """Value of `method.corpus` for weights of which nobody says what they were trained on."""
+
+
+def named_files(settings: Settings) -> dict[str, Path]:
+    """The files that the settings of a method name, by field; those of a tuple by field and number."""
+    files: dict[str, Path] = {}
+    for name, value in settings:
+        items = value if isinstance(value, list | tuple) else [value]
+        for number, item in enumerate(items):
+            if isinstance(item, Path):
+                files[name if item is value else f"{name}.{number}"] = item
+    return files
 
 
 def parent_lineage(
@@ -30,7 +44,8 @@ def parent_lineage(
 ) -> tuple[Lineage, list[dict[str, str]]]:
     """The lineage of the files that the settings of a method name; empty where they name none.
 
-    Every such file counts as weights. If it has no lineage, it is foreign: then `method.corpus` may say what it was trained on.
+    A file without a lineage, or one that cannot be read as weights, is foreign: then `method.corpus` may say what it was
+    trained on.
 
     Args:
         settings: of the method.
@@ -40,19 +55,25 @@ def parent_lineage(
         the lineage; and what the files themselves ask to be cited, as in `citations`.
 
     Raises:
-        UserError: a file holds no weights, or `method.corpus` is neither a folder nor a known name, or cannot be used.
+        UserError: `method.corpus` is neither a folder nor a known name, or cannot be used.
     """
     lineage, cache = Lineage(), request.runs / "cache"
     cited: list[dict[str, str]] = []
-    for name, file_digest in files.items():
-        file = read_weights_file(getattr(settings, name))
-        lineage += read_lineage(file.path, file.tensors, file_digest, cache)
+    for name, path in named_files(settings).items():
+        try:
+            file = read_weights_file(path)
+        except UserError:  # a method that needs weights says so itself
+            lineage += Lineage(foreign=(Foreign(file=printable(path.name)[:200], digest=files[name]),))
+            continue
+        lineage += read_lineage(path, file.tensors, files[name], cache)
+        cache_lineage(path, cache)
         cited += own_citations(file)
     spec = getattr(settings, "corpus", UNKNOWN)
     if spec != UNKNOWN:
         lineage = _with_statement(lineage, spec, registry, task, request)
-    for each in lineage.generations:
+    for each in lineage.generations[-MOST_SAID:]:
         say(f"the weights went through: {each}")
+    say_what_is_lost(lineage)
     for unknown in lineage.foreign:
         if not unknown.scans:
             stated = f", stated: {unknown.stated}" if unknown.stated else ""
@@ -66,12 +87,13 @@ def parent_lineage(
 def _with_statement(lineage: Lineage, spec: str, registry: Registry, task: Task, request: Request) -> Lineage:
     """The lineage with the scans that the user states for its foreign files, if these scans are at hand."""
     data, label = _stated_scans(spec, registry, task, request)
-    statement = {"stated": label, "scans": data is not None}
+    # A scan that could not be read was perhaps trained on.
+    statement = {"stated": label[:1000], "scans": data is not None and not data.inventory.bad}
     foreign = tuple(each if each.scans else each.model_copy(update=statement) for each in lineage.foreign)
     lineage = replace(lineage, foreign=foreign)
     if data is None:
         return lineage
-    return replace(lineage, scans={**scans_of(data.inventory, data.cases), **lineage.scans})
+    return lineage + Lineage(scans=scans_of(data.inventory, data.cases))
 
 
 def _stated_scans(spec: str, registry: Registry, task: Task, request: Request) -> tuple[CorpusData | None, str]:

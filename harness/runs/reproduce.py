@@ -5,6 +5,7 @@ of the same run made again.
 """
 
 import shlex
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from harness.config.request import Request, command, recorded_fields
 from harness.runs.locate import locate
 from harness.runs.plan import plan
 from harness.system.errors import UserError
+from harness.training.lineage import KEY
 from leaderboards.records import load_run, num_test_seen
 from leaderboards.text import seen_text
 
@@ -137,6 +139,9 @@ def _data(record: Mapping[str, Any], request: Request) -> list[tuple[str, str, s
     # The plan is made in a temporary runs folder, so that a comparison leaves no files behind.
     with tempfile.TemporaryDirectory() as runs:
         temporary = replace(request, runs=Path(runs))
+        known = request.runs / "cache" / KEY
+        if known.is_dir():  # what is known about weights
+            shutil.copytree(known, Path(runs) / "cache" / KEY)
         run_plan = plan(temporary, *locate(temporary))
     differences = []
     if run_plan.data.fingerprint != there["fingerprint"]:

@@ -192,7 +192,7 @@ def restore(run: Path, record: dict[str, Any], registry: Registry) -> Restored:
         stated = (record.get("digests") or {}).get(weights.name)
         if stated is not None and digest_file(weights) != stated:
             raise ValueError(f"{weights.name} was changed after the run, as its digest in the record says")
-        return Restored(task, network, trained, settings, lineage_of(weights))
+        return Restored(task, network, trained, settings, lineage_of(weights, run.resolve().parent / "cache"))
     except (
         KeyError,
         OverflowError,

@@ -40,9 +40,13 @@ def progress(
 
 
 def say(text: str) -> None:
-    """Print one line of progress on stderr. Of several processes of a run, only the first one prints it."""
+    """Print progress on stderr. Of several processes of a run, only the first one prints it.
+
+    Characters that would act on the terminal, which names in files may hold, are printed as escapes.
+    """
     if _is_first_process():
-        print(text, file=sys.stderr, flush=True)
+        shown = "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
+        print(shown, file=sys.stderr, flush=True)
 
 
 def _is_first_process() -> bool:

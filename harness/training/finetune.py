@@ -18,6 +18,7 @@ from harness.system.files import digest_file, write_atomic
 from harness.training import protocols
 from harness.training.augmentation import Augment
 from harness.training.effective_rank import effective_ranks
+from harness.training.lineage import tensor_digests
 from harness.training.loop import StageContext, StagePlan, train
 from harness.training.models import Plugins, new_network, seed_for
 from harness.training.segmenter import Segmenter
@@ -68,6 +69,7 @@ def finetune(
     transferred = transfer(backbone, select_parts(backbone, weights, config.transfer), repeat_stem)
     ranks["transferred"] = effective_ranks(backbone, probes)
     network = new_network(backbone, task, config.protocol)
+    start = tensor_digests(network.state_dict())
     fixed = protocols.fixed(network, config.protocol)
     before = protocols.digest_modules(fixed)
     plan = StagePlan("finetune", settings, steps, warmup, seed_for(config.seed, "finetune steps"), pretraining_history)
@@ -82,7 +84,7 @@ def finetune(
         context.check()
         assert_unchanged(volumes, folder)
         path = folder / "weights.safetensors"
-        write_weights(network.state_dict(), path, context.lineage)
+        write_weights(network.state_dict(), path, context.lineage, start)
         ranks["finetuned"] = effective_ranks(backbone, probes)
         moved = {
             "requested": config.transfer,

@@ -22,12 +22,13 @@ from torch import Tensor
 
 from harness.data.duplicates import ALIKE, GRID, Signature, same_scans
 from harness.system.console import say
-from harness.system.files import LINEAGE, digest, write_atomic
+from harness.system.files import LINEAGE, digest, printable, write_atomic
 
 KEY = "lineage"
 """Name of the metadata in a file of weights and in its sidecar."""
 
-Text = Annotated[str, Field(max_length=1000)]
+MOST_GENERATIONS = 1000
+Text = Annotated[str, Field(min_length=1, max_length=1000)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
 
 
@@ -52,7 +53,7 @@ class Generation(_Part):
     backbone: Text
     harness: Text
     data: Text
-    num_scans: Annotated[int, Field(ge=0)]
+    num_scans: Annotated[int, Field(ge=0, le=10**9)]
     labels: bool
     seed: int
     settings: dict[str, Any]
@@ -61,7 +62,7 @@ class Generation(_Part):
         labels = "with labels" if self.labels else "without labels"
         what = {"pretrain": "pre-training", "finetune": "fine-tuning after"}
         scans = "1 scan" if self.num_scans == 1 else f"{self.num_scans} scans"
-        return f"{what[self.stage]} {self.method} on {scans} of {self.data}, {labels}"
+        return printable(f"{what[self.stage]} {self.method} on {scans} of {self.data}, {labels}")
 
 
 class Foreign(_Part):
@@ -74,19 +75,25 @@ class Foreign(_Part):
 
     file: Text
     digest: Digest
-    stated: Text = ""
+    stated: Annotated[str, Field(max_length=1000)] = ""
     scans: bool = False
 
 
 class _Header(_Part):
-    """The lineage as it is written, without signatures."""
+    """The lineage as it is written, without signatures.
+
+    Attributes:
+        tensors: the digests of the file's tensors.
+        changed: of these, the ones that the last training changed. The others are known by the file that they came from.
+    """
 
     version: Literal[1] = 1
-    generations: tuple[Generation, ...] = ()
+    generations: Annotated[tuple[Generation, ...], Field(max_length=MOST_GENERATIONS)] = ()
     scans: tuple[Digest, ...] = ()
     labelled: tuple[Digest, ...] = ()
     foreign: tuple[Foreign, ...] = ()
     tensors: tuple[Digest, ...] = ()
+    changed: tuple[Digest, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ class Lineage:
     @property
     def is_complete(self) -> bool:
         """Whether all scans that were trained on are known, or are at hand as the user states."""
-        return all(each.scans for each in self.foreign)
+        return all(each.scans for each in self.foreign) and not self.without_signatures
 
     @property
     def without_signatures(self) -> list[str]:
@@ -149,6 +156,7 @@ class Lineage:
             "generations": [each.model_dump(mode="json") for each in self.generations],
             "num_scans": len(self.scans),
             "num_labelled": len(self.labelled),
+            "num_without_signatures": len(self.without_signatures),
             "foreign": [each.model_dump(mode="json") for each in self.foreign],
         }
 
@@ -162,8 +170,13 @@ class Written:
 
     @cached_property
     def tensors(self) -> frozenset[str]:
-        """The digests of the tensors that it is about."""
+        """The digests of the tensors of its file."""
         return frozenset(self.header.tensors)
+
+    @cached_property
+    def changed(self) -> frozenset[str]:
+        """The digests of the tensors that its last training changed."""
+        return frozenset(self.header.changed)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -180,12 +193,16 @@ class Written:
 
 def tensor_digests(weights: Mapping[str, Tensor]) -> frozenset[str]:
     """Digests of the tensors that tell weights apart: of floating point, and not one value throughout."""
-    telling = (
-        value
-        for value in weights.values()
-        if value.is_floating_point() and value.numel() > 1 and value.min() < value.max()
-    )
-    return frozenset(map(_digest_tensor, telling))
+    return frozenset(_digest_tensor(value) for value in weights.values() if _is_telling(value))
+
+
+def _is_telling(value: Tensor) -> bool:
+    """Whether a tensor tells weights apart."""
+    if not value.is_floating_point() or value.numel() < 2:
+        return False
+    # Types of 8 bits have no comparison.
+    comparable = value.float() if value.element_size() == 1 else value
+    return bool(comparable.min() < comparable.max())
 
 
 def _digest_tensor(value: Tensor) -> str:
@@ -200,26 +217,33 @@ def sidecar(weights: Path) -> Path:
     return weights.with_suffix(LINEAGE)
 
 
-def write_lineage(lineage: Lineage, weights: Mapping[str, Tensor], path: Path) -> dict[str, str]:
+def write_lineage(
+    lineage: Lineage, weights: Mapping[str, Tensor], path: Path, unchanged: frozenset[str] = frozenset()
+) -> dict[str, str]:
     """Write the sidecar of the file of weights at `path`. Returns the metadata for that file.
 
     Signatures are rounded to 8 bits, so that a scan takes 4 KiB.
+
+    Args:
+        unchanged: digests of the tensors that the last training began with.
     """
+    tensors = tensor_digests(weights)
     header = _Header(
         generations=lineage.generations,
         scans=tuple(sorted(lineage.scans)),
         labelled=tuple(sorted(lineage.labelled)),
         foreign=lineage.foreign,
-        tensors=tuple(sorted(tensor_digests(weights))),
+        tensors=tuple(sorted(tensors)),
+        changed=tuple(sorted(tensors - unchanged)),
     )
     channels = [(number, channel) for number, name in enumerate(header.scans) for channel in lineage.scans[name]]
     cubes = (
         np.stack([_to_8_bits(channel) for _, channel in channels]) if channels else np.zeros((0, *[GRID] * 3), np.int8)
     )
     owners = np.array([number for number, _ in channels], np.int32)
-    tensors = {"signatures": torch.from_numpy(np.ascontiguousarray(cubes)), "scan": torch.from_numpy(owners)}
+    content = {"signatures": torch.from_numpy(np.ascontiguousarray(cubes)), "scan": torch.from_numpy(owners)}
     metadata = {KEY: json.dumps(header.model_dump(mode="json"), sort_keys=True)}
-    write_atomic(sidecar(path), serialise(tensors, metadata))
+    write_atomic(sidecar(path), serialise(content, metadata))
     return metadata
 
 
@@ -227,9 +251,14 @@ def cache_lineage(weights: Path, cache: Path) -> None:
     """Copy the sidecar of a file of weights to the cache, where its tensors are looked up. Without a sidecar, nothing is done."""
     own = _read_header(sidecar(weights))
     if own is not None:
-        copy = cache / KEY / f"{digest(own.model_dump(mode='json'))}.safetensors"
+        copy = _cached(own, cache)
         if not copy.exists():
             write_atomic(copy, sidecar(weights).read_bytes())
+
+
+def _cached(header: _Header, cache: Path) -> Path:
+    """The path of a sidecar's copy in the cache."""
+    return cache / KEY / f"{digest(header.model_dump(mode='json'))}.safetensors"
 
 
 def read_lineage(path: Path, weights: Mapping[str, Tensor], file_digest: str, cache: Path) -> Lineage:
@@ -242,45 +271,46 @@ def read_lineage(path: Path, weights: Mapping[str, Tensor], file_digest: str, ca
         file_digest: of the content of the file.
     """
     names = tensor_digests(weights)
+    own = [each for each in _own_candidates(path, cache) if names and names <= each.tensors]
+    if own:
+        return own[0].load()
+    # Weights may be put together from several files, and a file holds tensors that its own training did not change. So for
+    # each tensor the lineage of the training counts that changed it last.
     candidates = [*_own_candidates(path, cache), *_candidates((cache / KEY).glob("*.safetensors"))]
-    complete = [each for each in candidates if names <= each.tensors]
-    # Weights may be put together from several files: then the lineage of each tensor counts.
-    about = [[each for each in candidates if name in each.tensors] for name in sorted(names)]
+    complete = [each for each in candidates if names <= each.changed]
+    about = [[each for each in candidates if name in each.changed] for name in sorted(names)]
     chosen = [complete] if complete and names else [each for each in about if each]
+    least = [min(each, key=lambda other: other.size) for each in chosen]
     lineage = Lineage()
-    for written in {
-        id(least): least for least in (min(each, key=lambda other: other.size) for each in chosen)
-    }.values():
+    for written in {id(each): each for each in least}.values():
         lineage += written.load()
-    if not names or (not complete and not all(about)) or _lacks_signatures(path, lineage):
-        lineage += Lineage(foreign=(Foreign(file=path.name[:200], digest=file_digest),))
+    if not names or (not complete and not all(about)):
+        lineage += Lineage(foreign=(Foreign(file=printable(path.name)[:200], digest=file_digest),))
     return lineage
 
 
-def lineage_of(path: Path) -> Lineage | None:
+def lineage_of(path: Path, cache: Path) -> Lineage | None:
     """The lineage that a file of weights of this harness states, without a look at its tensors; None if it states none."""
-    written = next(iter(_own_candidates(path, None)), None)
+    written = next(iter(_own_candidates(path, cache)), None)
     return None if written is None else written.load()
 
 
-def _lacks_signatures(path: Path, lineage: Lineage) -> bool:
-    """Whether scans can be recognised by their files only; then the user is told what to do."""
-    lost = len(lineage.without_signatures)
-    if lost:
+def say_what_is_lost(lineage: Lineage) -> None:
+    """Tell the user if scans of a lineage can be recognised by their files only, and what to do."""
+    if lost := len(lineage.without_signatures):
         say(
-            f"{path}: {lost} scans that these weights were trained on are known by their files only: put "
-            f"{sidecar(path).name} beside it, as it was written, and they are recognised by their voxels"
+            f"{lost} scans that the weights were trained on are known by their files only, so that copies of them are not "
+            f"recognised: put the file that ends in {LINEAGE} beside the weights, as it was written"
         )
-    return lost > 0
 
 
-def _own_candidates(path: Path, cache: Path | None) -> list[Written]:
+def _own_candidates(path: Path, cache: Path) -> list[Written]:
     """The lineages in the metadata of a file of weights and in its sidecar; signatures come from the sidecar or the cache."""
     lineages = _candidates([sidecar(path)])
     own = _read_header(path) if path.suffix == ".safetensors" else None
     if own is not None and all(each.header != own for each in lineages):
-        copy = None if cache is None else cache / KEY / f"{digest(own.model_dump(mode='json'))}.safetensors"
-        lineages.insert(0, Written(own, copy if copy is not None and copy.exists() else None))
+        copy = _cached(own, cache)
+        lineages.insert(0, Written(own, copy if copy.is_file() else None))
     return lineages
 
 
@@ -292,6 +322,8 @@ def _candidates(paths: Iterable[Path]) -> list[Written]:
 
 def _read_header(path: Path) -> _Header | None:
     """The lineage in the metadata of a safetensors file; None if there is none that can be read."""
+    if not path.is_file():  # a pipe would never end
+        return None
     try:
         with safe_open(path, "numpy") as file:
             text = (file.metadata() or {}).get(KEY)
@@ -308,9 +340,11 @@ def _read_signatures(path: Path, scans: Sequence[str]) -> dict[str, Signature]:
     try:
         with safe_open(path, "numpy") as file:
             cubes, owners = file.get_tensor("signatures"), file.get_tensor("scan")
-    except SafetensorError:
+    # NumPy lacks some types of torch; whatever is not what `write_lineage` writes is no sidecar.
+    except (SafetensorError, TypeError, AttributeError):
         return {}
-    if cubes.shape[1:] != (GRID, GRID, GRID) or cubes.dtype != np.int8 or owners.shape != cubes.shape[:1]:
+    types = cubes.dtype == np.int8 and owners.dtype == np.int32
+    if not types or cubes.shape[1:] != (GRID, GRID, GRID) or owners.shape != cubes.shape[:1]:
         return {}
     if len(owners) and not (owners.min() >= 0 and owners.max() < len(scans)):
         return {}

@@ -37,14 +37,19 @@ def final_soft_dice(history: Path) -> float | None:
     return round(1 - sum(last) / len(last), 4) if last else None
 
 
-def write_weights(weights: Mapping[str, Tensor], path: Path, lineage: Lineage | None = None) -> None:
+def write_weights(
+    weights: Mapping[str, Tensor], path: Path, lineage: Lineage | None = None, unchanged: frozenset[str] = frozenset()
+) -> None:
     """Write weights by renaming a finished file, so that nobody reads half of it; and their lineage, if there is one.
+
+    Args:
+        unchanged: as in `write_lineage`.
 
     Raises:
         OSError: the disk is full.
     """
     tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-    metadata = None if lineage is None else write_lineage(lineage, tensors, path)
+    metadata = None if lineage is None else write_lineage(lineage, tensors, path, unchanged)
     write_atomic(path, serialise(tensors, metadata))
 
 

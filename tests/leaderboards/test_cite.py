@@ -1,5 +1,7 @@
 """Everything that a table used is cited once, and what has no BibTeX is named."""
 
+import re
+
 import pytest
 
 from harness.api.registry import Registry
@@ -33,6 +35,21 @@ def test_two_entries_with_one_key_keep_both(tmp_path):
     text = cite(runs(tmp_path, [cited("method", "x", "A"), cited("backbone", "x", "B")]), lambda *_: "")
     assert "@misc{x," in text
     assert "@misc{x_backbone," in text
+
+
+def test_many_entries_with_one_key_all_get_their_own(tmp_path):
+    many = [cited("method", f"m{number}", str(number), key="ssl_seg_harness") for number in range(4)]
+    text = cite(runs(tmp_path, many), lambda *_: "")
+    keys = re.findall(r"^@\w+\{([^,]+),", text, re.MULTILINE)
+    assert len(keys) == len(set(keys)) == 5
+
+
+def test_other_kinds_and_signs_of_bibtex_in_names(tmp_path):
+    odd = [cited("poem", "p", "P"), {"kind": "corpus", "name": "me@x", "bibtex": "  @misc{q ,\n  title = {Q}\n}"}]
+    text = cite(runs(tmp_path, odd), lambda *_: "")
+    assert "@misc{p," in text
+    assert "@misc{q," in text
+    assert all("@" not in line for line in text.splitlines() if line.startswith("%"))
 
 
 def test_what_has_no_entry_is_said(tmp_path):

@@ -295,3 +295,23 @@ def test_a_record_that_cannot_be_is_found(tmp_path, changes, says):
 def test_a_record_of_now_is_valid(tmp_path):
     whole = {"data": DRAWN | {"validation": ["v"]}, "validation": {"cases": ["v"], "curve": CURVE}, "rules": 2}
     assert validate.check_run(write_run(tmp_path, "m", **whole)) == []
+
+
+@pytest.mark.parametrize(
+    ("lineage", "overlap", "says"),
+    [
+        ({"generations": [], "num_scans": 1}, [], None),
+        ({"foreign": [{"file": "w.pt", "digest": "0" * 32}]}, [], "its lineage says that nobody knows"),
+        ({"num_without_signatures": 3}, [], "its lineage says that nobody knows"),
+        (None, 5, "data.overlap"),
+        (None, [[["a"], {}]], "data.overlap"),
+    ],
+)
+def test_a_lineage_of_any_form_that_is_allowed_is_checked(lineage, overlap, says, tmp_path):
+    folder = write_run(tmp_path / "runs")
+    record = json.loads((folder / "record.json").read_text())
+    record["lineage"] = lineage
+    record["data"]["overlap"] = overlap
+    (folder / "record.json").write_text(json.dumps(record))
+    problems = validate.check_run(folder)
+    assert problems == [] if says is None else says in problems[0]

@@ -61,3 +61,10 @@ def test_a_checkpoint_that_unpacks_to_more_than_the_memory_is_refused(tmp_path, 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2_000_000))
     with pytest.raises(UserError, match=r"a\.pt unpacks to 0\.0 GiB"):
         read_state_dict(tmp_path / "a.pt")
+
+
+def test_a_few_bytes_that_stand_for_a_huge_tensor_are_refused(tmp_path, monkeypatch):
+    torch.save({"a": torch.arange(2.0).unsqueeze(1).expand(2, 10**9)}, tmp_path / "a.pt")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=10**9))
+    with pytest.raises(UserError, match=r"holds tensors of 7\.5 GiB"):
+        read_state_dict(tmp_path / "a.pt")

@@ -7,7 +7,7 @@ import pytest
 from harness import UserError
 from harness.api.registry import Registry
 from harness.api.task import Archive
-from harness.data.download import fetch
+from harness.data.download import download, fetch
 from tests.harness.archives import GOOD, NAME, Server, packed
 
 
@@ -52,6 +52,15 @@ def test_a_server_that_always_breaks_is_given_up_and_what_came_is_kept(tmp_path)
     with Server(GOOD, [5000] + [0] * 10) as server, pytest.raises(UserError, match=r"5 times; 0\.0 MiB are kept in"):
         fetch(server.archive, tmp_path)
     assert (tmp_path / f"{NAME}.tar.part").stat().st_size == 5000
+
+
+def test_without_a_sum_an_earlier_part_is_not_trusted(tmp_path):
+    """It may be of another address, and nothing would tell."""
+    for part in (b"x" * 1000, b"x" * (len(GOOD) + 1000)):
+        (tmp_path / "w.pt.part").write_bytes(part)
+        with Server(GOOD) as server:
+            download(server.archive.url, tmp_path / "w.pt", "sha256", "")
+        assert (tmp_path / "w.pt").read_bytes() == GOOD
 
 
 def test_wrong_content_is_removed(tmp_path):

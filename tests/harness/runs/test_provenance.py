@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from harness.api.registry import Registry
 from harness.config.request import Request
+from harness.runs.finished import digest_request
 from harness.runs.locate import locate
 from harness.runs.plan import plan
 from harness.system.errors import UserError
@@ -165,6 +167,106 @@ def test_what_is_known_is_part_of_the_identity(folders, tmp_path):
     known = planned(folders, "official", "1/2", start)
     assert (unknown.num_test_seen, known.num_test_seen) == (None, 0)
     assert unknown.run_id != known.run_id
+
+
+def corpus_weights(folders, tmp_path):
+    """Weights that were pre-trained on copies of the test cases of fold 2, and the folder of the copies."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for case in planned(folders, "scratch", "2/2").test:
+        shutil.copyfile(folders[0] / "imagesTr" / f"{case.id}.nii.gz", corpus / f"x{case.id}.nii.gz")
+    run_plan = planned(folders, "simmim", "1/2", mode="generic", corpora=(str(corpus),))
+    write_weights(initial(run_plan), tmp_path / "made.safetensors", run_plan.pretrained_lineage)
+    return corpus
+
+
+def test_a_statement_covers_what_it_has_and_nothing_else(folders, tmp_path):
+    """Without the sidecar, the scans of the lineage are known by digest; the folder that holds them gives them back."""
+    corpus = corpus_weights(folders, tmp_path)
+    assert seen(folders, tmp_path / "made.safetensors") == 2
+    alone = shutil.copyfile(tmp_path / "made.safetensors", tmp_path / "alone.safetensors")
+    assert seen(folders, alone) == 2, "the runs folder knows the sidecar by now"
+    folders = folders[0], tmp_path / "elsewhere"
+    assert seen(folders, alone) is None
+    assert seen(folders, alone, "2/2", f"method.corpus={corpus}") == 2
+    other = tmp_path / "other"
+    other.mkdir()
+    case = planned(folders, "scratch", "2/2").train[0]
+    shutil.copyfile(folders[0] / "imagesTr" / f"{case.id}.nii.gz", other / "scan.nii.gz")
+    assert seen(folders, alone, "2/2", f"method.corpus={other}") is None
+
+
+def test_scans_of_a_statement_that_cannot_be_read_leave_it_open(folders, tmp_path):
+    foreign, corpus = tmp_path / "foreign.pt", tmp_path / "corpus"
+    run_plan = planned(folders)
+    torch.save(initial(run_plan), foreign)
+    corpus.mkdir()
+    shutil.copyfile(folders[0] / "imagesTr" / f"{run_plan.train[0].id}.nii.gz", corpus / "scan.nii.gz")
+    (corpus / "broken.nii.gz").write_bytes(b"nothing")
+    assert seen(folders, foreign, "1/2", f"method.corpus={corpus}", skip_bad=True) is None
+
+
+def test_weights_that_were_used_are_recognised_too(folders, tmp_path):
+    """A file with its sidecar is used once; the same tensors come back as a bare checkpoint."""
+    made(folders, "1/2", tmp_path / "w.safetensors")
+    shutil.rmtree(folders[1] / "cache" / "lineage")
+    assert seen(folders, tmp_path / "w.safetensors", "1/2") == 0
+    assert seen(folders, resaved(tmp_path / "w.safetensors", tmp_path), "2/2") == 2
+
+
+def test_the_answer_to_an_earlier_request_depends_on_the_stated_scans(folders, tmp_path):
+    """With a window behind the folder, too, and for a corpus that lies beside the data."""
+    data, runs = folders
+    foreign, corpus = tmp_path / "foreign.pt", tmp_path / "corpus"
+    torch.save(initial(planned(folders)), foreign)
+    corpus.mkdir()
+    image = next((data / "imagesTr").iterdir())
+    shutil.copyfile(image, corpus / "a.nii.gz")
+
+    def key(spec):
+        settings = (*SMALL, f"method.weights={foreign}", f"method.corpus={spec}")
+        request = Request(method="official", task="msd_hippocampus", data=data, runs=runs, settings=settings)
+        return digest_request(request, Registry(), [data])
+
+    specs = [str(corpus), f"{corpus}=-1000,400", "luna16"]
+    before = [key(spec) for spec in specs]
+    assert [key(spec) for spec in specs] == before
+    shutil.copyfile(image, corpus / "b.nii.gz")
+    beside = data.parent / "LUNA16" / "subset0"
+    beside.mkdir(parents=True)
+    try:
+        (beside / "a.mhd").write_text("ObjectType = Image")
+        assert not set(before) & {key(spec) for spec in specs}
+    finally:
+        shutil.rmtree(beside.parent)
+
+
+def test_files_of_a_tuple_count_and_files_of_another_kind_are_unknown(folders, tmp_path):
+    made(folders, "1/2", tmp_path / "w.safetensors")
+    plugin, table = tmp_path / "several.py", tmp_path / "table.csv"
+    plugin.write_text(SEVERAL)
+    table.write_text("a,b")
+    found = {
+        f"method.more={tmp_path / 'w.safetensors'},{tmp_path / 'w.safetensors'}": 2,
+        f"method.more={table},{tmp_path / 'w.safetensors'}": 2,
+        f"method.more={table},{table}": None,
+    }
+    for setting, number in found.items():
+        run_plan = planned(folders, "several", "2/2", setting, plugins=(str(plugin),), allow_overlap=True)
+        assert run_plan.num_test_seen == number
+        assert set(run_plan.files) == {"more.0", "more.1"}
+
+
+SEVERAL = """
+from pathlib import Path
+from harness import Method, Settings
+
+class Several(Method):
+    name = "several"
+    trains = ()
+    class Config(Settings):
+        more: tuple[Path, ...]
+"""
 
 
 def test_the_attack_from_end_to_end(two_phantoms, tmp_path, capsys):

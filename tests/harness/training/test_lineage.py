@@ -1,6 +1,7 @@
 """A lineage is written with weights, read again by metadata, sidecar or tensors, and grows with every training."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from harness.training.lineage import (
     cache_lineage,
     lineage_of,
     read_lineage,
+    say_what_is_lost,
     sidecar,
     tensor_digests,
 )
@@ -58,7 +60,7 @@ def read(path, cache):
 def test_what_is_written_is_read_again(tmp_path):
     lineage, path = trained(0, 1, channels=2, labels=True), tmp_path / "weights.safetensors"
     write_weights(weights(), path, lineage)
-    for again in (read(path, tmp_path / "cache"), lineage_of(path)):
+    for again in (read(path, tmp_path / "cache"), lineage_of(path, tmp_path / "cache")):
         assert again.generations == lineage.generations
         assert again.labelled == lineage.labelled
         assert again.is_complete
@@ -143,6 +145,46 @@ def test_of_equal_tensors_the_shortest_past_counts(tmp_path):
     assert set(read(tmp_path / "after.safetensors", tmp_path / "no cache").scans) == {NAMES[0], NAMES[1]}
 
 
+def test_a_files_own_lineage_is_not_overruled_by_a_shorter_one(tmp_path):
+    write_weights(weights(), tmp_path / "own.safetensors", trained(0, 1))
+    write_weights(weights(), tmp_path / "other.safetensors", trained(2))
+    cache_lineage(tmp_path / "other.safetensors", tmp_path / "cache")
+    assert set(read(tmp_path / "own.safetensors", tmp_path / "cache").scans) == {NAMES[0], NAMES[1]}
+
+
+def test_a_training_says_nothing_about_tensors_that_it_left_alone(tmp_path):
+    """Foreign weights under a frozen protocol stay foreign, and are not said to have gone through that training."""
+    frozen = weights()
+    whole = frozen | {"head.weight": torch.randn(2, 2)}
+    write_weights(whole, tmp_path / "run.safetensors", trained(0, labels=True), tensor_digests(frozen))
+    cache_lineage(tmp_path / "run.safetensors", tmp_path / "cache")
+    torch.save(frozen, tmp_path / "foreign.pt")
+    lineage = read(tmp_path / "foreign.pt", tmp_path / "cache")
+    assert not lineage.scans
+    assert not lineage.is_complete
+    torch.save(whole, tmp_path / "copy.pt")
+    lineage = read(tmp_path / "copy.pt", tmp_path / "cache")
+    assert set(lineage.scans) == {NAMES[0]}
+    assert not lineage.is_complete
+    assert read(tmp_path / "run.safetensors", tmp_path / "cache").is_complete
+
+
+def test_a_pipe_in_the_place_of_a_sidecar_is_none(tmp_path):
+    save_file(weights(), tmp_path / "weights.safetensors")
+    os.mkfifo(sidecar(tmp_path / "weights.safetensors"))
+    assert not read(tmp_path / "weights.safetensors", tmp_path / "cache").is_complete
+
+
+def test_words_of_a_lineage_do_not_act_on_the_terminal():
+    assert str(generation(method="a\x1b[2J\nharness: error: b")).count("\n") == 0
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float64])
+def test_tensors_of_any_type_tell_weights_apart(kind):
+    assert len(tensor_digests({"a": torch.arange(8.0).to(kind)})) == 1
+    assert not tensor_digests({"a": torch.ones(8).to(kind)})
+
+
 def test_without_the_sidecar_scans_are_known_by_their_files_only(tmp_path, capsys):
     path = tmp_path / "weights.safetensors"
     write_weights(weights(), path, trained(0))
@@ -150,7 +192,11 @@ def test_without_the_sidecar_scans_are_known_by_their_files_only(tmp_path, capsy
     lineage = read(path, tmp_path / "cache")
     assert lineage.seen({"a": (NAMES[0], scan(5)), "b": ("f" * 32, scan(0))}) == [(NAMES[0], "a")]
     assert not lineage.is_complete
-    assert "put weights.lineage.safetensors beside it" in capsys.readouterr().err
+    say_what_is_lost(lineage)
+    assert "1 scans that the weights were trained on are known by their files only" in capsys.readouterr().err
+    # Whoever has the scans gives their signatures back.
+    assert (lineage + Lineage(scans={NAMES[0]: scan(0)})).is_complete
+    assert not (lineage + Lineage(scans={NAMES[1]: scan(1)})).is_complete
 
 
 def test_the_cache_gives_signatures_that_the_sidecar_had(tmp_path):
@@ -203,6 +249,10 @@ def test_a_lineage_that_cannot_be_read_is_not_used(metadata, tmp_path, capsys):
         (torch.zeros(1, *[GRID] * 3, dtype=torch.int8), torch.tensor([5], dtype=torch.int32)),
         (torch.zeros(2, *[GRID] * 3, dtype=torch.int8), torch.tensor([0], dtype=torch.int32)),
         (torch.zeros(1, *[GRID] * 3), torch.tensor([0], dtype=torch.int32)),
+        (torch.zeros(1, *[GRID] * 3, dtype=torch.bfloat16), torch.tensor([0], dtype=torch.int32)),
+        (torch.zeros(1, *[GRID] * 3, dtype=torch.float8_e4m3fn), torch.tensor([0], dtype=torch.int32)),
+        (torch.zeros(1, *[GRID] * 3, dtype=torch.int8), torch.tensor([0.0])),
+        (torch.zeros(1, *[GRID] * 3, dtype=torch.int8), torch.tensor([True])),
     ],
 )
 def test_signatures_of_another_shape_are_lost_ones(cubes, owners, tmp_path):
