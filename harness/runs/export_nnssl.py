@@ -79,7 +79,7 @@ def export_nnssl(run: Path, kind: str, stage: str, out: Path, plugins: tuple[str
         "trainer_name": f"ssl-seg-harness_{record['method']}",
         "init_args": {},
     }
-    return _write(content, card(record, _how(kind), pipeline(record, restored), False, lineage), lineage, out)
+    return _write(content, card(record, _how(kind, stage), pipeline(record, restored), False, lineage), lineage, out)
 
 
 def _weights(
@@ -114,7 +114,16 @@ def _is_decoder(key: str) -> bool:
     return not key.startswith("encoder.")
 
 
-def _how(kind: str) -> str:
+def _how(kind: str, stage: str) -> str:
+    """How nnU-Net uses the file, and what it is of."""
+    of_pretraining = (
+        "\n\nThese are the weights that pre-training left. The steps and the results below are those of the network that was "
+        "fine-tuned from them here."
+    )
+    return _use(kind) + of_pretraining * (stage == "pretrain")
+
+
+def _use(kind: str) -> str:
     """How nnU-Net uses the file."""
     if kind == "nnssl":
         return (

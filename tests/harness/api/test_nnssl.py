@@ -10,7 +10,7 @@ import torch
 
 from backbones.nnunet import PlainUNet, ResEnc
 from harness import UserError
-from harness.api.nnssl import own_citations
+from harness.api.nnssl import adaptation_plan, nnunet_weights, own_citations
 from harness.api.settings import build
 from harness.api.weight_files import read_weights_file
 from harness.training.transfer import transfer
@@ -179,3 +179,35 @@ def test_a_run_needs_z_scores_and_cites_the_file(two_phantoms, tmp_path, capsys)
     assert record["data"]["n_test_seen"] is None
     assert record["transfer"]["encoder_fraction"] == 1
     assert "@misc{x," in next(each["bibtex"] for each in record["citations"] if each["name"] == "Method: MAE")
+
+
+def test_kernels_are_turned_there_and_back():
+    kernel = torch.arange(2 * 3 * 1 * 2 * 3.0).view(2, 3, 1, 2, 3)
+    named = nnunet_weights(
+        {"encoder.stem.convs.0.conv.weight": kernel, "decoder.x": kernel, "seg_layers.0": kernel}, False
+    )
+    assert set(named) == {"encoder.stem.convs.0.conv.weight", "encoder.stem.convs.0.all_modules.0.weight"}
+    assert torch.equal(named["encoder.stem.convs.0.conv.weight"].permute(0, 1, 4, 3, 2), kernel)
+
+
+def test_the_whole_network_has_every_name_that_nnunet_looks_for():
+    value = torch.rand(3)
+    named = nnunet_weights({"encoder.stages.0.norm.bias": value, "decoder.stages.0.convs.0.conv.bias": value}, True)
+    assert set(named) == {
+        *("encoder.stages.0.norm.bias", "encoder.stages.0.all_modules.1.bias"),
+        *("decoder.encoder.stages.0.norm.bias", "decoder.encoder.stages.0.all_modules.1.bias"),
+        *("decoder.stages.0.convs.0.conv.bias", "decoder.stages.0.convs.0.all_modules.0.bias"),
+    }
+
+
+def test_sizes_of_a_plan_are_in_the_other_order():
+    plan = adaptation_plan(network(), (0.5, 1.0, 1.5), (16, 32, 64))
+    assert plan["recommended_downstream_patchsize"] == [64, 32, 16]
+    assert plan["pretrain_plan"]["configurations"]["harness"] == {
+        "spacing": [1.5, 1.0, 0.5],
+        "patch_size": [64, 32, 16],
+    }
+    arguments = plan["architecture_plans"]["arch_kwargs"]
+    assert arguments["strides"] == [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
+    assert arguments["kernel_sizes"] == [[1, 3, 3], [3, 3, 3], [3, 3, 3]]
+    assert arguments["n_blocks_per_stage"] == [1, 2, 1]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from harness import UserError
-from harness.api.nnssl import from_nnssl, nnunet_weights, read_plan
+from harness.api.nnssl import from_nnssl, read_plan
 from harness.api.registry import Registry
 from harness.api.settings import build
 from harness.api.weight_files import read_weights_file
@@ -143,12 +143,3 @@ def test_what_does_not_fit_is_refused_in_words(runs, finished_runs, tmp_path, ca
     assert not out.exists()
     with pytest.raises(UserError, match="is there already"):
         export_nnssl(simmim, "nnssl", "pretrain", tmp_path)
-
-
-def test_kernels_are_turned_there_and_back():
-    kernel = torch.arange(2 * 3 * 1 * 2 * 3.0).view(2, 3, 1, 2, 3)
-    named = nnunet_weights(
-        {"encoder.stem.convs.0.conv.weight": kernel, "decoder.x": kernel, "seg_layers.0": kernel}, False
-    )
-    assert set(named) == {"encoder.stem.convs.0.conv.weight", "encoder.stem.convs.0.all_modules.0.weight"}
-    assert torch.equal(named["encoder.stem.convs.0.conv.weight"].permute(0, 1, 4, 3, 2), kernel)
