@@ -16,13 +16,31 @@ BACKBONES = Registry().names("backbone")
 QUICK = ["finite losses", "gradients", "weights"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+# What is left to `-m slow` so that the quick tests stay quick: every check of methods that share most of their code with
+# others, and most methods on networks whose blocks are those of others.
+LATER = ("dino", "mae", "simclr", "simmim", "swinunetr_ssl")
+RELATED = ("plainunet", "mednext", "resenc")
+ON_RELATED = ("hybridmim", "spark", "transvw")
+
+
+def quick_or_slow(*values, quick):
+    return pytest.param(*values, marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("method", [quick_or_slow(name, quick=name not in LATER) for name in METHODS])
 def test_built_in_methods_pass_every_check_on_unet(method):
     assert_conforms(method, backbones=["unet"], checks=[check for check in CHECKS if check != "step time"])
 
 
-@pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != "unet"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "backbone"),
+    [
+        quick_or_slow(method, backbone, quick=backbone not in RELATED or method in ON_RELATED)
+        for method in METHODS
+        for backbone in BACKBONES
+        if backbone != "unet"
+    ],
+)
 def test_built_in_methods_serve_every_backbone(method, backbone):
     lacking = Registry().load("method", method).needs - Registry().load("backbone", backbone).abilities
     if lacking:
