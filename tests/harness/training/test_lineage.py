@@ -130,7 +130,9 @@ def test_metadata_of_other_tensors_is_not_believed(tmp_path):
     with safe_open(tmp_path / "a.safetensors", "numpy") as file:
         metadata = file.metadata()
     save_file({key: value + 1 for key, value in weights().items()}, tmp_path / "b.safetensors", metadata)
-    assert not read(tmp_path / "b.safetensors", tmp_path / "cache").is_complete
+    lineage = read(tmp_path / "b.safetensors", tmp_path / "cache")
+    assert not lineage.scans
+    assert lineage.foreign
 
 
 def test_of_equal_tensors_the_shortest_past_counts(tmp_path):
@@ -197,6 +199,7 @@ def test_without_the_sidecar_scans_are_known_by_their_files_only(tmp_path, capsy
     # Whoever has the scans gives their signatures back.
     assert (lineage + Lineage(scans={NAMES[0]: scan(0)})).is_complete
     assert not (lineage + Lineage(scans={NAMES[1]: scan(1)})).is_complete
+    assert (trained(0) + lineage).is_complete
 
 
 def test_the_cache_gives_signatures_that_the_sidecar_had(tmp_path):
