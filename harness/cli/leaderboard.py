@@ -190,7 +190,8 @@ def ranks(arguments: argparse.Namespace) -> int:
         if len(table.groups) < 2:
             continue
         stability = table.stability()
-        order = sorted(range(len(table.groups)), key=lambda index: table.ranks()[index] or len(table.groups) + 1)
+        ranked = {index: rank for index, rank in enumerate(table.ranks()) if rank is not None}  # controls have no rank
+        order = sorted(ranked, key=lambda index: ranked[index])
         num_ranks = min(len(order), 12)
         lines = [["method", "backbone", *(f"#{rank + 1}" for rank in range(num_ranks))]]
         for index in order[:50]:

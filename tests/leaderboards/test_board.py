@@ -115,6 +115,18 @@ def by_method(each):
     return {group.method: group for group in each.groups}
 
 
+def test_a_control_that_calibrates_has_no_line_among_the_ranks(tmp_path, capsys):
+    for seed in (0, 1):
+        write_run(tmp_path, "scratch", seed)
+        write_run(tmp_path, "better", seed, dice=0.85)
+        write_run(tmp_path, "untrained", seed, dice=0.81)
+    said = called(capsys, "leaderboard", "ranks", "--runs", tmp_path)
+    assert "better" in said
+    assert "untrained" not in said
+    assert "nan" not in said
+    assert "#3" not in said
+
+
 def test_ranks_are_scipys_with_the_better_rank_for_equal_means(tmp_path):
     for number, dice in enumerate((0.8, 0.9, 0.7, 0.9, 0.6)):
         write_run(tmp_path, f"m{number}", dice=dice)
