@@ -259,7 +259,7 @@ def efficiency(curves: Curves, path: Path) -> str:
             axes.fill_between(points, low, high, color=palette[number], alpha=0.15, linewidth=0)
         axes.set_xlabel(curves.axis.label)
         axes.set_ylabel("Dice, average over targets")
-        axes.legend(title="area under the curve", frameon=False, fontsize="small", loc="lower right")
+        legend(axes, outside=True, title="area under the curve")
 
     save(path, (6, 4), curves.title, draw)
     return f"Dice over {curves.axis.label.removesuffix(', %')}; area: " + ", ".join(
@@ -352,13 +352,20 @@ def save(path: Path, size: tuple[float, float], title: str, draw: Draw) -> None:
             figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
-def legend(axes: Axes, outside: bool = False) -> None:
+def legend(axes: Axes, outside: bool = False, title: str | None = None) -> None:
     """Add a legend; beside the axes where it is `outside` or has more than six entries."""
     handles, _ = axes.get_legend_handles_labels()
     if outside or len(handles) > 6:
-        axes.legend(frameon=False, fontsize="x-small", loc="upper left", bbox_to_anchor=(1.01, 1))
+        axes.legend(
+            frameon=False,
+            fontsize="x-small",
+            title=title,
+            title_fontsize="x-small",
+            loc="upper left",
+            bbox_to_anchor=(1.01, 1),
+        )
     else:
-        axes.legend(frameon=False, fontsize="small")
+        axes.legend(frameon=False, fontsize="small", title=title)
 
 
 def colours(number: int) -> list[Any]:
