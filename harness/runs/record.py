@@ -78,7 +78,7 @@ def make_record(
         "method_prepare": stage.get("prepared", {}),
         "probe": stage.get("probe"),
         "files": run_plan.files,
-        "pretrain_folder": stage["folder"].name if stage else None,
+        "pretrain_folder": stage["folder"].name if "folder" in stage else None,
         "lineage": run_plan.lineage.as_record() if run_plan.files else None,
         "citations": run_plan.citations,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

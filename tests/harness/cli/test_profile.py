@@ -46,6 +46,7 @@ def test_profile_writes_table_csv_and_figure(tmp_path, capsys):
     assert out.with_suffix(".svg").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_steps")
 def test_crops_batches_and_precisions_are_combined(tmp_path, capsys):
     axes = ["--precision", "fp32", "--precision", "bf16", "--batch", "2", "--batch", "3", "--json"]

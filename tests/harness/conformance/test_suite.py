@@ -35,7 +35,7 @@ def test_built_in_methods_pass_every_check_on_unet(method):
 @pytest.mark.parametrize(
     ("method", "backbone"),
     [
-        quick_or_slow(method, backbone, quick=backbone not in RELATED or method in ON_RELATED)
+        quick_or_slow(method, backbone, quick=method in ON_RELATED or (backbone not in RELATED and method not in LATER))
         for method in METHODS
         for backbone in BACKBONES
         if backbone != "unet"
@@ -50,7 +50,7 @@ def test_built_in_methods_serve_every_backbone(method, backbone):
     assert_conforms(method, backbones=[backbone], checks=QUICK)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [quick_or_slow(name, quick=name not in LATER) for name in METHODS])
 def test_built_in_methods_run_in_two_processes(method):
     assert_conforms(method, backbones=["unet"], checks=["weights", TWO])
 

@@ -88,7 +88,8 @@ def turned(path, folder):
     ("task", "kind", "more"),
     [
         ("msd_hippocampus", "monai", ["task.spacing=1.2,0.9,1.1", "task.normalisation=zscore"]),
-        ("btcv", "onnx", []),
+        pytest.param("btcv", "onnx", [], marks=pytest.mark.slow),
+        ("btcv", "monai", []),
         pytest.param("brats", "monai", [], marks=pytest.mark.slow),
         pytest.param("btcv", "monai", ["task.normalisation=zscore"], marks=pytest.mark.slow),
         pytest.param("msd_hippocampus", "onnx", ["task.spacing=1.2,0.9,1.1"], marks=pytest.mark.slow),

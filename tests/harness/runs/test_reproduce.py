@@ -38,6 +38,7 @@ def test_reproduce_go_makes_the_run_again_elsewhere(predicted_runs, tmp_path, ca
     assert "average Dice there" in said
 
 
+@pytest.mark.slow
 def test_reproduce_go_on_real_data_is_equal_to_the_last_digit(real_hippocampus, tmp_path, capsys):
     words = ["run", "--method", "scratch", "--task", "msd_hippocampus", "--data", str(real_hippocampus), *BUDGET]
     assert main([*words, *SMALL["unet"], "--label-fraction", "0.1", "--runs", str(tmp_path)]) == 0

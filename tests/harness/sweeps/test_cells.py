@@ -121,10 +121,18 @@ def runs(tmp_path_factory):
 
 TRIED_AS_DEMO = ("hybridmim_table1", "hybridmim_table2", "hybridmim_table3", "hybridmim_table4", "hybridmim_figure4")
 TRIED_AS_DEMO = (*TRIED_AS_DEMO, "hippocampus_small")
+SLOW = ("hybridmim_table1", "hybridmim_table2", "hybridmim_figure4")  # tables 3 and 4 have cells of the same kinds
 PROFILED = ("hybridmim_figure5", "hybridmim_figure6")  # their cells are steps to profile, of sizes that no phantom has
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[3].glob("sweeps/*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.slow] * (path.stem in SLOW))
+        for path in sorted(Path(__file__).parents[3].glob("sweeps/*.toml"))
+    ],
+    ids=lambda path: path.stem,
+)
 def test_shipped_sweeps_can_run(path, runs):
     """Every cell resolves against its task, with the phantoms' case lists."""
     tried = "demo" if path.stem in TRIED_AS_DEMO else ""
