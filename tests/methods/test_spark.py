@@ -273,8 +273,7 @@ def test_transformers_are_refused_before_data_is_read(capsys):
         assert main(["run", "--method", "spark", "--backbone", backbone, "--task", "msd_hippocampus", "--dry-run"]) == 2
         assert (
             f"method 'spark' needs a backbone with the ability 'sparse', which '{backbone}' does not have: choose "
-            "--backbone from genesis_unet3d, "
-            "segresnet, unet" in capsys.readouterr().err
+            "--backbone from genesis_unet3d, plainunet, resenc, segresnet, unet" in capsys.readouterr().err
         )
 
 
