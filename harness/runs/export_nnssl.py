@@ -61,7 +61,7 @@ def export_nnssl(run: Path, kind: str, stage: str, out: Path, plugins: tuple[str
     if missing:
         raise UserError(
             f"the {stage} stage of {run.name} left no {missing[0]} ({len(missing)} tensors in all): "
-            + ("use --format nnssl, which needs the encoder only" if kind == "nnunet" else "export the other --stage")
+            + ("use --format nnssl, which needs the encoder only" if kind != "nnssl" else "export the other --stage")
         )
     prepared = record["config"]["prepared"]
     if prepared["normalisation"] != NNSSL_NORMALISATION:
@@ -70,7 +70,7 @@ def export_nnssl(run: Path, kind: str, stage: str, out: Path, plugins: tuple[str
             "--set task.normalisation=zscore for a fair use there"
         )
     content: dict[str, Any] = {
-        "network_weights": nnunet_weights(weights, everything=kind == "nnunet"),
+        "network_weights": nnunet_weights(weights, everything=kind != "nnssl"),
         "nnssl_adaptation_plan": adaptation_plan(backbone, prepared["spacing"], record["config"][stage]["crop"]),
         "citations": [
             {"type": each["kind"], "name": each["name"], "bibtex_citations": [each["bibtex"]] if each["bibtex"] else []}
