@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from harness import Backbone, Pyramid, Settings
 
 LEVELS = 5
-# Expansion ratios of encoder, bottleneck and decoder, and numbers of blocks of the same: Table 1 of the paper.
+# Expansion ratios of encoder, bottleneck and decoder, and numbers of blocks of the same, as MONAI has them.
 VARIANTS: dict[str, dict[str, Any]] = {
     "S": {
         "encoder_expansion_ratio": (2, 2, 2, 2),
@@ -71,10 +71,10 @@ class MedNeXt(Backbone):
         """Settings of the network: size, channels, kernel, dropout."""
 
         size: Literal["S", "B", "M", "L"] = Field(
-            "S", description="numbers of blocks and expansion ratios; the paper's Table 1"
+            "S", description="numbers of blocks and expansion ratios, as in MONAI"
         )
-        filters: PositiveInt = Field(32, description="channels of the first level; the paper's 32")
-        kernel: Literal[3, 5, 7] = Field(3, description="edge of the depthwise kernels; the paper has 3 and 5")
+        filters: PositiveInt = Field(32, description="channels of the first level; MONAI's 32")
+        kernel: Literal[3, 5, 7] = Field(3, description="edge of the depthwise kernels; MONAI's 3")
         dropout: float = Field(0.0, ge=0, lt=1, description="on the deepest features, after the trunk, in every stage")
 
     config: Config

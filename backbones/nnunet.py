@@ -89,11 +89,10 @@ class NNUNet(Backbone):
     config: NNUNetConfig
     encoder: "Encoder"
 
-    def __init__(self, config: NNUNetConfig, in_channels: int, encoder: "Encoder", convs: Sequence[int]) -> None:
-        """Make the decoder for an encoder, with `convs` convolutions per stage, the deepest stage first."""
+    def __init__(self, config: NNUNetConfig, in_channels: int, encoder: "Encoder", convs: int) -> None:
+        """Make the decoder for an encoder, with `convs` convolutions per stage."""
         super().__init__(config, in_channels, dropout=config.dropout)
-        strides = [tuple(stride) for stride in accumulate(config.stage_strides, _times)]
-        self.strides = tuple((x, y, z) for x, y, z in strides)
+        self.strides = tuple(accumulate(config.stage_strides, _times))
         self.channels, self.width = config.features, config.features[0]
         self.dropout_inside = False
         self.encoder = encoder
@@ -124,7 +123,7 @@ class NNUNet(Backbone):
         features: Tensor = self.decoder(pyramid)[-1]
         return features
 
-    def supervised(self, image: Tensor) -> list[Tensor]:
+    def supervised_logits(self, image: Tensor) -> list[Tensor]:
         """Logits of all decoder levels under deep supervision, from fine to coarse; else of the finest one."""
         if not self.config.deep_supervision:
             return [self(image)]
@@ -172,7 +171,7 @@ class ResEnc(NNUNet):
 
     def __init__(self, config: Config, in_channels: int) -> None:
         encoder = ResidualEncoder(config, in_channels, config.stage_blocks)
-        super().__init__(config, in_channels, encoder, [config.decoder_convs] * (len(config.features) - 1))
+        super().__init__(config, in_channels, encoder, config.decoder_convs)
         for module in self.encoder.modules():
             if isinstance(module, ResidualBlock):
                 nn.init.zeros_(module.conv2.norm.weight)
@@ -198,7 +197,7 @@ class PlainUNet(NNUNet):
 
     def __init__(self, config: Config, in_channels: int) -> None:
         encoder = PlainEncoder(config, in_channels, config.convs)
-        super().__init__(config, in_channels, encoder, [config.convs] * (len(config.features) - 1))
+        super().__init__(config, in_channels, encoder, config.convs)
 
 
 class ConvNorm(nn.Module):
@@ -317,13 +316,13 @@ class PlainEncoder(Encoder):
 class Decoder(nn.Module):
     """Transposed convolutions, and stages of convolutions on the upsampled features and the skip."""
 
-    def __init__(self, config: NNUNetConfig, convs: Sequence[int]) -> None:
+    def __init__(self, config: NNUNetConfig, convs: int) -> None:
         super().__init__()
         # From the deepest level up.
         widths, strides, kernels = config.features[::-1], config.stage_strides[::-1], config.stage_kernels[::-1]
         self.stages = nn.ModuleList(
-            _convolutions(2 * skip, skip, kernel, (1, 1, 1), number)
-            for skip, kernel, number in zip(widths[1:], kernels[1:], convs, strict=True)
+            _convolutions(2 * skip, skip, kernel, (1, 1, 1), convs)
+            for skip, kernel in zip(widths[1:], kernels[1:], strict=True)
         )
         self.transpconvs = nn.ModuleList(
             nn.ConvTranspose3d(deep, skip, stride, stride)

@@ -173,7 +173,7 @@ class Backbone(nn.Module):
         """Image (N, in_channels, x, y, z) -> logits (N, num_outputs, x, y, z)."""
         return self.head(self.decode(self.encode(image)))
 
-    def supervised(self, image: Tensor) -> list[Tensor]:
+    def supervised_logits(self, image: Tensor) -> list[Tensor]:
         """The logits that fine-tuning compares with the labels, from fine to coarse: (N, num_outputs, x / s, y / s, z / s).
 
         One level, that of the image, unless the network has deep supervision. Then, as in nnU-Net, the loss of each level

@@ -212,17 +212,17 @@ def nnunet_weights(weights: Mapping[str, Tensor], everything: bool) -> dict[str,
 
 
 def adaptation_plan(backbone: Backbone, spacing: Iterable[float] | None, crop: Iterable[int]) -> dict[str, Any]:
-    """The plan of a checkpoint of `backbone`: every entry that nnU-Net reads, with sizes in the order (z, y, x).
+    """The plan of a checkpoint of `resenc` or `plainunet`: every entry that nnU-Net reads, with sizes in the order (z, y, x).
 
     Args:
         spacing: of the images in mm along (x, y, z); None for each image's own.
         crop: extent of a crop of pre-training in voxels.
     """
-    config, name = backbone.config, {ours: theirs for theirs, ours in BACKBONES.items()}
+    config: Any = backbone.config
     residual = backbone.name == "resenc"
-    features, patch = list(config.model_dump()["features"]), list(crop)[::-1]
-    stages = getattr(config, "stage_blocks", None) or [getattr(config, "convs", 2)] * len(features)
-    convs = getattr(config, "decoder_convs", None) or getattr(config, "convs", 2)
+    features, patch = list(config.features), list(crop)[::-1]
+    stages = config.stage_blocks if residual else [config.convs] * len(features)
+    convs = config.decoder_convs if residual else config.convs
     imported = {
         "conv_op": "torch.nn.modules.conv.Conv3d",
         "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
@@ -231,8 +231,8 @@ def adaptation_plan(backbone: Backbone, spacing: Iterable[float] | None, crop: I
     arguments = {
         "n_stages": len(features),
         "features_per_stage": features,
-        "kernel_sizes": [list(kernel)[::-1] for kernel in getattr(config, "stage_kernels", [])],
-        "strides": [list(stride)[::-1] for stride in getattr(config, "stage_strides", [])],
+        "kernel_sizes": [list(kernel)[::-1] for kernel in config.stage_kernels],
+        "strides": [list(stride)[::-1] for stride in config.stage_strides],
         "n_blocks_per_stage" if residual else "n_conv_per_stage": stages,
         "n_conv_per_stage_decoder": [convs] * (len(features) - 1),
         "conv_bias": True,
@@ -242,7 +242,7 @@ def adaptation_plan(backbone: Backbone, spacing: Iterable[float] | None, crop: I
         "nonlin_kwargs": {"inplace": True},
         **imported,
     }
-    kind = "ResidualEncoderUNet" if residual else name[backbone.name]
+    kind = "ResidualEncoderUNet" if residual else "PlainConvUNet"
     first = "encoder.stem.convs.0" if residual else "encoder.stages.0.0.convs.0"
     return {
         "architecture_plans": {

@@ -18,7 +18,7 @@ from harness.data.preprocessing import Z_LIMIT, steps_of
 from harness.runs.restore import Restored, in_memory, read_run, restore
 from harness.system.errors import UserError
 from harness.system.files import write_atomic
-from harness.training.lineage import Lineage, write_lineage
+from harness.training.lineage import Lineage, tensor_digests, write_lineage
 from leaderboards.records import CONTROLS
 from leaderboards.text import escape_markdown
 
@@ -148,7 +148,7 @@ def _save(network: nn.Module, folder: Path, record: dict[str, Any], lineage: Lin
     state = {key: value.detach().cpu().contiguous().clone() for key, value in network.state_dict().items()}
     metadata = {"run_id": record["run_id"], "format": "pt"}
     if lineage is not None:
-        metadata |= write_lineage(lineage, state, folder / "weights.safetensors")
+        metadata |= write_lineage(lineage, state, folder / "weights.safetensors", tensor_digests(state))
     write_atomic(folder / "weights.safetensors", serialise(state, metadata))  # with the usual permissions
 
 

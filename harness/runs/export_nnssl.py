@@ -23,7 +23,7 @@ from harness.runs.restore import Restored, read_run, restore
 from harness.system.console import say
 from harness.system.errors import UserError
 from harness.system.files import write_atomic
-from harness.training.lineage import Lineage, lineage_of, write_lineage
+from harness.training.lineage import Lineage, lineage_of, tensor_digests, write_lineage
 
 STAGES = ("pretrain", "finetune")
 
@@ -147,7 +147,8 @@ def _write(content: dict[str, Any], text: str, lineage: Lineage | None, out: Pat
         checkpoint = folder / "checkpoint_final.pth"
         write_atomic(checkpoint, buffer.getbuffer())
         if lineage is not None:
-            write_lineage(lineage, content["network_weights"], checkpoint)
+            written = content["network_weights"]
+            write_lineage(lineage, written, checkpoint, tensor_digests(written))
         write_atomic(folder / "README.md", text)
         shutil.move(folder, out)
     return sorted(out.iterdir())

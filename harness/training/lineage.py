@@ -225,7 +225,7 @@ def write_lineage(
     Signatures are rounded to 8 bits, so that a scan takes 4 KiB.
 
     Args:
-        unchanged: digests of the tensors that the last training began with.
+        unchanged: digests of the tensors that the last training began with; for a copy of weights, of all of them.
     """
     tensors = tensor_digests(weights)
     header = _Header(
@@ -277,14 +277,12 @@ def read_lineage(path: Path, weights: Mapping[str, Tensor], file_digest: str, ca
     # Weights may be put together from several files, and a file holds tensors that its own training did not change. So for
     # each tensor the lineage of the training counts that changed it last.
     candidates = [*_own_candidates(path, cache), *_candidates((cache / KEY).glob("*.safetensors"))]
-    complete = [each for each in candidates if names <= each.changed]
     about = [[each for each in candidates if name in each.changed] for name in sorted(names)]
-    chosen = [complete] if complete and names else [each for each in about if each]
-    least = [min(each, key=lambda other: other.size) for each in chosen]
+    least = [min(each, key=lambda other: other.size) for each in about if each]
     lineage = Lineage()
     for written in {id(each): each for each in least}.values():
         lineage += written.load()
-    if not names or (not complete and not all(about)):
+    if not names or not all(about):
         lineage += Lineage(foreign=(Foreign(file=printable(path.name)[:200], digest=file_digest),))
     return lineage
 

@@ -32,7 +32,7 @@ class Segmenter(nn.Module):
         image, target = batch["image"], batch["target"]
         if not isinstance(self.network, Backbone):
             return segmentation_loss(self.network(image), target, self.overlapping)
-        levels = self.network.supervised(image)
+        levels = self.network.supervised_logits(image)
         weights = [0.5**number for number in range(len(levels) - 1)] + [0.0]
         losses = [segmentation_loss(logits, _nearest(target, logits), self.overlapping) for logits in levels]
         if len(losses) == 1:

@@ -41,7 +41,7 @@ def test_outputs_are_those_of_the_published_network(name):
         made(name, features=(4, 8, 8), deep_supervision=True, **ANISOTROPIC, **published["settings"])
     ).double()
     image = torch.sin(torch.arange(8 * 16 * 16, dtype=torch.float64) * 0.01).view(1, 1, 8, 16, 16)
-    for logits, expected in zip(network.supervised(image), published["outputs"], strict=True):
+    for logits, expected in zip(network.supervised_logits(image), published["outputs"], strict=True):
         torch.testing.assert_close(logits.flatten()[:: published["every"]], torch.tensor(expected, dtype=torch.float64))
 
 
@@ -122,7 +122,7 @@ def test_each_level_counts_half_of_the_one_before(overlapping):
     image = torch.rand(2, 1, 16, 16, 16)
     target = torch.rand(2, 2, 16, 16, 16).round() if overlapping else torch.randint(0, 2, (2, 1, 16, 16, 16))
     terms = Segmenter(network, overlapping)({"image": image, "target": target})
-    levels = network.supervised(image)
+    levels = network.supervised_logits(image)
     assert [tuple(level.shape[2:]) for level in levels] == [(16,) * 3, (8,) * 3, (4,) * 3]
     expected = 0
     for logits, weight, step in zip(levels[:2], (2 / 3, 1 / 3), (1, 2), strict=True):
