@@ -1,5 +1,7 @@
 """Reads files of weights: safetensors files, and PyTorch checkpoints without executing what is in them."""
 
+import pickle
+import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,9 +64,8 @@ def read_weights_file(path: Path) -> WeightsFile:
         raise
     # The readers raise errors of nearly any class for foreign bytes. In every case the file is at fault.
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"method.weights={path} cannot be read as weights, {type(error).__name__}: {reason}; give a .safetensors file or "
+            f"method.weights={path} cannot be read as weights: {_reason(error)}; give a .safetensors file or "
             "a PyTorch checkpoint that holds tensors only (saving its state_dict alone makes one)"
         ) from None
     outer = content if isinstance(content, dict) else {}
@@ -84,6 +85,14 @@ def read_weights_file(path: Path) -> WeightsFile:
             f"method.weights={path} holds tensors of {logical / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: give others"
         )
     return WeightsFile(path, tensors, outer.get("nnssl_adaptation_plan"), outer.get("citations"))
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be read, without PyTorch's advice, which names options that do not exist here."""
+    if isinstance(error, pickle.UnpicklingError):
+        kind = re.search(r"(?:[Uu]nsupported (?:class|global)|global):? (?:GLOBAL )?([\w.]+)", str(error))
+        return f"it holds an object of {kind[1]}" if kind else "it is no checkpoint"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def _check_size(path: Path) -> None:
