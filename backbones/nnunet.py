@@ -146,6 +146,7 @@ class ResEnc(NNUNet):
         "check": {"backbone.features": (4, 4, 8, 8), "backbone.blocks": (1, 1, 1, 1)},
         "demo": {"backbone.features": (16, 32, 64, 128), "backbone.blocks": (1, 2, 2, 2)},
         "fewshot": {"backbone.features": (16, 32, 64, 128), "backbone.blocks": (1, 2, 2, 2)},
+        "nnunet": {"backbone.deep_supervision": True},
     }
 
     class Config(NNUNetConfig):
@@ -188,6 +189,7 @@ class PlainUNet(NNUNet):
         "check": {"backbone.features": (4, 4, 8, 8)},
         "demo": {"backbone.features": (16, 32, 64, 128)},
         "fewshot": {"backbone.features": (16, 32, 64, 128)},
+        "nnunet": {"backbone.deep_supervision": True},
     }
 
     class Config(NNUNetConfig):

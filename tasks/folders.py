@@ -232,8 +232,8 @@ class FolderTask(Task):
 def crops(extent: Sequence[float], **budgets: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Presets with crops that follow from the median extent of a data set in voxels.
 
-    Each edge is the multiple of 32 that is nearest to the extent, from 32 to 64 (demo) or 96 (small and paper). If all edges
-    were 32, the longest one is 64.
+    Each edge is the multiple of 32 that is nearest to the extent, from 32 to 64 (demo), 96 (small and paper) or 128 (nnunet). If
+    all edges were 32, the longest one is 64.
 
     Args:
         budgets: preset name -> further settings of the preset.
@@ -242,7 +242,7 @@ def crops(extent: Sequence[float], **budgets: Mapping[str, Any]) -> dict[str, di
     if max(nearest) == 32:  # the deepest features would be a single voxel, which cannot be normalised
         nearest[int(np.argmax(extent))] = 64
     presets = {}
-    for preset, longest in (("demo", 64), ("small", 96), ("paper", 96)):
+    for preset, longest in (("demo", 64), ("small", 96), ("paper", 96), ("nnunet", 128)):
         crop = tuple(min(longest, edge) for edge in nearest)
         presets[preset] = {"pretrain.crop": crop, "finetune.crop": crop, **budgets.get(preset, {})}
     return presets

@@ -47,13 +47,19 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, str]:
     return overrides
 
 
-def change_task(task: Task, overrides: Mapping[str, str]) -> Task:
-    """The task with the changes that the `task.*` settings in `overrides` make.
+def change_task(task: Task, preset: str, overrides: Mapping[str, str]) -> Task:
+    """The task with the changes that the `task.*` settings of a preset and, before them, those in `overrides` make.
 
     Raises:
-        UserError: an unknown field, or a value that is out of range.
+        UserError: an unknown preset or field, or a value that is out of range.
     """
-    values = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith("task.")}
+    given = {key.partition(".")[2]: value for key, value in overrides.items() if key.startswith("task.")}
+    values = {
+        field: value for name in lineage(preset) for section, field, value in settings_of(name) if section == "task"
+    }
+    if "window" in given:
+        values.pop("normalisation", None)  # one takes the place of the other
+    values |= given
     settings = build(TaskSettings, values, "task")
     if settings.spacing is not None:
         task = replace(task, spacing=settings.spacing)
@@ -132,7 +138,7 @@ def _combine(
     values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     layers: list[tuple[str, Mapping[str, Any], Sequence[str]]] = []
     for preset in lineage(request.preset):
-        shipped = {f"{section}.{key}": value for section, key, value in settings_of(preset)}
+        shipped = {f"{section}.{key}": value for section, key, value in settings_of(preset) if section != "task"}
         layers += [
             (f"preset {preset!r}", shipped, SECTIONS),
             (f"task {task.name!r}", task.presets.get(preset, {}), SECTIONS[2:]),

@@ -14,14 +14,19 @@ Empty = Literal["worst", "skipped", "perfect"]
 
 
 class Training(Settings):
-    """Budget and optimizer of a training stage: AdamW, with a linear warm-up and a cosine schedule (section IV-C)."""
+    """Budget and optimizer of a training stage; by default AdamW, a linear warm-up and a cosine schedule (section IV-C)."""
 
     steps: PositiveInt | None = Field(None, description="optimizer steps; give steps or epochs")
     epochs: PositiveInt | None = Field(None, description="passes over the training cases; give steps or epochs")
     crop: Size3 = Field(description="extent of a training crop in voxels")
     batch_size: PositiveInt = Field(description="global batch: crops per step, over all processes and micro-batches")
-    lr: float = Field(gt=0, description="peak learning rate of AdamW")
-    weight_decay: float = Field(ge=0, description="of AdamW; biases and norms are left out")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd: with Nesterov's momentum, as in nnU-Net")
+    lr: float = Field(gt=0, description="peak learning rate")
+    weight_decay: float = Field(ge=0, description="of AdamW without biases and norms; of SGD for all parameters")
+    momentum: float = Field(0.99, ge=0, lt=1, description="of SGD; AdamW does not use it")
+    lr_schedule: Literal["cosine", "poly"] = Field(
+        "cosine", description="of the learning rate after the warm-up; poly: (1 - step / steps)^0.9, as in nnU-Net"
+    )
     warmup_steps: NonNegativeInt = Field(0, description="linear warm-up in steps")
     warmup_epochs: NonNegativeInt = Field(0, description="linear warm-up in passes over the training cases")
     clip_norm: float = Field(0.0, ge=0, description="largest gradient norm; 0 does not clip, as in the paper")
@@ -80,7 +85,7 @@ class Pretrain(Training):
 
 
 class Finetune(Training):
-    """Fine-tuning with the DiceCE loss and the paper's light augmentation (section IV-C)."""
+    """Fine-tuning with the sum of soft Dice and cross-entropy, and the paper's light augmentation (section IV-C)."""
 
     validation: NonNegativeInt = Field(
         4,
@@ -96,16 +101,36 @@ class Finetune(Training):
         le=1,
         description="share of crops centred on a labelled voxel; not in the paper, which says random crops",
     )
+    exact_foreground: bool = Field(
+        False,
+        description="nnU-Net's rule: crops round(B x (1 - share)) to B of each batch of B are; else each by chance",
+    )
     flip: float = Field(0.2, ge=0, le=1, description="probability of a flip, per axis; section IV-C")
     rotate: float = Field(0.2, ge=0, le=1, description="probability of a rotation by 90 degrees; section IV-C")
     scale: float = Field(0.1, ge=0, le=1, description="probability of an intensity scaling by 0.9..1.1; section IV-C")
     shift: float = Field(0.1, ge=0, le=1, description="probability of an intensity shift by -0.1..0.1; section IV-C")
+    nnunet_augmentation: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="factor on the probabilities of nnU-Net's augmentation, which comes before the four above; 0: none of it",
+    )
+    dice_per_sample: bool = Field(
+        False, description="the Dice loss divides the sums of each sample, as nnU-Net's; else those of the batch"
+    )
+    dice_background: bool = Field(
+        True, description="the Dice loss counts the background as a target; nnU-Net's does not"
+    )
 
 
 class Evaluate(Settings):
     """Sliding-window inference and the definitions of the metrics."""
 
     overlap: float = Field(0.5, ge=0, lt=1, description="of neighbouring windows, as a share of the window")
+    mirror: bool = Field(
+        False,
+        description="average the logits of each window over its 8 mirror images, as nnU-Net; takes 8 times as long",
+    )
     hd95: Definition = Field(
         "max-directed",
         description="definition of HD95: MONAI's, medpy's or surface-distance's (harness/evaluation/metrics.py)",

@@ -131,7 +131,7 @@ def resolve_trial(request: Request, stage: str = "pretrain", variant: str = "") 
         request = replace(request, settings=(*request.settings, *pairs))
     if stage == "pretrain" and not method.trains:
         raise UserError(f"method {request.method!r} pre-trains nothing: choose another, or give --stage finetune")
-    task = change_task(registry.task(request.task), parse_overrides(request.settings))
+    task = change_task(registry.task(request.task), request.preset, parse_overrides(request.settings))
     config = resolve(request, registry, task)
     plugins = Plugins(method, registry.load("backbone", request.backbone))
     check_fit(registry, config, plugins, len(task.channels), len(task.channels))
@@ -213,7 +213,11 @@ def _module(spec: TrialSpec, volumes: Sequence[Any], folder: Path) -> tuple[Any,
     config, channels = spec.config, len(spec.task.channels)
     if spec.stage == "finetune":
         network = new_network(spec.plugins.new_backbone(config, channels), spec.task, config.protocol)
-        return Segmenter(network, spec.task.overlapping, fixed(network, config.protocol)), volumes, 0.0
+        settings, frozen = config.finetune, fixed(network, config.protocol)
+        segmenter = Segmenter(
+            network, spec.task.overlapping, frozen, settings.dice_per_sample, settings.dice_background
+        )
+        return segmenter, volumes, 0.0
     method = spec.plugins.new_method(config, channels)
     device = new_accelerator().device
     preparation = _ShortPreparation(0, device, config.pretrain.crop, config.pretrain, [str(spec), channels], folder)

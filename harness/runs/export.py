@@ -175,6 +175,7 @@ def pipeline(record: dict[str, Any], restored: Restored) -> dict[str, Any]:
         "windows": {
             "extent": list(restored.trained.crop),
             "overlap": restored.evaluate.overlap,
+            "mirror": restored.evaluate.mirror,
             "precision": used.get("precision", "fp32"),
         },
         "outputs_overlap": task.overlapping,

@@ -24,8 +24,7 @@ def locate(request: Request) -> tuple[Registry, Task, Path, list[tuple[Corpus, P
         UserError: a name is unknown, data does not exist, or the mode does not fit the corpora.
     """
     registry = Registry(request.plugins)
-    overrides = parse_overrides(request.settings)
-    task = change_task(registry.task(request.task), overrides)
+    task = change_task(registry.task(request.task), request.preset, parse_overrides(request.settings))
     # Names are checked before a phantom is written or data is read.
     registry.plugin("method", request.method)
     registry.plugin("backbone", request.backbone)

@@ -330,7 +330,7 @@ def plan_without_data(request: Request) -> tuple[RunConfig, RunPlan | None]:
     if request.data is not None or registry.task_folder(request.task) is not None:
         run_plan = plan(request, *locate(request))
         return run_plan.config, run_plan
-    task = change_task(registry.task(request.task), parse_overrides(request.settings))
+    task = change_task(registry.task(request.task), request.preset, parse_overrides(request.settings))
     check_split(request.split)
     config = resolve(request, registry, task)
     for trial in resolve_trials(request, registry, task):

@@ -33,8 +33,10 @@ def check_fit(
             do not fit the memory, batch norm would see several micro-batches, or the method's own `check` refuses.
     """
     try:
-        # Bytes of the weights, the gradients and the two moments of AdamW, computed before anything is allocated.
-        need = 4 * weights_bytes(lambda: plugins.new_method(config, pretrain_channels))
+        # Bytes of the weights, the gradients and the moments (two of AdamW, one of SGD), before anything is allocated.
+        need = (4 if config.pretrain.optimizer == "adamw" else 3) * weights_bytes(
+            lambda: plugins.new_method(config, pretrain_channels)
+        )
         if need > psutil.virtual_memory().available:
             raise MemoryError(f"weights, gradients and moments take {need / 2**30:.1f} GiB")
         backbone = plugins.new_backbone(config, channels)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +12,12 @@ from torch import Tensor
 from harness.api.task import Task
 from harness.compute.devices import new_accelerator
 from harness.compute.memory import peak_memory
-from harness.config.schema import RunConfig
+from harness.config.schema import Finetune, RunConfig, Training
 from harness.data.crops import CropDataset
 from harness.data.volumes import Volume
 from harness.system.files import digest_file, write_atomic
 from harness.training import protocols
-from harness.training.augmentation import Augment
+from harness.training.augmentation import Augment, warp_drawer
 from harness.training.effective_rank import effective_ranks
 from harness.training.lineage import tensor_digests
 from harness.training.loop import StageContext, StagePlan, train
@@ -31,8 +32,25 @@ PROBES = 2
 
 def finetune_data(config: RunConfig, task: Task, volumes: Sequence[Volume], length: int, seed: int) -> CropDataset:
     """`length` augmented crops with labels."""
-    settings = config.finetune
-    return CropDataset(volumes, settings.crop, length, seed, Augment(settings), task, settings.foreground)
+    return labelled_crops(config.finetune, config.finetune, task, volumes, length, seed)
+
+
+def labelled_crops(
+    settings: Finetune, stage: Training, task: Task, volumes: Sequence[Any], length: int, seed: int
+) -> CropDataset:
+    """`length` labelled crops of a training stage, drawn and augmented as fine-tuning's `settings` say."""
+    exact_batch = stage.batch_size if settings.exact_foreground else 0
+    return CropDataset(
+        volumes,
+        stage.crop,
+        length,
+        seed,
+        Augment(settings),
+        task,
+        settings.foreground,
+        exact_batch,
+        warp_drawer(settings),
+    )
 
 
 def finetune(
@@ -73,7 +91,7 @@ def finetune(
     fixed = protocols.fixed(network, config.protocol)
     before = protocols.digest_modules(fixed)
     plan = StagePlan("finetune", settings, steps, warmup, seed_for(config.seed, "finetune steps"), pretraining_history)
-    segmenter = Segmenter(network, task.overlapping, fixed)
+    segmenter = Segmenter(network, task.overlapping, fixed, settings.dice_per_sample, settings.dice_background)
     report = train(plan, segmenter, data, folder / "history.jsonl", accelerator, context)
     if protocols.digest_modules(fixed) != before:
         raise RuntimeError(f"protocol {config.protocol!r}: what is fixed was changed by training")

@@ -20,7 +20,7 @@ from harness.data.crops import CropDataset
 from harness.data.volumes import Volume
 from harness.system.console import say
 from harness.system.files import digest_file, write_atomic
-from harness.training.augmentation import Augment
+from harness.training.finetune import labelled_crops
 from harness.training.loop import StageContext, StagePlan, train
 from harness.training.method_preparation import PreparationContext
 from harness.training.models import Plugins, seed_for
@@ -83,8 +83,7 @@ def pretrain_data(
 ) -> CropDataset:
     """`length` random crops, changed by the method's `transform`; with labels, those that fine-tuning would draw."""
     if plugins.method.uses_labels:
-        augment, foreground = Augment(config.finetune), config.finetune.foreground
-        return CropDataset(sources, config.pretrain.crop, length, seed, augment, task, foreground)
+        return labelled_crops(config.finetune, config.pretrain, task, sources, length, seed)
     transform = plugins.method.transform(config.method_settings)
     return CropDataset(sources, config.pretrain.crop, length, seed, transform)
 

@@ -14,11 +14,20 @@ class Segmenter(nn.Module):
     Args:
         overlapping: whether a voxel may belong to several targets.
         fixed: modules of the network that stay in evaluation mode.
+        per_sample, background: as `segmentation_loss`.
     """
 
-    def __init__(self, network: nn.Module, overlapping: bool, fixed: tuple[nn.Module, ...] = ()) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        overlapping: bool,
+        fixed: tuple[nn.Module, ...] = (),
+        per_sample: bool = False,
+        background: bool = True,
+    ) -> None:
         super().__init__()
         self.network, self.overlapping, self.fixed = network, overlapping, fixed
+        self.per_sample, self.background = per_sample, background
 
     def train(self, mode: bool = True) -> "Segmenter":
         """Set the training mode of all modules but the fixed ones, which stay in evaluation mode."""
@@ -31,16 +40,19 @@ class Segmenter(nn.Module):
         """`image` and `target` as the loss takes it -> two loss terms, weighted over the levels that are supervised."""
         image, target = batch["image"], batch["target"]
         if not isinstance(self.network, Backbone):
-            return segmentation_loss(self.network(image), target, self.overlapping)
+            return self._loss(self.network(image), target)
         levels = self.network.supervised_logits(image)
         weights = [0.5**number for number in range(len(levels) - 1)] + [0.0]
-        losses = [segmentation_loss(logits, _nearest(target, logits), self.overlapping) for logits in levels]
+        losses = [self._loss(logits, _nearest(target, logits)) for logits in levels]
         if len(losses) == 1:
             return losses[0]
         pairs = list(zip(weights, losses, strict=True))
         return {
             name: sum((w * loss[name] for w, loss in pairs), image.new_zeros(())) / sum(weights) for name in losses[0]
         }
+
+    def _loss(self, logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        return segmentation_loss(logits, target, self.overlapping, self.per_sample, self.background)
 
 
 def _nearest(target: Tensor, logits: Tensor) -> Tensor:

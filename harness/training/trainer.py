@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -27,8 +26,9 @@ from harness.system.errors import UserError
 from harness.system.files import seed_from
 from harness.system.signals import leave_to_parent
 from harness.training.clock import StepClock
-from harness.training.parameter_groups import parameter_groups
+from harness.training.optimization import new_optimizer, new_schedule
 
+OPTIMIZERS = {"adamw": "AdamW", "sgd": "SGD"}  # settings -> names in the record
 FINITE = "finite"  # key beside the loss terms of a step: whether all of them and the gradient are finite
 
 
@@ -54,7 +54,7 @@ class StageReport:
 
 
 class Trainer:
-    """A module with AdamW and a cosine schedule, wrapped by Accelerate. Every stage and profile calls `step`.
+    """A module with its optimizer and schedule, wrapped by Accelerate. Every stage and profile calls `step`.
 
     Args:
         warmup: number of first steps in which the learning rate rises.
@@ -79,13 +79,9 @@ class Trainer:
         self.precision, self.memory_kept = precision(settings.precision, self.device), keep_memory()
         self.inner = prepare_module(module, self.device, settings.channels_last)
         self.parts = divide_batch(self.inner, settings, accelerator)
-        groups = parameter_groups(module, settings)
         self.fused = self.device.type in ("cuda", "cpu")
-        optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=self.fused)
-        # One more than the number of steps, so that the cosine reaches 0 after the last step and not in it.
-        self.schedule = CosineLRScheduler(
-            optimizer, t_initial=steps + 1, warmup_t=warmup, warmup_lr_init=0.0, warmup_prefix=False, t_in_epochs=False
-        )
+        optimizer = new_optimizer(module, settings, self.fused)
+        self.schedule = new_schedule(optimizer, settings, steps, warmup)
         # DDP warns about the gradient strides of axes of length 1, which do not matter.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         self.module, self.optimizer = accelerator.prepare(module, optimizer)
@@ -242,7 +238,8 @@ class Trainer:
             "precision": self.precision,
             "channels_last": self.settings.channels_last,
             "compile": self.settings.compile,
-            "optimizer": "fused AdamW" if self.optimizer.param_groups[0].get("fused") else "AdamW",
+            "optimizer": ("fused " if self.optimizer.param_groups[0].get("fused") else "")
+            + OPTIMIZERS[self.settings.optimizer],
             "device": str(self.device),
             "memory_kept": self.memory_kept,
             "processes": self.parts.processes,

@@ -112,7 +112,7 @@ def test_overrides_of_anything_are_resolved_or_refused(pairs):
     """`--set` of real fields with any value."""
     with suppress(UserError):
         settings = tuple(f"{key}={value}" for key, value in pairs)
-        task = change_task(KNOWN.task("msd_hippocampus"), parse_overrides(settings))
+        task = change_task(KNOWN.task("msd_hippocampus"), "demo", parse_overrides(settings))
         resolve(Request(method="official", task="msd_hippocampus", settings=settings), KNOWN, task)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from monai.losses import DiceLoss
 
-from harness import dice_loss
+from harness import dice_loss, segmentation_loss
 from harness.api.global_batch import BatchParts, batch_parts
 
 
@@ -57,3 +57,27 @@ def test_parts_have_the_loss_of_the_whole_batch():
         for number in range(3):
             parts.begin(number)
             torch.testing.assert_close(dice_loss(predicted[number : number + 1], target[number : number + 1]), whole)
+
+
+def test_per_sample_is_monais_loss_without_batch():
+    predicted, target = example()
+    found = dice_loss(predicted, target, per_sample=True)
+    torch.testing.assert_close(found, DiceLoss(batch=False, smooth_nr=1e-5, smooth_dr=1e-5)(predicted, target))
+    assert not torch.isclose(found, dice_loss(predicted, target))
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_the_background_counts_in_dice_or_not(background):
+    torch.manual_seed(1)
+    logits, target = torch.randn(2, 3, 4, 5, 6), torch.randint(3, (2, 1, 4, 5, 6))
+    found = segmentation_loss(logits, target, overlapping=False, per_sample=True, background=background)
+    monai = DiceLoss(include_background=background, softmax=True, to_onehot_y=True, smooth_nr=1e-5, smooth_dr=1e-5)
+    torch.testing.assert_close(found["dice"], monai(logits, target))
+    torch.testing.assert_close(found["cross_entropy"], torch.nn.functional.cross_entropy(logits, target[:, 0]))
+
+
+def test_targets_that_overlap_have_no_background_to_leave_out():
+    torch.manual_seed(1)
+    logits, target = torch.randn(2, 3, 4, 5, 6), (torch.rand(2, 3, 4, 5, 6) > 0.5).float()
+    with_it, without = (segmentation_loss(logits, target, True, background=value) for value in (True, False))
+    assert with_it == without

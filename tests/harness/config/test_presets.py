@@ -7,7 +7,7 @@ import pytest
 from harness import UserError
 from harness.config.presets import preset_names, read_preset
 from harness.config.request import Request
-from harness.config.resolve import resolve
+from harness.config.resolve import change_task, resolve
 from harness.system.files import ENGINE
 
 TASKS = ("msd_hippocampus", "brats", "msd_spleen")
@@ -26,10 +26,11 @@ def test_every_file_is_a_preset_and_every_preset_a_file():
             "pretrain",
             "finetune",
             "evaluate",
+            "task",
         }
 
 
-@pytest.mark.parametrize("preset", ["demo", "fewshot", "small", "paper"])
+@pytest.mark.parametrize("preset", ["demo", "fewshot", "small", "paper", "nnunet"])
 def test_a_preset_and_what_plugins_lay_over_it_is_a_whole_configuration(preset, registry, tmp_path):
     (tmp_path / "weights.safetensors").touch()
     for task in TASKS:
@@ -70,3 +71,50 @@ def test_who_asks_for_other_settings_changes_no_preset(registry):
 def test_an_unknown_preset_is_refused_with_near_matches(name, says):
     with pytest.raises(UserError, match=says):
         read_preset(name)
+
+
+def test_nnunet_sets_zscores_unless_the_user_says_otherwise(registry):
+    """The task's normalisation is one of the values of a preset, and a window of the user's takes its place."""
+    task = registry.task("msd_spleen")
+    kinds = [
+        type(change_task(task, preset, overrides).normalisation).__name__
+        for preset, overrides in (
+            ("demo", {}),
+            ("nnunet", {}),
+            ("nnunet", {"task.normalisation": "none"}),
+            ("nnunet", {"task.window": "-100,200"}),
+        )
+    ]
+    assert kinds == ["Window", "ZScore", "Window", "Window"]
+
+
+def test_nnunet_supervises_all_levels_of_the_networks_that_can(registry):
+    supervised = {
+        name: getattr(
+            resolve(
+                Request(method="scratch", backbone=name, task="msd_spleen", preset="nnunet"),
+                registry,
+                registry.task("msd_spleen"),
+            ).backbone_settings,
+            "deep_supervision",
+            None,
+        )
+        for name in ("resenc", "plainunet", "unet")
+    }
+    assert supervised == {"resenc": True, "plainunet": True, "unet": None}
+
+
+def test_nnunet_is_nnunets_recipe(registry):
+    """The numbers of nnUNetTrainer 2.8.1."""
+    config = resolve(
+        Request(method="scratch", backbone="resenc", task="msd_spleen", preset="nnunet"),
+        registry,
+        registry.task("brats"),
+    )
+    tuned = config.finetune
+    assert (tuned.optimizer, tuned.momentum, tuned.lr, tuned.weight_decay) == ("sgd", 0.99, 1e-2, 3e-5)
+    assert (tuned.lr_schedule, tuned.steps, tuned.warmup_steps, tuned.clip_norm) == ("poly", 1000 * 250, 0, 12)
+    assert (tuned.foreground, tuned.exact_foreground, tuned.flip, tuned.nnunet_augmentation) == (0.33, True, 0.5, 1)
+    assert (tuned.rotate, tuned.scale, tuned.shift) == (0, 0, 0)  # the paper's, which nnU-Net does not have
+    assert (tuned.dice_per_sample, tuned.dice_background) == (True, False)
+    assert (config.evaluate.overlap, config.evaluate.mirror) == (0.5, True)

@@ -88,3 +88,33 @@ def test_where_windows_overlap_their_middles_count_more(registry):
     both = (weight[4:] * value[4:] + weight[:4] * value[:4]) / (weight[4:] + weight[:4])
     expected = np.concatenate([value[:4], both, value[4:]])
     np.testing.assert_allclose(np.log(found / (1 - found)), expected, atol=0.03)
+
+
+class Lopsided(nn.Module):
+    """A network whose output depends on the direction of every axis."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.calls = nn.Conv3d(1, 3, 3, padding=1), 0
+
+    def forward(self, image):
+        self.calls += 1
+        return 10 * self.layer(image)
+
+
+def test_mirrored_logits_are_averaged_over_all_eight_images(registry):
+    task, network = registry.task("msd_hippocampus"), Lopsided()
+    image = np.random.default_rng(0).random((1, 8, 8, 8), dtype=np.float32)
+    plain, mirrored = (
+        predict(task, network, image, trained((8, 8, 8)), Evaluate(mirror=mirror)) for mirror in (False, True)
+    )
+    assert network.calls == 1 + 8
+    with torch.no_grad():
+        logits = [
+            network(torch.from_numpy(image)[None].flip(axes)).flip(axes)
+            for axes in [(), (2,), (3,), (4,), (2, 3), (2, 4), (3, 4), (2, 3, 4)]
+        ]
+    np.testing.assert_allclose(plain, logits[0].softmax(1)[0].numpy(), atol=1e-5)
+    np.testing.assert_allclose(mirrored, torch.stack(logits).mean(0).softmax(1)[0].numpy(), atol=1e-5)
+    assert np.abs(plain - mirrored).max() > 0.01
