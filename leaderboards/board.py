@@ -12,7 +12,7 @@ from leaderboards import statistics
 from leaderboards.calibration import Calibration, Interval, calibrate
 from leaderboards.convergence import Curve, curve, unconverged
 from leaderboards.folds import fold_note, pool
-from leaderboards.records import SHARED, Run
+from leaderboards.records import SHARED, SUMMARY, Run
 from leaderboards.statistics import Estimate, Values
 
 CONTROL = "scratch"
@@ -76,6 +76,16 @@ class Group:
     def is_calibration(self) -> bool:
         """Whether the row calibrates the table; it is neither ranked nor tested."""
         return self.control in CALIBRATES
+
+    @property
+    def imported(self) -> str:
+        """What a reader must know about results of other software; empty for measured ones."""
+        return imported_note(self.runs)
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether the row is ranked: neither calibration nor imported."""
+        return not self.is_calibration and not self.imported
 
     @property
     def num_test_seen(self) -> int | None:
@@ -155,16 +165,16 @@ class Table:
     def ranks(self, target: int = -1) -> list[int | None]:
         """Rank of each group by its mean Dice; groups with equal means share a rank.
 
-        A group without a mean and one that calibrates the table have None.
+        A group without a mean, one that calibrates the table, and imported results have None.
         """
-        means = [np.nan if group.is_calibration else group.dice.mean[target] for group in self.groups]
+        means = [group.dice.mean[target] if group.is_ranked else np.nan for group in self.groups]
         scored = sorted((mean for mean in means if not np.isnan(mean)), reverse=True)
         return [None if np.isnan(mean) else scored.index(mean) + 1 for mean in means]
 
     def stability(self) -> statistics.Ranks:
         """Rank stability of the average Dice over the resamples."""
         unranked = [
-            replace(group.dice, mean=np.full_like(group.dice.mean, np.nan)) if group.is_calibration else group.dice
+            group.dice if group.is_ranked else replace(group.dice, mean=np.full_like(group.dice.mean, np.nan))
             for group in self.groups
         ]
         return statistics.ranks(unranked)
@@ -176,7 +186,8 @@ class Table:
         marks = "PHANTOM DATA, says nothing about any method - " if data.startswith("phantom") else ""
         if any(group.num_test_seen for group in self.groups):
             marks += "TEST CASES WERE TRAINED OR PRE-TRAINED ON (column seen) - "
-        number, drawn = self.groups[0].runs[0].record["data"].get("n_train"), drawn_text(self.shared("label_subset"))
+        first = next((group for group in self.groups if not group.imported), self.groups[0])
+        number, drawn = first.runs[0].record["data"].get("n_train"), drawn_text(self.shared("label_subset"))
         cases = f" ({number} cases{drawn})" if fraction < 1 and isinstance(number, int) else ""
         return f"{marks}{task}, {data}, preset {preset}, {mode}, {protocol}, {fraction:.0%} of the labels{cases}"
 
@@ -195,11 +206,12 @@ def drawn_text(subset: str) -> str:
 def gather(runs: Sequence[Run]) -> list[Table]:
     """Tables of runs that share everything but method and backbone. Controls are in the tables of every mode.
 
-    Folds of a cross-validation are pooled where all of them are there.
+    Folds of a cross-validation are pooled where all of them are there. Imported results are in every table of the same task,
+    data, test cases and metrics; in one of their own only where there is none.
     """
     tables: dict[tuple[Any, ...], dict[tuple[str, str], list[Run]]] = defaultdict(lambda: defaultdict(list))
     runs = pool(runs)
-    for run in runs:
+    for run in [run for run in runs if not run.imported]:
         tables[(*run.table, run.targets)][run.method, run.backbone].append(run)
     by_rest: dict[tuple[Any, ...], list[tuple[Any, ...]]] = defaultdict(list)
     for key in tables:
@@ -209,7 +221,27 @@ def gather(runs: Sequence[Run]) -> list[Table]:
         for key in by_rest[without_mode(own_key)]:
             if key != own_key:
                 tables[key][run.method, run.backbone].append(run)
+    measured = list(tables)
+    for run in [run for run in runs if run.imported]:
+        own_key = (*run.table, run.targets)
+        same = [key for key in measured if _same_cases(key) == _same_cases(own_key)]
+        for key in same or [own_key]:
+            tables[key][run.method, run.backbone].append(run)
     return [_table(key, tables[key]) for key in sorted(tables)]
+
+
+def imported_note(runs: Sequence[Run]) -> str:
+    """What a reader must know about results of other software; empty if the runs are measured."""
+    sources = [run.imported for run in runs if run.imported]
+    kinds = dict.fromkeys("label maps, scored here" if each["kind"] != SUMMARY else SUMMARY for each in sources)
+    notes = dict.fromkeys(each.get("note", "") for each in sources if each.get("note"))
+    return "; ".join([f"imported ({', '.join(kinds)}): neither ranked nor tested", *notes]) if sources else ""
+
+
+def _same_cases(key: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The fields of a table's key that imported results must share: task, data, test cases, metrics, targets."""
+    fields = ("task", "data", "metric_policy", "metric_definitions", "test_cases")
+    return (*(key[SHARED.index(field)] for field in fields), key[-1])
 
 
 def without_mode(table: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -259,7 +291,8 @@ def _table(key: tuple[Any, ...], members: dict[tuple[str, str], list[Run]]) -> T
         statistics.estimates([stack(seeds, field) for seeds in runs.values()], folds)
         for field in ("hd95", "surface_dice")
     ]
-    pooled = statistics.luck(dice, folds)
+    tested = [values for values, seeds in zip(dice, runs.values(), strict=True) if not seeds[0].imported]
+    pooled = statistics.luck(tested or dice, folds)
     deltas, p, notes = _against_control(runs, pooled, len(key[-1]))
     groups = []
     for index, (method, backbone) in enumerate(runs):
@@ -289,7 +322,9 @@ def _against_control(
     notes, pairs = dict.fromkeys(runs, ""), {}
     for name, own_runs in runs.items():
         control = runs.get((CONTROL, name[1]))
-        if own_runs[0].control == "matched":
+        if own_runs[0].imported:
+            notes[name] = imported_note(own_runs)
+        elif own_runs[0].control == "matched":
             notes[name] = "the control"
         elif control is None:
             notes[name] = "no scratch run to compare with: same backbone and settings are needed"

@@ -128,7 +128,7 @@ def _shares(
     seeds, shares = sorted(scratch.keys() & positive.keys()), {}
     for group in rows:
         own = _by_seed(group)
-        if not group.is_control and not group.is_calibration and own.keys() >= set(seeds):
+        if not group.is_control and group.is_ranked and own.keys() >= set(seeds):
             first, base, best = (np.stack([side[seed] for seed in seeds]) for side in (own, scratch, positive))
             shares[group.method] = statistics.share(first, base, best, pooled)
     return shares

@@ -37,7 +37,7 @@ def table_figures(table: Table, folder: Path) -> dict[str, str]:
     descriptions = {}
     kinds: tuple[tuple[str, bool, Callable[[Table, list[Group], Path], str]], ...] = (
         ("dice", True, dice_bars),
-        ("ranks", sum(not group.is_calibration for group in groups) > 1, rank_stability),
+        ("ranks", sum(group.is_ranked for group in groups) > 1, rank_stability),
         ("pareto", any(group.pretrain_seconds for group in groups), pareto),
         ("step_time", any(group.step_ms for group in groups), step_times),
         ("settings", len(_settings(groups)) > 0, settings_and_time),
@@ -83,7 +83,7 @@ def dice_bars(table: Table, groups: list[Group], path: Path) -> str:
 
 def rank_stability(table: Table, groups: list[Group], path: Path) -> str:
     """Draw how often each method holds each rank over the bootstrap resamples. Returns a description."""
-    stability, groups = table.stability(), [group for group in groups if not group.is_calibration]
+    stability, groups = table.stability(), [group for group in groups if group.is_ranked]
     indices = [table.groups.index(group) for group in groups]
     shares = stability.shares[indices][:, : len(groups)]
 
@@ -119,7 +119,7 @@ def pareto(table: Table, groups: list[Group], path: Path) -> str:
     dice = [float(group.dice.mean[-1]) for group in groups]
     front: list[int] = []
     for index in sorted(range(len(groups)), key=lambda index: (hours[index], -dice[index])):
-        if groups[index].is_calibration or np.isnan(dice[index]):
+        if not groups[index].is_ranked or np.isnan(dice[index]):
             continue
         if not front or dice[index] > dice[front[-1]]:
             front.append(index)

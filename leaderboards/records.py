@@ -28,6 +28,9 @@ SCHEMA = 1
 LARGEST = 64 * 2**20
 """Largest size in bytes of a record or a table of cases. The largest real files have a thousandth of it."""
 
+SUMMARY = "summary.json"
+"""The kind of imported results that have Dice alone (`harness.runs.imported`)."""
+
 CONTROLS = {"scratch": "matched", "untrained": "negative"}
 STATUS = ("scored", "missed", "spurious", "empty")
 MEASURED = ("dice", "hd95_mm", "surface_dice")
@@ -125,9 +128,16 @@ class Run:
     @property
     def control(self) -> str:
         """What the run controls: "matched" (scratch), "positive" (labels in pre-training), "negative" (untrained), or empty."""
+        if self.imported:
+            return ""
         if self.record.get("uses_labels", False):
             return "positive"
         return CONTROLS.get(self.record["method"], "")
+
+    @property
+    def imported(self) -> dict[str, Any] | None:
+        """For results of other software: what they were imported from, and the user's note; None for a run."""
+        return self.record.get("imported")
 
     @property
     def tuning(self) -> dict[str, Any] | None:
@@ -164,8 +174,11 @@ class Run:
 
     @cached_property
     def method(self) -> str:
-        """The method's name with its corpora and changed settings; a file is given by name and digest, not by path."""
-        return self.method_without("")
+        """The method's name with its corpora and changed settings; a file is given by name and digest, not by path.
+
+        Imported results say so in their name, so that no other software passes for a method of ours.
+        """
+        return f"{self.record['method']} (imported)" if self.imported else self.method_without("")
 
     def method_without(self, setting: str) -> str:
         """As `method`, but without one changed setting, for instance `pretrain.steps`."""
@@ -254,7 +267,8 @@ def load_run(folder: Path) -> Run:
         if not all(map(str.isprintable, targets)):
             raise RecordError(f"{path}: a target's name has characters that cannot be printed")
         cases, values, status = _read_cases(folder / "cases.csv", targets)
-        _check_ranges(folder / "cases.csv", values, status, str(record["metric_policy"]))
+        dice_only = (record.get("imported") or {}).get("kind") == SUMMARY
+        _check_ranges(folder / "cases.csv", values, status, str(record["metric_policy"]), dice_only)
         run = Run(
             folder=folder,
             record=record,
@@ -368,15 +382,22 @@ def _columns(path: Path) -> dict[str, list[str]]:
     return {name: texts[number :: len(header)] for number, name in enumerate(header)}
 
 
-def _check_ranges(path: Path, values: dict[str, NDArray[Any]], status: NDArray[Any], policy: str) -> None:
-    """Raises RecordError where a value is out of range or does not fit its status under the metric policy."""
+def _check_ranges(
+    path: Path, values: dict[str, NDArray[Any]], status: NDArray[Any], policy: str, dice_only: bool
+) -> None:
+    """Raises RecordError where a value is out of range or does not fit its status under the metric policy.
+
+    Args:
+        dice_only: whether there are no distances, because they were imported from a summary that has none.
+    """
     dice, hd95, surface = (values[name] for name in MEASURED)
     scored, one_sided, empty = status == 0, (status == 1) | (status == 2), status == 3
     perfect = policy.startswith("empty-is-perfect")
     wrong = {
         "dice or surface_dice leaves 0..1": (dice < 0) | (dice > 1) | (surface < 0) | (surface > 1),
         f"hd95_mm leaves 0..{LARGEST_MM:g}": (hd95 < 0) | (hd95 > LARGEST_MM),
-        "a case that was scored has no Dice or no HD95": scored & (np.isnan(dice) | np.isnan(hd95)),
+        "a case that was scored has no Dice or no HD95": scored & (np.isnan(dice) | (np.isnan(hd95) & (not dice_only))),
+        "a result that was imported without distances has some": ~np.isnan(hd95 + surface) & dice_only,
         "a Dice of 1 has an HD95 above 0": scored & (dice == 1) & (hd95 > 0),
         "a structure that was missed or made up has a Dice other than 0": one_sided & ~(dice == 0),
         "a structure that was missed or made up has an HD95 of 0, or a surface Dice": one_sided

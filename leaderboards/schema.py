@@ -197,12 +197,20 @@ class Validation(Part):
         return points
 
 
+class ImportedPart(Part):
+    """Where imported results come from."""
+
+    kind: Literal["label maps", "summary.json"]
+    note: Annotated[str, Field(max_length=1000)] = ""
+
+
 class Record(Part):
     """A run record of schema 1."""
 
     record_schema: Annotated[Literal[1], Field(alias="schema")]
     rules: Literal[1, 2] = 1
     uses_labels: bool = False
+    imported: ImportedPart | None = None
     validation: Validation = Validation()
     final_soft_dice: Annotated[float, Field(ge=-1, le=1)] | None = None
     tuning: Tuning | None = None

@@ -14,7 +14,7 @@ import pandas as pd
 
 from harness.system.files import digest_file
 from leaderboards import board, reported, statistics, table
-from leaderboards.records import STATUS, RecordError, Run, load_run
+from leaderboards.records import STATUS, SUMMARY, RecordError, Run, load_run
 from leaderboards.schema import MOST_TRIALS
 from leaderboards.table import COLUMNS, EXACT
 from leaderboards.text import UNKNOWN, escape_cell
@@ -55,6 +55,8 @@ POLICY = re.compile(r"empty-is-(?P<empty>worst|skipped|perfect)-v1(?:\+hd95-(?P<
 PLAIN = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", re.ASCII)
 OLDER = {"label_subset": "first", "control": ""} | dict.fromkeys(COLUMNS[-5:], "")
 """The last columns, which tables of earlier versions lack, and what their rows have in common."""
+FROM_RUNS = ("measured", "imported")
+"""Sources of rows that follow from run folders."""
 SHARED = [*COLUMNS[:8], "metric_policy", "surface_tolerance_mm", "label_subset"]
 KEY = [*SHARED, "target", "source"]
 
@@ -137,7 +139,7 @@ def _check_lists(run: Run) -> Iterable[str]:
     data = run.record["data"]
     lists = {name: data.get(name) for name in ("train", "test", "pretrain")}
     for name, cases in lists.items():
-        if cases is None:
+        if cases is None and not (run.imported and name != "test"):
             yield f"data has no list of the {name} cases, so that nobody can tell what was seen"
     if lists["test"] is not None and tuple(sorted(lists["test"])) != run.cases:
         yield f"data.test names {len(lists['test'])} cases, cases.csv scores {len(run.cases)}, not the same ones"
@@ -226,6 +228,8 @@ def _check_policy(run: Run) -> Iterable[str]:
     if (match["hd95"] or "max-directed") != definition:
         yield f"metric_policy is {policy!r}, HD95 is said to be {definition!r}"
     one_sided = (run.status == 1) | (run.status == 2)
+    if run.imported and run.imported["kind"] == SUMMARY:
+        return  # it has no distances
     lacking = np.isnan(run.hd95[one_sided])
     if (lacking.any() and match["empty"] != "skipped") or (not lacking.all() and match["empty"] == "skipped"):
         yield f"{int(lacking.sum())} of {lacking.size} structures that were missed or made up have no HD95 under {policy}"
@@ -277,8 +281,8 @@ def _check_cells(frame: pd.DataFrame) -> list[str]:
         if cell not in ("", UNKNOWN) and not (cell.isascii() and cell.isdecimal()):
             problems.append(f"line {line}: n_test_seen is {cell[:40]!r}, due is a number, {UNKNOWN} or nothing")
     for line, cell in enumerate(frame["source"], 2):
-        if cell not in ("measured", "reported"):
-            problems.append(f"line {line}: source is {cell[:40]!r}, due is measured or reported")
+        if cell not in (*FROM_RUNS, "reported"):
+            problems.append(f"line {line}: source is {cell[:40]!r}, due is measured, imported or reported")
     return problems
 
 
@@ -286,7 +290,7 @@ def _check_rows(frame: pd.DataFrame) -> list[str]:
     """The rows that are duplicates, contradict themselves or lack something."""
     problems = []
     # Notes distinguish the reported results of several tables of a paper.
-    duplicates = frame.duplicated([*KEY, "run_ids", "note"]) | frame[frame["source"] == "measured"].duplicated(
+    duplicates = frame.duplicated([*KEY, "run_ids", "note"]) | frame[frame["source"].isin(FROM_RUNS)].duplicated(
         KEY
     ).reindex(frame.index, fill_value=False)
     problems += [
@@ -299,11 +303,13 @@ def _check_rows(frame: pd.DataFrame) -> list[str]:
     ):
         wrong = (numbers[low] > numbers[value] + 1e-6) | (numbers[high] < numbers[value] - 1e-6)
         problems += [f"line {line + 2}: {value} lies outside its interval" for line in frame.index[wrong]]
-    measured = frame["source"] == "measured"
+    imported = (frame["source"] == "imported") & (frame[["rank", "p_value_holm"]] != "").any(axis=1)
+    problems += [f"line {line + 2}: an imported row has a rank or a p-value" for line in frame.index[imported]]
+    measured = frame["source"].isin(FROM_RUNS)
     reported = ~measured & (frame[["rank", "p_value_holm", "run_ids"]] != "").any(axis=1)
     problems += [f"line {line + 2}: a reported row has a rank, a p-value or run ids" for line in frame.index[reported]]
     nameless = measured & (frame["run_ids"] == "")
-    problems += [f"line {line + 2}: a measured row names no run" for line in frame.index[nameless]]
+    problems += [f"line {line + 2}: a {frame.loc[line, 'source']} row names no run" for line in frame.index[nameless]]
     for _, rows in frame[measured].groupby(SHARED, sort=False):
         dice = numbers.loc[rows.index, "dice"]
         average, targets = dice[rows["target"] == "average"], dice[rows["target"] != "average"]
@@ -315,13 +321,13 @@ def _check_rows(frame: pd.DataFrame) -> list[str]:
 
 
 def _recompute(frame: pd.DataFrame, runs: Sequence[Run]) -> tuple[list[str], str]:
-    """Compute every measured row again from the per-case values of its runs, where all of these are in `runs`.
+    """Compute every measured or imported row again from the per-case values of its runs, where all of these are in `runs`.
 
     Returns:
         the problems, one line each; and, in words, what was recomputed.
     """
     problems = _check_reported(frame[frame["source"] == "reported"])
-    measured = frame[frame["source"] == "measured"]
+    measured = frame[frame["source"].isin(FROM_RUNS)]
     run_ids = {run_id for cell in measured["run_ids"] for run_id in cell.split()}
     own_runs = [run for run in runs if run.run_id in run_ids]
     lacking = sorted(run_ids - {run.run_id for run in own_runs})

@@ -59,6 +59,7 @@ def add_parser(commands: Any) -> None:
         _add_records(parser, command)
     _add_publish(verbs)
     _add_panels(verbs)
+    _add_import(verbs)
 
 
 def _add_publish(verbs: Any) -> None:
@@ -85,6 +86,21 @@ def _add_panels(verbs: Any) -> None:
     figure.add_argument("--out", type=Path, required=True, metavar="PNG|SVG")
     add_options(figure, "data", "plugins")
     _add_records(figure, panels)
+
+
+def _add_import(verbs: Any) -> None:
+    """The options of `import`."""
+    text = "results of other software, scored here or taken from nnU-Net's summary.json"
+    importing = verbs.add_parser("import", help=text, allow_abbrev=False)
+    importing.add_argument(
+        "source", type=Path, metavar="DIR", help="a folder of label maps named as the test cases, or a summary.json"
+    )
+    importing.add_argument("--method", required=True, metavar="NAME", help="the software, as tables should name it")
+    importing.add_argument("--backbone", default="-", metavar="NAME", help="its network")
+    importing.add_argument("--note", default="", metavar="TEXT", help="what a reader of the table must know")
+    add_options(importing, "task", "data", "split", "seed", "runs", "plugins")
+    add_options(importing, "settings", text="evaluate.*: definitions of the metrics, as in the runs beside it")
+    importing.set_defaults(command=import_results)
 
 
 def _add_records(parser: argparse.ArgumentParser, command: Command) -> None:
@@ -245,6 +261,49 @@ def check(arguments: argparse.Namespace) -> int:
     for problem in problems:
         print(f"harness: error: {printable(problem)}", file=sys.stderr)
     return 2 if problems else 0
+
+
+def import_results(arguments: argparse.Namespace) -> None:
+    """Write a run folder with the results of other software, and print their table."""
+    from harness.api.settings import build
+    from harness.config.request import Request
+    from harness.config.resolve import parse_overrides
+    from harness.config.schema import Evaluate
+    from harness.data.datasets import open_task
+    from harness.runs import imported
+    from harness.runs.locate import locate
+    from leaderboards import board, records, table
+
+    if not arguments.source.exists():
+        raise UserError(f"{arguments.source} does not exist: give a folder of label maps or a {records.SUMMARY}")
+    for option in ("method", "backbone", "note"):
+        text = getattr(arguments, option)
+        if not text.isprintable() or len(text) > 1000 or (option != "note" and not text.strip()):
+            raise UserError(
+                f"--{option} {text[:40]!r} cannot stand in a table: give printable text, at most 1000 characters"
+            )
+    overrides = parse_overrides(arguments.settings)
+    for key in overrides:
+        if not key.startswith("evaluate."):
+            raise UserError(f"--set {key}: results are imported with evaluate.* alone, because nothing is trained")
+    settings = build(Evaluate, {key.removeprefix("evaluate."): text for key, text in overrides.items()}, "evaluate")
+    if not arguments.task:
+        raise UserError("--task is missing: give the task whose test cases these are, `harness list tasks`")
+    request = Request(
+        method="scratch",
+        task=arguments.task,
+        data=arguments.data,
+        split=arguments.split,
+        runs=arguments.runs,
+        plugins=tuple(arguments.plugins),
+    )
+    _, task, root, _ = locate(request)
+    data = open_task(task, root, request.runs / "cache", request.split)
+    origin = imported.Origin(arguments.method, arguments.backbone, arguments.seed, arguments.note)
+    folder = imported.import_results(arguments.source, data, request.split, settings, origin, request.runs)
+    run = records.load_run(folder)
+    print(table.render(board.gather([run])))
+    print("\nfiles:", *(f"  {folder / name}" for name in ("cases.csv", "record.json")), sep="\n")
 
 
 def publish(arguments: argparse.Namespace) -> int:

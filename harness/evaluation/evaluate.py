@@ -127,11 +127,7 @@ def evaluate(
         if len(scored) < len(volumes):
             raise RuntimeError(f"{len(volumes) - len(scored)} cases were not scored")
         rows = [row for result in scored for row in result.rows]
-        table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomic(folder / "cases.csv", table.getvalue())
+        write_atomic(folder / "cases.csv", cases_table(rows))
         panels = [result.panel for result in scored]
         pictures.segmentation(task, panels, folder / "figures" / "segmentation.png", title)
         if save_predictions:
@@ -141,6 +137,15 @@ def evaluate(
         return summarise(task, rows), sum(result.seconds for result in scored) / processes.size
 
     return processes.decide(collect)
+
+
+def cases_table(rows: Rows) -> str:
+    """The text of `cases.csv`."""
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return table.getvalue()
 
 
 @torch.inference_mode()

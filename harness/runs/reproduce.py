@@ -96,6 +96,8 @@ def _request(
     record: Mapping[str, Any], data: Path | None, runs: Path, plugins: Sequence[str], corpora: Sequence[str]
 ) -> Request:
     """The request that a record answers, with the folders and plugins that are given here."""
+    if record.get("imported"):
+        raise UserError(f"{record['run_id']} was imported from other software: there is nothing to run again")
     named = [str(corpus["name"]) for corpus in record["data"].get("corpora", [])]
     if named and not corpora:
         corpora = named

@@ -112,6 +112,8 @@ def read_run(run: Path) -> dict[str, Any]:
     """The record of a finished run, with all fields that restoring needs checked. Raises UserError if it cannot be used."""
     try:
         record = read_record(run / "record.json")
+        if record.get("imported"):
+            raise UserError(f"{run} holds results that were imported from other software: there is no network in it")
         _Usable.model_validate(record)
     except RecordError as error:
         raise UserError(f"{run} is no finished run ({error}): give a run id or a run folder") from None

@@ -114,7 +114,8 @@ def finetune(
         stage = {
             "trained": asdict(report),
             "transfer": transferred.as_record() | moved,
-            "final_soft_dice": final_soft_dice(folder / "history.jsonl"),
+            # Per sample, a crop without a target counts as 0, which says nothing about convergence.
+            "final_soft_dice": None if settings.dice_per_sample else final_soft_dice(folder / "history.jsonl"),
             "memory": peak_memory(accelerator.device),
             "weights": digest_file(path),
         }
