@@ -168,6 +168,7 @@ def _each_channel(change: Callable[[Image, np.random.Generator], Image], probabi
     """A step that draws for each channel anew, and changes each with a probability."""
 
     def step(image: Image, rng: np.random.Generator) -> None:
+        """Change channels in place."""
         for channel in image:
             if probability == 1 or rng.random() < probability:
                 channel[...] = change(channel, rng)

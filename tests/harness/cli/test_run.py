@@ -14,6 +14,7 @@ from tests.harness.commands import (
     HYBRIDMIM,
     SMALL,
     fails,
+    folder_of,
     harness,
     last_error,
     record_of,
@@ -289,3 +290,23 @@ def test_the_last_fold_prints_the_pooled_table(tmp_path, hippocampus_phantom, ca
 )
 def test_a_dry_run_without_data_checks_tuning_and_folds(words, says, capsys):
     assert says in fails(capsys, "run", "--method", "scratch", "--task", "msd_spleen", "--dry-run", *words)
+
+
+def test_the_preset_nnunet_runs_for_scratch_and_for_a_method(hippocampus_phantom, tmp_path):
+    """Deep supervision, SGD, warped crops and mirrored prediction together; the same seed gives the same scores."""
+    records = []
+    for method, runs in (("scratch", "first"), ("scratch", "second"), ("simmim", "first")):
+        words = ["run", "--method", method, "--backbone", "resenc", "--task", "msd_hippocampus", "--preset", "nnunet"]
+        words += ["--data", hippocampus_phantom, *BUDGET, "--set", "pretrain.workers=0", "--set", "finetune.workers=0"]
+        words += ["--set", "backbone.features=4,4,8,8", "--set", "backbone.blocks=1,1,1,1"]
+        harness(*words, "--runs", tmp_path / runs)
+        folder = folder_of(tmp_path / runs, method)
+        records.append(json.loads((folder / "record.json").read_text()))
+    first, second, pretrained = records
+    assert first["computed_with"]["finetune"]["optimizer"] == "fused SGD"
+    assert first["config"]["prepared"]["normalisation"] == "ZScore"
+    assert first["config"]["backbone_settings"]["deep_supervision"] is True
+    assert first["digests"] == second["digests"]
+    assert first["run_id"] == second["run_id"]
+    assert pretrained["computed_with"]["pretrain"]["optimizer"] == "fused AdamW"
+    assert pretrained["transfer"]["loaded"]

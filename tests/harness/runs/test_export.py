@@ -87,7 +87,7 @@ def turned(path, folder):
 @pytest.mark.parametrize(
     ("task", "kind", "more"),
     [
-        ("msd_hippocampus", "monai", ["task.spacing=1.2,0.9,1.1", "task.normalisation=zscore"]),
+        ("msd_hippocampus", "monai", ["task.spacing=1.2,0.9,1.1", "task.normalisation=zscore", "evaluate.mirror=true"]),
         pytest.param("btcv", "onnx", [], marks=pytest.mark.slow),
         ("btcv", "monai", []),
         pytest.param("brats", "monai", [], marks=pytest.mark.slow),
@@ -96,7 +96,7 @@ def turned(path, folder):
     ],
 )
 def test_the_card_alone_gives_the_same_prediction(task, kind, more, data_folders, tmp_path):
-    """Percentiles, a window and z-scores, resampled and not, softmax and overlapping outputs, a turned array, four channels."""
+    """Percentiles, a window, z-scores, resampled or not, mirrored, softmax or masks, a turned array, four channels."""
     runs, out = tmp_path / "runs", tmp_path / "export"
     settings = [word for each in ["finetune.lr=0.01", *more] for word in ("--set", each)]
     harness(*short_run("scratch", data_folders / task, task), *settings, "--runs", runs)

@@ -1,5 +1,7 @@
 """Optimizers, schedules, and parameter groups: weight decay, and the learning rate of head, decoder and encoder."""
 
+import copy
+
 import pytest
 import torch
 
@@ -115,6 +117,23 @@ def test_a_first_step_of_sgd_that_is_left_out_leaves_no_trace():
         trainer.step(2, BATCHES[1])
         weights.append(model.layer.weight.detach().clone())
     assert torch.equal(*weights)
+
+
+def test_sgd_goes_on_from_a_state_with_the_same_result():
+    models = []
+    for stop in (0, 2):
+        model = Quadratic()
+        trainer = Trainer(model, finetuning(**SGD), 9, 0, SingleProcess(torch.device("cpu")))
+        for number, batches in enumerate(BATCHES, start=1):
+            if number == stop + 1 and stop:
+                state = copy.deepcopy(trainer.state())
+                model = Quadratic()
+                trainer = Trainer(model, finetuning(**SGD), 9, 0, SingleProcess(torch.device("cpu")))
+                trainer.load(state)
+            trainer.clock.start()
+            trainer.step(number, batches)
+        models.append(model)
+    assert torch.equal(models[0].layer.weight, models[1].layer.weight)
 
 
 def test_the_warm_up_of_both_schedules_rises_from_0():
