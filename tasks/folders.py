@@ -1,5 +1,6 @@
 """Data sets with a `dataset.json`: the Medical Segmentation Decathlon and raw data sets of nnU-Net v2."""
 
+import hashlib
 import json
 import os
 import re
@@ -162,9 +163,10 @@ class FolderTask(Task):
     def from_folder(cls, folder: Path) -> "FolderTask | None":
         """A task from any folder with `dataset.json`, in either layout; None if there is no `dataset.json`.
 
-        The file gives the channels, the targets and whether they overlap. The spacing is the median over the cases, and
-        the crops follow from the median extent. CT (all channels have this name) gets the window from -1000 to 1000 HU,
-        other images are scaled by percentiles.
+        The file gives the channels, the targets and whether they overlap. The version is a digest of these, so that results for
+        other targets are never those of this task. The spacing is the median over the cases, and the crops follow from the
+        median extent. CT (all channels have this name) gets the window from -1000 to 1000 HU, other images are scaled by
+        percentiles.
 
         Raises:
             UserError: `dataset.json` exists but cannot be used.
@@ -176,14 +178,16 @@ class FolderTask(Task):
         regions = described.regions()
         overlapping = isinstance(described, _NNUNet) and any(isinstance(v, list) for v in described.labels.values())
         channels = tuple(name for _, name in sorted(described.channels().items()))
+        targets = {slug(name): values for name, values in regions.items() if values != (0,)}
+        meaning = repr((channels, list(targets.items()), overlapping)).encode(errors="surrogateescape")
         task = FolderTask(
             name=slug(title),
-            version="1",
+            version=hashlib.blake2b(meaning, digest_size=4).hexdigest(),
             description=described.description or title,
             licence=described.licence,
             reference="",
             channels=channels,
-            targets={slug(name): values for name, values in regions.items() if values != (0,)},
+            targets=targets,
             labels=tuple(sorted({0} | {value for values in regions.values() for value in values})),
             overlapping=overlapping,
             spacing=None,

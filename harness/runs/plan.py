@@ -107,8 +107,15 @@ class RunPlan:
             own = set(Finetune.model_fields) - set(Training.model_fields)  # how labelled crops are drawn and augmented
             own.discard("layer_decay")
             settings["finetune"] = self.config.finetune.model_dump(mode="json", include=own)
+            settings["labels"] = self._meaning_of_labels
         versions = [self.plugins.method.version, self.plugins.backbone.version, version("ssl-seg-harness")]
         return digest([names, settings, versions, self._pretrain_data, self.sources, self.files])
+
+    @property
+    def _meaning_of_labels(self) -> list[Any]:
+        """What the task makes of a label map. Two tasks of one name may differ in nothing else."""
+        task = self.task
+        return [list(task.channels), list(task.targets.items()), list(task.labels), task.overlapping]
 
     @property
     def _probe_identity(self) -> list[Any]:
@@ -117,7 +124,7 @@ class RunPlan:
         cases = [
             [self.data.inventory.digests[case.id] for case in side] for side in (self.label_cases, self.validation)
         ]
-        return [self.task.name, self.task.version, settings, cases]
+        return [self.task.name, self.task.version, settings, cases, self._meaning_of_labels]
 
     def pretrain_folder(self, runs: Path) -> Path:
         """The folder of the pre-training, for all runs that share it."""
@@ -219,6 +226,8 @@ class RunPlan:
             self.data.fingerprint,
             tested,
             skipped,
+            self.task.version,
+            self._meaning_of_labels,
         ]
         if self.files:  # what is known about their past changes the record
             identity.append([sorted(self.lineage.scans), [each.model_dump() for each in self.lineage.foreign]])

@@ -1,5 +1,6 @@
 """What a run will do is known before it starts, and named after all that its result depends on, and nothing else."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from harness import UserError
 from harness.config.request import Execution, Request
 from harness.runs.locate import locate
 from harness.runs.plan import plan, plan_without_data
+from tests.harness.nnunet import nnunet
 
 SETTINGS = ("finetune.crop=32", "pretrain.crop=32", "backbone.features=4,4,8,8,8", "finetune.batch_size=2")
 
@@ -212,3 +214,30 @@ def test_corpus_and_task_have_z_scores_or_neither(request_, data_folders):
         planned(request_, mode="generic", corpora=(f"{scans}=zscore",))
     assert planned(request_, "task.normalisation=zscore", mode="generic", corpora=(f"{scans}=zscore",)).corpora
     assert planned(request_, "task.normalisation=zscore", mode="generic", corpora=(str(scans),)).corpora
+
+
+@pytest.mark.parametrize("method", ["scratch", "supervised", "mae"])
+def test_the_same_files_with_other_labels_are_another_run(method, sixteen_cases, tmp_path, runs):
+    """Dataset101_Hip and Dataset102_Hip have one name, `hip`; the second has a region, the third exchanges two labels."""
+    plans = []
+    for number, labels in enumerate(
+        ({"background": 0, "a": 1, "b": 2}, {"background": 0, "whole": [1, 2]}, {"background": 0, "a": 2, "b": 1})
+    ):
+        names = [f"c{index}" for index in range(16)]
+        folder = nnunet(sixteen_cases, tmp_path / str(number) / f"Dataset10{number}_Hip", names, labels)
+        described = json.loads((folder / "dataset.json").read_text())
+        (folder / "dataset.json").write_text(json.dumps(described | {"name": "hip"}))
+        plans.append(planned(Request(method=method, task=str(folder), runs=runs, settings=SETTINGS)))
+    assert {each.task.name for each in plans} == {"hip"}
+    assert len({each.data.fingerprint for each in plans}) == 1
+    assert len({each.run_id for each in plans}) == 3
+    assert len({each.task.version for each in plans}) == 3  # so no table holds two of them
+    assert len({each.pretrain_key for each in plans}) == 3
+
+
+def test_a_task_of_one_version_with_other_targets_is_another_run(request_, monkeypatch):
+    """A plugin whose author forgot to raise the version."""
+    first = planned(request_)
+    changed = replace(first, data=replace(first.data, task=replace(first.task, targets={"a": (2,), "b": (1,)})))
+    assert changed.run_id != first.run_id
+    assert changed.pretrain_key == first.pretrain_key  # mae has seen no label
