@@ -118,6 +118,7 @@ brats = BraTSTask(
     layout="MICCAI_BraTS2020_TrainingData/BraTS20_Training_NNN/BraTS20_Training_NNN_{flair,t1,t1ce,t2,seg}.nii.gz, "
     "or BraTS2021_NNNNN/BraTS2021_NNNNN_{...}.nii.gz, or BraTS-GLI-NNNNN-NNN/BraTS-GLI-NNNNN-NNN-{t2f,t1n,t1c,t2w,seg}.nii.gz",
     channels=("flair", "t1", "t1ce", "t2"),
+    aliases={"flair": ("t2f",), "t1": ("t1n",), "t1ce": ("t1c",), "t2": ("t2w",)},  # from 2023 on
     # Label 3 does not exist in BraTS 2020; MSD Task01 and BraTS 2023 number the same tissues differently.
     targets={"whole_tumor": (1, 2, 4), "tumor_core": (1, 4), "enhancing_tumor": (4,)},
     labels=(0, 1, 2, 4),

@@ -127,6 +127,7 @@ class ImageSet:
         licence: licence of the data.
         reference: publication or web page of the data.
         channels: names of the channels, in the order of the network's input.
+        aliases: other names of channels in the names of files: channel -> names.
         spacing: voxel spacing of the preprocessed volumes in mm; None keeps the spacing of each image.
         normalisation: how intensities are scaled: to [0, 1] unless it is a `ZScore`.
         targets: the regions that are scored, in the order of the leaderboard: name -> label values that the region is
@@ -144,6 +145,7 @@ class ImageSet:
     channels: tuple[str, ...]
     spacing: tuple[float, float, float] | None
     normalisation: Normalisation
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     targets: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     labels: tuple[int, ...] = (0,)
     registration: str = ""

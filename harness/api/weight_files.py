@@ -13,9 +13,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from harness.system.console import say_once
 from harness.system.errors import UserError
+from harness.system.files import disguise
 
-CONTAINERS = ("state_dict", "model", "model_state_dict", "network_weights", "net")
+CONTAINERS = (
+    *("state_dict", "model", "model_state_dict", "network_weights", "net", "module"),
+    *("teacher", "student", "state_dict_ema", "model_ema", "ema"),
+)
+"""Entries of checkpoints that hold a network, in the order in which they are taken."""
 LONGEST_KEY = 1000  # characters; prefixes are removed one by one, which takes long for longer keys
 # TransVW's checkpoint holds its best loss as a NumPy number, under the former name of NumPy's module. Only numbers are
 # allowed here, because NumPy arrays can hold objects.
@@ -64,20 +70,19 @@ def read_weights_file(path: Path) -> WeightsFile:
         raise
     # The readers raise errors of nearly any class for foreign bytes. In every case the file is at fault.
     except Exception as error:
+        if kind := disguise(path):
+            raise UserError(f"method.weights={path} is {kind}") from None
         raise UserError(
             f"method.weights={path} cannot be read as weights: {_reason(error)}; give a .safetensors file or "
             "a PyTorch checkpoint that holds tensors only (saving its state_dict alone makes one)"
         ) from None
     outer = content if isinstance(content, dict) else {}
-    for _ in range(3):  # checkpoints have few wrappers; without a limit, a dict that contains itself would never end
-        if not isinstance(content, dict) or any(isinstance(value, Tensor) for value in content.values()):
-            break
-        content = next((content[name] for name in CONTAINERS if isinstance(content.get(name), dict)), {})
-    items = content.items() if isinstance(content, dict) else ()
-    tensors = {str(key): value for key, value in items if _usable(value) and len(str(key)) <= LONGEST_KEY}
+    tensors = _most_tensors(content)
     if not tensors:
+        held = ", ".join(ascii(key)[:40] for key in list(outer)[:12]) or f"a {type(content).__name__}"
         raise UserError(
-            f"method.weights={path} holds no state dict (looked for {', '.join(CONTAINERS)}): save the network's state_dict"
+            f"method.weights={path} holds no state dict (looked for {', '.join(CONTAINERS)}); it holds {held}: save the "
+            "network's state_dict"
         )
     logical = sum(value.numel() * value.element_size() for value in tensors.values())
     if logical > (free := psutil.virtual_memory().available):  # a few bytes may stand for a tensor of any size
@@ -85,6 +90,29 @@ def read_weights_file(path: Path) -> WeightsFile:
             f"method.weights={path} holds tensors of {logical / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: give others"
         )
     return WeightsFile(path, tensors, outer.get("nnssl_adaptation_plan"), outer.get("citations"))
+
+
+def _most_tensors(content: Any) -> dict[str, Tensor]:
+    """The tensors of the state dict in a checkpoint: of the content itself or, if it has more, of its first container.
+
+    A compiled network's names have `_orig_mod.` in them, which is left out.
+    """
+    best: dict[str, Tensor] = {}
+    for _ in range(4):  # checkpoints have few wrappers; without a limit, a dict that contains itself would never end
+        if not isinstance(content, dict):
+            break
+        tensors = {
+            str(key).replace("_orig_mod.", ""): value
+            for key, value in content.items()
+            if _usable(value) and len(str(key)) <= LONGEST_KEY
+        }
+        if len(tensors) > len(best):
+            best = tensors
+        held = [name for name in CONTAINERS if isinstance(content.get(name), dict)]
+        if len(held) > 1:
+            say_once(f"the checkpoint holds {', '.join(held)}: {held[0]} is read")
+        content = content[held[0]] if held else None
+    return best
 
 
 def _reason(error: Exception) -> str:

@@ -24,6 +24,7 @@ from harness.cli import (
 )
 from harness.cli import list as listing
 from harness.cli.options import Parser
+from harness.system.console import escape_control, unbreakable
 from harness.system.errors import UserError
 from harness.system.signals import STOPPED, Interrupted, catching
 from harness.system.status_file import write_ending
@@ -71,18 +72,20 @@ def main(words: Sequence[str] | None = None) -> int:
     The status is 0 for success, 2 for an error that the user can mend and 75 for a stop by a signal. Any other error is a bug
     of the harness: it is raised, and Python exits with status 1.
     """
-    try:
-        status, message = _run(words)
-    except Exception as error:
-        write_ending(1, f"{type(error).__name__}: {error}")
-        raise
-    write_ending(status, message)
+    with unbreakable():
+        try:
+            status, message = _run(words)
+        except Exception as error:
+            write_ending(1, f"{type(error).__name__}: {error}")
+            raise
+        write_ending(status, message)
     return status
 
 
 def _run(words: Sequence[str] | None) -> tuple[int, str]:
     """Exit status of the command, and the message for its status file; empty where it succeeded."""
     try:
+        _check_launcher()
         arguments = _parser().parse_args(words)
         with catching():
             return arguments.command(arguments) or 0, ""
@@ -92,19 +95,24 @@ def _run(words: Sequence[str] | None) -> tuple[int, str]:
         message = f"stopped by {error or 'Ctrl-C'}"
         print(f"harness: {message}; the same command goes on from there", file=sys.stderr)
         return STOPPED, message
-    except BrokenPipeError:
-        # The reader of the output (`head`, a pager) has ended; nothing is wrong with the run.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0, ""
     except OSError as error:
         if error.errno not in MENDABLE:
             raise
         return _refuse(f"{error.strerror}: {error.filename or 'writing'}; mend it and ask again")
 
 
+def _check_launcher() -> None:
+    """Raises UserError if a variable that launchers of several processes set holds no number."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if (value := os.environ.get(name, "")) and not value.isdecimal():
+            raise UserError(
+                f"{name}={value[:40]!r} is not a number: launchers set it; unset it, or set it to a whole number"
+            )
+
+
 def _refuse(message: str) -> tuple[int, str]:
     """Print an error that the user can mend. Returns exit status 2 and the message."""
-    print(f"harness: error: {message}", file=sys.stderr)
+    print(f"harness: error: {escape_control(message)}", file=sys.stderr)
     return 2, message
 
 

@@ -1,11 +1,13 @@
 """`harness predict`: segment new images with a finished run."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from harness.cli.options import add_options
 from harness.system.errors import UserError
+from harness.system.files import printable
 
 
 def add_parser(commands: Any) -> None:
@@ -23,8 +25,8 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(command=predict)
 
 
-def predict(arguments: argparse.Namespace) -> None:
-    """Segment the images, and print the files that were written."""
+def predict(arguments: argparse.Namespace) -> int:
+    """Segment the images, print the files that were written, and list those that could not be. Returns the exit status."""
     *inputs, output = arguments.paths
     if not inputs:
         raise UserError(f"predict needs images and where to write: it got {output} only; give IN ... OUT")
@@ -33,5 +35,9 @@ def predict(arguments: argparse.Namespace) -> None:
     folder = find_run(arguments.run, arguments.runs)
     from harness.runs.predict import predict_images
 
-    for path in predict_images(folder, inputs, output, arguments.plugins):
+    written, problems = predict_images(folder, inputs, output, arguments.plugins)
+    for path in written:
         print(path)
+    for problem in problems:
+        print(f"harness: error: {printable(problem)}", file=sys.stderr)
+    return 2 if problems else 0

@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.cli.options import EXECUTION, add_options, add_request_options, request_of
 from harness.cli.output import as_lines
+from harness.system.console import is_first_process
 
 if TYPE_CHECKING:
     from harness.config.request import Request
@@ -48,11 +48,6 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps(finished.record, indent=1))
         return
     _print_tables(request, finished)
-
-
-def is_first_process() -> bool:
-    """Whether this process prints: of several only the first one does."""
-    return int(os.environ.get("RANK") or 0) == 0
 
 
 def carry_out(request: "Request") -> "FinishedRun":

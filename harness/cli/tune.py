@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from harness.cli.options import EXECUTION, REQUEST, add_options, request_of
-from harness.cli.run import carry_out, is_first_process, table_of, write_leaderboard
+from harness.cli.run import carry_out, table_of, write_leaderboard
+from harness.system.console import is_first_process
 
 if TYPE_CHECKING:
     from harness.runs.finished import FinishedRun

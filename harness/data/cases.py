@@ -184,46 +184,80 @@ def _check_same_grid(
     )
 
 
-def group_images(folder: Path, channels: Sequence[str]) -> list[Case]:
+def group_images(folder: Path, images: ImageSet) -> list[Case]:
     """The images in a folder and its subfolders as cases: one file per case, or one file per channel of a case.
 
-    A suffix of the name says the channel: `_0000`, `_0001` ... as in nnU-Net, or the channel's name after `_` or `-`. A
-    file without such a suffix is a whole case (4D if there are several channels).
+    A suffix of the name says the channel: `_0000`, `_0001` ... as in nnU-Net, or the channel's name or alias after `_` or `-`.
+    A file without such a suffix is a whole case (4D if there are several channels). Where there is one channel, `_0000` is a
+    suffix only if all of several files have it; else it belongs to the name, as in `amos_0000`.
 
     Raises:
         UserError: the folder holds no image, a case lacks a channel, or two files are the same channel of a case.
     """
     files_below = (Path(path) for path in walk(folder))
-    images = [path for path in files_below if path.name.endswith(IMAGE_ENDINGS) and not path.name.startswith(".")]
-    paths = sorted(path for path in images if not is_named_label(path.relative_to(folder)))
+    files = [path for path in files_below if path.name.endswith(IMAGE_ENDINGS) and not path.name.startswith(".")]
+    paths = sorted(path for path in files if not is_named_label(path.relative_to(folder)))
     if not paths:
         raise UserError(f"{folder} holds no image; images end in {', '.join(IMAGE_ENDINGS)}: give another folder")
-    names = "|".join(re.escape(name) for name in channels)
-    pattern = re.compile(rf"(.+)[_-](?:(\d{{4}})|({names}))", re.IGNORECASE | re.DOTALL)
-    indices = {name.lower(): channel for channel, name in enumerate(channels)}
+    names = [stem(path, folder) for path in paths]
+    numbered = len(names) > 1 and all(name.endswith("_0000") for name in names)
     groups: dict[str, dict[int, Path]] = defaultdict(dict)
-    for path in paths:
-        name = stem(path, folder)
-        match = pattern.fullmatch(name)
-        channel = -1 if match is None else int(match[2]) if match[2] else indices[match[3].lower()]
-        if match is None or (len(channels) == 1 and match[2] != "0000"):
-            name, channel = name, -1
-        else:
-            name = match[1]
+    for path, whole in zip(paths, names, strict=True):
+        name, channel = split_channel(whole, images)
+        if channel is None or (len(images.channels) == 1 and not numbered):
+            name, channel = whole, -1
         if channel in groups[name]:
             raise UserError(
                 f"{groups[name][channel]} and {path} are of one name, so would be their outputs: rename one"
             )
         groups[name][channel] = path
     cases = []
-    for name, files in sorted(groups.items()):
-        if -1 not in files and set(files) != set(range(len(channels))):
-            present = ", ".join(path.name for path in files.values())
+    for name, channels in sorted(groups.items()):
+        if -1 not in channels and set(channels) != set(range(len(images.channels))):
+            present = ", ".join(path.name for path in channels.values())
             raise UserError(
-                f"{folder / name}: there is {present}, due are the channels {', '.join(channels)}: add what is missing"
+                f"{folder / name}: there is {present}, due are the channels {', '.join(images.channels)}: add what is missing"
             )
-        cases.append(Case(id=name, images=tuple(files[channel] for channel in sorted(files)), label=None))
+        cases.append(Case(id=name, images=tuple(channels[channel] for channel in sorted(channels)), label=None))
     return cases
+
+
+def split_channel(name: str, images: ImageSet) -> tuple[str, int | None]:
+    """The name of a case and the number of the channel, from a file's name without its ending; None if no channel is named."""
+    numbers = {
+        each.lower(): number
+        for number, channel in enumerate(images.channels)
+        for each in (channel, *images.aliases.get(channel, ()))
+    }
+    named = "|".join(re.escape(each) for each in numbers)
+    match = re.fullmatch(rf"(.+)[_-](?:(\d{{4}})|({named}))", name, re.IGNORECASE | re.DOTALL)
+    if match is None:
+        return name, None
+    return match[1], int(match[2]) if match[2] else numbers[match[3].lower()]
+
+
+def order_channels(paths: Sequence[Path], images: ImageSet) -> list[Path]:
+    """The files of one case, one per channel, in the order of the channels.
+
+    Names decide where they name every channel once, as in `group_images`. Where they name none, the given order counts.
+
+    Raises:
+        UserError: names name some channels, and the given order is another.
+    """
+    if len(paths) != len(images.channels) or len(paths) == 1:
+        return list(paths)
+    told = [split_channel(stem(path), images)[1] for path in paths]
+    if sorted(-1 if number is None else number for number in told) == list(range(len(paths))):
+        ordered = dict(zip(told, paths, strict=True))
+        return [ordered[number] for number in range(len(paths))]
+    for place, (number, path) in enumerate(zip(told, paths, strict=True)):
+        if number is not None and number != place:
+            raise UserError(
+                f"{path} is given as {images.channels[place]!r}, its name says "
+                f"{images.channels[number] if number < len(paths) else f'channel {number}'!r}: give the channels in the order "
+                f"{', '.join(images.channels)}"
+            )
+    return list(paths)
 
 
 def num_workers(largest: int, jobs: int) -> int:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from harness.api.task import SPACINGS
 from harness.data.image_names import NIFTI
 from harness.system.errors import UserError
-from harness.system.files import file_size
+from harness.system.files import disguise, file_size
 
 Affine = NDArray[np.float64]
 
@@ -48,7 +48,12 @@ def read_header(path: Path) -> Header:
             memory; the spacing is impossible, the affine cannot be inverted, or sform and qform disagree.
     """
     file_size(path)
-    header = _nifti_header(path) if path.name.endswith(NIFTI) else _itk().read_header(path)
+    try:
+        header = _nifti_header(path) if path.name.endswith(NIFTI) else _itk().read_header(path)
+    except UserError:
+        if kind := disguise(path):
+            raise UserError(f"{path} is {kind}") from None
+        raise
     shape, dtype = header.shape, header.dtype
     if len(shape) not in (3, 4) or 0 in shape or dtype.kind not in "iuf":
         voxel_type = "colour or vector voxels" if dtype.kind == "V" else str(dtype)

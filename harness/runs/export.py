@@ -162,6 +162,8 @@ def _check_equal(output: Tensor, expected: Tensor) -> None:
 def pipeline(record: dict[str, Any], restored: Restored) -> dict[str, Any]:
     """The numbers of the whole way from an image file to a label map, which `card` describes in words."""
     task, prepared = restored.task, record["config"]["prepared"]
+    # Label values of the files that the run was trained with, which may number the same tissues otherwise than the task.
+    own = {task_value: file_value for file_value, task_value in record["task_description"].get("numbering", [])}
     used = (record.get("computed_with") or {}).get("finetune") or {}
     return {
         "channels": list(task.channels),
@@ -179,8 +181,8 @@ def pipeline(record: dict[str, Any], restored: Restored) -> dict[str, Any]:
             "precision": used.get("precision", "fp32"),
         },
         "outputs_overlap": task.overlapping,
-        "targets": {name: list(values) for name, values in task.targets.items()},
-        "labels": list(task.labels),
+        "targets": {name: [own.get(value, value) for value in values] for name, values in task.targets.items()},
+        "labels": [own.get(value, value) for value in task.labels],
     }
 
 

@@ -57,6 +57,8 @@ def make_record(
             "targets": {name: list(values) for name, values in task.targets.items()},
             "labels": list(task.labels),
             "overlapping": task.overlapping,
+            "aliases": {name: list(others) for name, others in task.aliases.items()},
+            "numbering": _numbering(run_plan),
         },
         "config": config.model_dump(mode="json"),
         "metrics": summary,
@@ -83,6 +85,12 @@ def make_record(
         "citations": run_plan.citations,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _numbering(run_plan: RunPlan) -> list[list[int]]:
+    """`Case.numbering` of the label files that the run was trained and tested with; empty if it is the task's, or they differ."""
+    numberings = {case.numbering for case in (*run_plan.label_cases, *run_plan.test)}
+    return [list(pair) for pair in numberings.pop()] if len(numberings) == 1 else []
 
 
 def _most(peaks: list[dict[str, Any]], key: str) -> float | None:

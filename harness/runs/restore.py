@@ -38,6 +38,8 @@ class _Description(Part):
     targets: Annotated[dict[Name, Annotated[list[Value], Field(min_length=1)]], Field(min_length=1)]
     labels: Annotated[list[Value], Field(min_length=1)]
     overlapping: bool
+    aliases: dict[Name, list[Name]] = {}
+    numbering: list[Annotated[list[Value], Field(min_length=2, max_length=2)]] = []
 
 
 class _Prepared(Part):
@@ -83,7 +85,7 @@ class RecordedTask(Task):
 
     def cases(self, root: Path) -> list[Case]:
         """The images in a folder, grouped into cases without labels."""
-        return group_images(root, self.channels)
+        return group_images(root, self)
 
     def write_case(
         self, root: Path, number: int, images: NDArray[Any], label: NDArray[np.uint8], affine: NDArray[Any]
@@ -148,6 +150,7 @@ def _recorded_task(record: dict[str, Any]) -> RecordedTask:
         licence=record["data"]["licence"],
         reference="",
         channels=tuple(described["channels"]),
+        aliases={name: tuple(others) for name, others in described.get("aliases", {}).items()},
         targets={name: tuple(values) for name, values in described["targets"].items()},
         labels=tuple(described["labels"]),
         overlapping=described["overlapping"],

@@ -1,12 +1,71 @@
 """Progress bars and messages, which go to stderr. Results go to stdout."""
 
+import errno
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 from tqdm import tqdm
+
+GONE = (errno.EPIPE, errno.EIO, errno.ENXIO, errno.EBADF, errno.ESTALE)
+"""Errors of writing to a pipe without a reader, or to a terminal that was closed."""
+
+
+class Stream:
+    """A text stream whose reader may go away. What nobody can read any more is dropped, so that speaking never ends the work."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write text; the number of its characters."""
+        try:
+            self._stream.write(text)
+        except OSError as error:
+            self._drop(error)
+        except RuntimeError:  # a signal handler speaks while the same stream is being written to
+            os.write(self._stream.fileno(), text.encode(self._stream.encoding or "utf-8", "backslashreplace"))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._drop(error)
+        except RuntimeError:  # as above; whoever was interrupted flushes
+            return
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _drop(self, error: OSError) -> None:
+        """Send all further output nowhere, if nobody can read it. Raises the error if it is another one."""
+        if error.errno not in GONE:
+            raise error
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
+@contextmanager
+def unbreakable() -> Iterator[None]:
+    """Context manager: inside it, nothing that is printed fails, whatever the terminal's encoding and whether anybody reads."""
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = (None if stream is None else Stream(stream) for stream in before)
+    try:
+        yield
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 def progress(
@@ -29,7 +88,7 @@ def progress(
         desc=what,
         total=total,
         initial=initial,
-        disable=not (visible and _is_first_process()),
+        disable=not (visible and is_first_process()),
         file=sys.stderr,
         mininterval=0.5 if sys.stderr.isatty() else 15,
         leave=True,
@@ -44,14 +103,18 @@ def say(text: str) -> None:
 
     Characters that would act on the terminal, which names in files may hold, are printed as escapes.
     """
-    if _is_first_process():
-        shown = "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
-        print(shown, file=sys.stderr, flush=True)
+    if is_first_process():
+        print(escape_control(text), file=sys.stderr, flush=True)
 
 
-def _is_first_process() -> bool:
+def escape_control(text: str) -> str:
+    """The text with escapes in place of characters that would act on the terminal."""
+    return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
+
+
+def is_first_process() -> bool:
     """Whether this is the first process of a run, or its only one; launchers set RANK."""
-    return int(os.environ.get("RANK") or 0) == 0
+    return os.environ.get("RANK", "") in ("", "0")
 
 
 @cache

@@ -191,3 +191,33 @@ def file_size(path: Path) -> int:
     if status.st_size == 0:
         raise UserError(f"{path} cannot be read, it has zero bytes: restore the file")
     return status.st_size
+
+
+def disguise(path: Path) -> str:
+    """What a file is that is not what its name says, and what to do; empty if its first bytes tell nothing.
+
+    Failed downloads leave web pages and Git LFS pointers under the names of images and weights.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError:
+        return ""
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")[:40].lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not the file itself: run `git lfs pull` where it comes from"
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "a web page, as a failed download leaves it: download the file again"
+    if head[128:132] == b"DICM":
+        return "a DICOM file: convert the series to NIfTI, for instance with dcm2niix"
+    if head.startswith(b"\x1f\x8b") and path.suffix == ".nii":
+        return "compressed with gzip: name it .nii.gz"
+    if path.name.endswith(".nii.gz") and (head[:4] in NIFTI_SIZES or head[344:348] in (b"n+1\0", b"ni1\0")):
+        return "not compressed: name it .nii"
+    if head.startswith(b"PK\x03\x04") and path.suffix not in (".pt", ".pth", ".ckpt", ".bin"):
+        return "a zip archive: unpack it"
+    return ""
+
+
+NIFTI_SIZES = tuple(size.to_bytes(4, order) for size in (348, 540) for order in ("little", "big"))
+"""The first four bytes of a NIfTI file that is not compressed: the size of its header."""

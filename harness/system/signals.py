@@ -11,7 +11,9 @@ from harness.system.console import say
 
 STOPPED = 75  # exit status EX_TEMPFAIL of sysexits.h: the run was interrupted, and the same command resumes it
 # Slurm can be told to warn with SIGUSR1; submitit tells it to warn with SIGUSR2.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+# A terminal that is closed, or a connection that breaks, sends SIGHUP.
+NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP")
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has the first two only
 
 
 class Interrupted(BaseException):
@@ -37,14 +39,16 @@ def requested() -> str:
 
 @contextmanager
 def catching() -> Iterator[None]:
-    """Context manager: inside it, SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 raise `Interrupted`, or wait in `deferred`.
+    """Context manager: inside it, the signals in `SIGNALS` raise `Interrupted`, or wait in `deferred`.
 
-    It does nothing in a thread other than the main thread, where Python allows no signal handlers.
+    SIGHUP stays ignored where `nohup` has had it ignored. The context manager does nothing in a thread other than the main
+    thread, where Python allows no signal handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous_handlers = {number: signal.signal(number, _receive) for number in SIGNALS}
+    caught = [each for each in SIGNALS if each.name != "SIGHUP" or signal.getsignal(each) != signal.SIG_IGN]
+    previous_handlers = {number: signal.signal(number, _receive) for number in caught}
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from harness.system.console import is_first_process
 from harness.system.files import read_json, write_atomic
 
 VARIABLE = "HARNESS_STATUS_FILE"
@@ -25,7 +26,7 @@ class Ending:
 def write_ending(status: int, message: str) -> None:
     """Write the status file if one is asked for. Of several processes of a run, only the first one writes it."""
     path = os.environ.get(VARIABLE)
-    if path and int(os.environ.get("RANK") or 0) == 0:
+    if path and is_first_process():
         write_atomic(Path(path), json.dumps(asdict(Ending(status, message))))
 
 

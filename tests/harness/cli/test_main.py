@@ -50,3 +50,19 @@ def test_wrong_words(words, says, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HARNESS_DATA", raising=False)
     assert says in fails(capsys, *words)
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
+def test_a_launchers_variable_that_is_no_number(name, capsys, monkeypatch):
+    monkeypatch.setenv(name, "abc")
+    assert f"{name}='abc' is not a number" in fails(capsys, "list")
+
+
+def test_an_error_moves_no_cursor(capsys):
+    assert "\x1b" not in fails(capsys, "show", "\x1b[2Jrun")
+
+
+def test_a_pipe_that_breaks_inside_a_plugin_is_no_success(tmp_path, capsys):
+    plugin = tmp_path / "piping.py"
+    plugin.write_text("raise BrokenPipeError(32, 'Broken pipe')\n")
+    assert "piping.py" in fails(capsys, *HYBRIDMIM, "--plugin", str(plugin))

@@ -1,5 +1,6 @@
 """The same voxels at the same place, in every format."""
 
+import gzip
 import struct
 
 import nibabel as nib
@@ -7,7 +8,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 
-from harness.data.image_files import read_image, write_label
+from harness import UserError
+from harness.data.image_files import read_header, read_image, write_label
+
+NIFTI_BYTES = nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)).to_bytes()
 
 
 @pytest.mark.parametrize("ending", [".nrrd", ".mha", ".mhd", ".nii.gz"])
@@ -54,3 +58,21 @@ def test_a_tilted_gantry_is_written_so_that_it_can_be_read(tmp_path):
     voxels, found = read_image(tmp_path / "x.nii.gz")
     assert np.array_equal(voxels, label)
     assert np.allclose(found, affine)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.nii.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
+        ("a.nii", b"\xef\xbb\xbf<!DOCTYPE html><html></html>", "web page"),
+        ("a.nii.gz", b"\0" * 128 + b"DICM" + b"\0" * 400, "DICOM file: convert .* dcm2niix"),
+        ("a.nii", gzip.compress(NIFTI_BYTES), "compressed with gzip: name it .nii.gz"),
+        ("a.nii.gz", NIFTI_BYTES, "not compressed: name it .nii"),
+        ("a.nii.gz", b"PK\x03\x04" + b"\0" * 400, "zip archive: unpack it"),
+        ("a.mha", b"<html>", "web page"),
+    ],
+)
+def test_an_image_that_is_something_else_is_called_what_it_is(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        read_header(tmp_path / name)

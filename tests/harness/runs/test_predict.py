@@ -1,5 +1,6 @@
 """New images through a finished run."""
 
+import json
 import shutil
 
 import nibabel as nib
@@ -78,3 +79,104 @@ def test_two_inputs_of_one_name(hippocampus_phantom, finished_simmim, tmp_path, 
     nib.save(nib.load(images[1]), tmp_path / "in" / "a.nii")
     harness("predict", "--run", folder, tmp_path / "in", tmp_path / "out", status=2)
     assert "are of one name" in last_error(capsys)
+
+
+@pytest.fixture(scope="module")
+def gliomas_of_2023(data_folders, tmp_path_factory):
+    """The phantom of BraTS in the names and the numbering of 2023."""
+    root = tmp_path_factory.mktemp("gli")
+    kinds = {"flair": "t2f", "t1": "t1n", "t1ce": "t1c", "t2": "t2w", "seg": "seg"}
+    for number, case in enumerate(Registry().task("brats").cases(data_folders / "brats")):
+        folder = root / f"BraTS-GLI-{number:05d}-000"
+        folder.mkdir()
+        for path in (*case.images, case.label):
+            image = nib.load(path)
+            voxels = np.asarray(image.dataobj)
+            kind = path.name.removesuffix(".nii.gz").rpartition("_")[2]
+            voxels = np.where(voxels == 4, 3, voxels) if kind == "seg" else voxels
+            nib.save(nib.Nifti1Image(voxels, image.affine), folder / f"{folder.name}-{kinds[kind]}.nii.gz")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run_of_2023(gliomas_of_2023, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    words = [
+        *short_run("scratch", gliomas_of_2023, "brats"),
+        "--set",
+        "finetune.lr=0.02",
+        "--set",
+        "finetune.steps=40",
+        "--save-predictions",
+    ]
+    harness(*words, "--runs", runs)
+    (folder,) = runs.glob("*-scratch-*")
+    return folder
+
+
+def test_predictions_have_the_numbering_of_the_training_data(run_of_2023, gliomas_of_2023, tmp_path, capsys):
+    """Files in alphabetical order, as a shell's glob gives them, and a folder with the release's own names."""
+    (saved, *_) = sorted((run_of_2023 / "predictions").iterdir())
+    name = saved.name.removesuffix(".nii.gz")
+    expected = np.asarray(nib.load(saved).dataobj)
+    assert 3 in expected
+    images = sorted(path for path in (gliomas_of_2023 / name).iterdir() if "seg" not in path.name)
+    assert [path.name.rpartition("-")[2] for path in images] == ["t1c.nii.gz", "t1n.nii.gz", "t2f.nii.gz", "t2w.nii.gz"]
+    harness("predict", "--run", run_of_2023, *images, tmp_path / "one.nii.gz")
+    assert f"channels: flair = {name}-t2f.nii.gz, t1 = {name}-t1n.nii.gz" in capsys.readouterr().err
+    (tmp_path / "in").mkdir()
+    for path in images:
+        shutil.copy(path, tmp_path / "in")
+    harness("predict", "--run", run_of_2023, tmp_path / "in", tmp_path / "out")
+    for path in (tmp_path / "one.nii.gz", tmp_path / "out" / f"{name}.nii.gz"):
+        assert np.array_equal(np.asarray(nib.load(path).dataobj), expected)
+
+
+def test_an_exports_numbering_is_that_of_the_training_data(run_of_2023, tmp_path):
+    harness("export", "--run", run_of_2023, "--format", "safetensors", "--out", tmp_path / "out")
+    steps = json.loads((tmp_path / "out" / "pipeline.json").read_text())
+    assert steps["labels"] == [0, 1, 2, 3]
+    assert steps["targets"]["enhancing_tumor"] == [3]
+
+
+def test_an_order_against_the_names_is_refused(run_of_2023, gliomas_of_2023, tmp_path, capsys):
+    case = sorted(gliomas_of_2023.iterdir())[0]
+    for number, path in enumerate(sorted(case.glob("*-t*.nii.gz"))):
+        shutil.copy(path, tmp_path / (path.name if number < 2 else f"scan{number}.nii.gz"))
+    words = sorted(tmp_path.iterdir())
+    harness("predict", "--run", run_of_2023, *words, tmp_path / "out.nii.gz", status=2)
+    said = last_error(capsys)
+    assert "t1c.nii.gz is given as 'flair', its name says 't1ce'" in said
+    assert "in the order flair, t1, t1ce, t2" in said
+
+
+def test_a_folder_goes_on_after_a_bad_file(corpus_runs, data_folders, tmp_path, capsys):
+    (folder,) = corpus_runs.glob("*-scratch-*")
+    images = sorted((data_folders / "msd_hippocampus" / "imagesTr").iterdir())[:2]
+    (tmp_path / "in").mkdir()
+    for name, path in zip(("a", "c"), images, strict=True):
+        shutil.copy(path, tmp_path / "in" / f"{name}.nii.gz")
+    (tmp_path / "in" / "b.nii.gz").write_bytes(b"<!DOCTYPE html>")
+    capsys.readouterr()
+    harness("predict", "--run", folder, tmp_path / "in", tmp_path / "out", status=2)
+    out, err = capsys.readouterr()
+    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["a.nii.gz", "c.nii.gz"]
+    assert out.split() == [str(tmp_path / "out" / f"{name}.nii.gz") for name in "ac"]
+    assert "b.nii.gz is a web page" in err
+
+
+def test_amos_0000_stays_amos_0000(corpus_runs, data_folders, tmp_path):
+    (folder,) = corpus_runs.glob("*-scratch-*")
+    images = sorted((data_folders / "msd_hippocampus" / "imagesTr").iterdir())[:2]
+    for names in (("amos_0000", "amos_0001"), ("amos_0000",), ("a_0000", "b_0000")):
+        source = tmp_path / "-".join(names)
+        source.mkdir()
+        for name, path in zip(names, images, strict=False):
+            shutil.copy(path, source / f"{name}.nii.gz")
+        harness("predict", "--run", folder, source, tmp_path / "out" / source.name)
+    written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.nii.gz")}
+    assert {path.partition("/")[2] for path in written if path.startswith("amos")} == {
+        "amos_0000.nii.gz",
+        "amos_0001.nii.gz",
+    }
+    assert {path.partition("/")[2] for path in written if path.startswith("a_")} == {"a.nii.gz", "b.nii.gz"}

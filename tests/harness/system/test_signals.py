@@ -94,7 +94,7 @@ def test_a_worker_leaves_signals_to_its_parent_until_it_is_meant():
         worker.communicate()
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_leaves_a_checkpoint_and_status_75(name, sixteen_cases, whole_run, tmp_path):
     process = start(words(sixteen_cases, tmp_path), tmp_path / "log")
     while process.is_alive() and seen("pretrain", tmp_path) < 3:
@@ -107,6 +107,42 @@ def test_a_signal_leaves_a_checkpoint_and_status_75(name, sixteen_cases, whole_r
     assert finish(start(words(sixteen_cases, tmp_path), tmp_path / "log")) == 0
     assert f"pretrain goes on after step {int(checkpoint.stem[5:])} of 12" in (tmp_path / "log").read_text()
     assert_same(only_run(tmp_path), whole_run)
+
+
+def test_ctrl_c_into_a_pipe_whose_reader_ends_leaves_a_checkpoint(sixteen_cases, whole_run, tmp_path):
+    """`harness run ... 2>&1 | tee log`: Ctrl-C ends `tee` too, so that the message of the signal has no reader."""
+    reader, writer = os.pipe()
+    command = [sys.executable, "-m", "harness", *(str(word) for word in words(sixteen_cases, tmp_path))]
+    process = subprocess.Popen(command, stdout=writer, stderr=writer, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    os.close(writer)
+    while process.poll() is None and seen("pretrain", tmp_path) < 3:
+        time.sleep(0.002)
+    os.close(reader)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(240) == 75
+    assert list(tmp_path.glob("cache/pretrain/*/checkpoints/*.ckpt"))
+    assert finish(start(words(sixteen_cases, tmp_path), tmp_path / "log")) == 0
+    assert_same(only_run(tmp_path), whole_run)
+
+
+def test_a_run_whose_output_nobody_reads_is_finished(sixteen_cases, whole_run, tmp_path):
+    """Its status is 0 after the work is done, and not because a pipe broke."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "harness", *(str(word) for word in words(sixteen_cases, tmp_path))]
+    process = subprocess.Popen(command, stdout=writer, stderr=writer, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    os.close(writer)
+    assert process.wait(240) == 0
+    assert_same(only_run(tmp_path), whole_run)
+
+
+def test_nohup_stays_in_force():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with catching():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.usefixtures("one_thread")
