@@ -221,11 +221,10 @@ def gather(runs: Sequence[Run]) -> list[Table]:
         for key in by_rest[without_mode(own_key)]:
             if key != own_key:
                 tables[key][run.method, run.backbone].append(run)
-    measured = list(tables)
+    measured = {key: next(iter(rows.values()))[0] for key, rows in tables.items()}
     for run in [run for run in runs if run.imported]:
-        own_key = (*run.table, run.targets)
-        same = [key for key in measured if _same_cases(key) == _same_cases(own_key)]
-        for key in same or [own_key]:
+        same = [key for key, first in measured.items() if not _other_cases(first, run)]
+        for key in same or [(*run.table, run.targets)]:
             tables[key][run.method, run.backbone].append(run)
     return [_table(key, tables[key]) for key in sorted(tables)]
 
@@ -238,10 +237,12 @@ def imported_note(runs: Sequence[Run]) -> str:
     return "; ".join([f"imported ({', '.join(kinds)}): neither ranked nor tested", *notes]) if sources else ""
 
 
-def _same_cases(key: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The fields of a table's key that imported results must share: task, data, test cases, metrics, targets."""
+def _other_cases(first: Run, second: Run) -> list[str]:
+    """The fields of two runs that differ among those that imported results must share: task, data, test cases, metrics, folds."""
     fields = ("task", "data", "metric_policy", "metric_definitions", "test_cases")
-    return (*(key[SHARED.index(field)] for field in fields), key[-1])
+    pairs = [(field, *(run.table[SHARED.index(field)] for run in (first, second))) for field in fields]
+    pairs += [("targets", first.targets, second.targets), ("folds", first.folds, second.folds)]
+    return [field for field, own, other in pairs if own != other]
 
 
 def without_mode(table: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -252,6 +253,8 @@ def without_mode(table: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def differing(first: Run, second: Run) -> list[str]:
     """The fields that keep two runs out of one table, in words; empty where they share a table."""
+    if first.imported or second.imported:
+        return _other_cases(first, second)
     differences = []
     for name, first_value, second_value in zip(SHARED, first.table, second.table, strict=True):
         if name == "mode" and (first.control or second.control):

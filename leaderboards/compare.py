@@ -106,6 +106,9 @@ def _compare(title: str, table: Table, first: list[Run], second: list[Run], name
             }
         )
     note = statistics.why_no_test(len(first), len(first[0].cases), folds) or "p is of this pair alone: no correction"
+    if imported := board.imported_note([*first, *second]):
+        note = imported
+        summary = [row | {"p": np.nan} for row in summary]
     seeds = [run.seed for run in first]
     return Comparison(title, names, seeds, pd.concat(frames, ignore_index=True), pd.DataFrame(summary), note)
 

@@ -96,7 +96,7 @@ def find(tables: Sequence[Table], over: str = "label_fraction") -> list[Curves]:
     left_out: dict[tuple[Any, ...], list[str]] = defaultdict(list)
     sets: dict[tuple[Any, ...], dict[str, dict[float, Group]]] = defaultdict(lambda: defaultdict(dict))
     for table in tables:
-        for group in table.groups:
+        for group in [group for group in table.groups if not group.imported]:
             point = _point(group.runs[0], over)
             if point is not None:
                 name = f"{group.runs[0].method_without(over)} ({group.backbone})"

@@ -248,13 +248,15 @@ def _averages(frame: pd.DataFrame) -> Iterable[tuple[str, list[list[str]]]]:
     """Heading and rows of table cells for each group of rows that share a table."""
     average = frame[frame["target"] == "average"]
     shared = [*COLUMNS[:6], "metric_policy", "source", "label_subset"]
-    average = average.assign(source=average["source"].replace("imported", "measured"))  # shown beside measured rows
+    imported = average["source"] == "imported"
+    # Imported rows are shown beside measured ones; their names say what they are.
+    average = average.assign(imported=imported, source=average["source"].where(~imported, "measured"))
     for key, rows in average.groupby(shared, sort=False, dropna=False):
         task, data, preset, mode, protocol, fraction, policy, source, subset = map(str, key)
         mark = "PHANTOM DATA, says nothing about any method: " if data.startswith("phantom") else ""
         if rows["n_test_seen"].map(lambda cell: str(cell).isdecimal() and int(cell) > 0).any():
             mark += "TEST CASES WERE TRAINED OR PRE-TRAINED ON: "
-        if (rows["n_test_seen"] == UNKNOWN)[~rows["method"].str.endswith("(imported)")].any():
+        if (rows["n_test_seen"] == UNKNOWN)[~rows["imported"]].any():
             mark += "TEST CASES MAY HAVE BEEN TRAINED ON, NOBODY KNOWS: "
         share = "" if fraction in ("nan", "") else f", {float(fraction):.0%} of the labels"
         share += drawn_text(subset.replace("nan", "")) if share and float(fraction) < 1 else ""

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from leaderboards.records import Run
 
+DEFINITIONS = ("evaluate.hd95", "evaluate.empty", "evaluate.tolerance")
+"""The settings that imported results are scored with."""
+
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -99,7 +102,7 @@ def _add_import(verbs: Any) -> None:
     importing.add_argument("--backbone", default="-", metavar="NAME", help="its network")
     importing.add_argument("--note", default="", metavar="TEXT", help="what a reader of the table must know")
     add_options(importing, "task", "data", "split", "seed", "runs", "plugins")
-    add_options(importing, "settings", text="evaluate.*: definitions of the metrics, as in the runs beside it")
+    add_options(importing, "settings", text="evaluate.hd95, .empty or .tolerance, as in the runs beside it")
     importing.set_defaults(command=import_results)
 
 
@@ -284,8 +287,8 @@ def import_results(arguments: argparse.Namespace) -> None:
             )
     overrides = parse_overrides(arguments.settings)
     for key in overrides:
-        if not key.startswith("evaluate."):
-            raise UserError(f"--set {key}: results are imported with evaluate.* alone, because nothing is trained")
+        if key not in DEFINITIONS:
+            raise UserError(f"--set {key}: nothing is trained or predicted; allowed are {', '.join(DEFINITIONS)}")
     settings = build(Evaluate, {key.removeprefix("evaluate."): text for key, text in overrides.items()}, "evaluate")
     if not arguments.task:
         raise UserError("--task is missing: give the task whose test cases these are, `harness list tasks`")

@@ -44,6 +44,13 @@ class Training(Settings):
             raise ValueError("give either steps or epochs, and set the other to none")
         return self
 
+    @model_validator(mode="after")
+    def _momentum_of_sgd(self) -> "Training":
+        """AdamW must not be given a momentum, which it would not use."""
+        if self.optimizer == "adamw" and self.momentum != type(self).model_fields["momentum"].default:
+            raise ValueError("momentum is a setting of the optimizer sgd: leave it out, or set optimizer to sgd")
+        return self
+
     def rows(self, processes: int, micro_batches: int) -> int:
         """Number of crops in each part of a batch: those of one micro-batch of one process.
 

@@ -22,6 +22,8 @@ from harness.system.files import walk
 
 SHIFT_TOLERANCE = 0.1  # voxels; largest allowed distance between the positions that two headers give to the same corner
 ROUNDING = 1e-3  # largest allowed distance of a float label from a whole number
+SAMPLED = 200_000  # voxels that are looked at to tell what an image is
+FEW_VALUES = 32  # largest number of different values of a label map; the fewest that a scan is expected to have
 HIGHEST_HU = 32767  # larger values are negative ones that were stored without a sign
 
 
@@ -182,6 +184,24 @@ def _check_same_grid(
     raise UserError(
         f"{second} and {first} have different affines ({how}): resample one onto the other, or mend the header that is wrong"
     )
+
+
+def looks_like_labels(image: NDArray[np.float32]) -> bool:
+    """Whether an image (C, x, y, z) has few whole values from 0 on, as label maps have and scans have not."""
+    sampled = image.reshape(-1)[:: max(1, image.size // SAMPLED)]
+    if (sampled < 0).any() or (sampled != np.rint(sampled)).any():
+        return False
+    return len(np.unique(sampled)) <= FEW_VALUES
+
+
+def has_lost_intercept(image: NDArray[np.float32]) -> bool:
+    """Whether a CT (C, x, y, z) seems to have air at 0 and not at -1000: no voxel of air or lung, and much of bone's density.
+
+    Padding below -1100 HU does not count as air.
+    """
+    sampled = image.reshape(-1)[:: max(1, image.size // SAMPLED)]
+    inside = sampled[sampled > -1100]
+    return bool(len(inside) and (inside < -200).mean() < 0.01 and (inside > 300).mean() > 0.25)
 
 
 def group_images(folder: Path, images: ImageSet) -> list[Case]:

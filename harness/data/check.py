@@ -12,7 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.api.task import Case, ImageSet, Window
-from harness.data.cases import LoadedCase, case_bytes, load_case, num_workers
+from harness.data.cases import (
+    FEW_VALUES,
+    LoadedCase,
+    case_bytes,
+    has_lost_intercept,
+    load_case,
+    looks_like_labels,
+    num_workers,
+)
 from harness.data.duplicates import Signature, duplicate_pairs, signature
 from harness.data.image_files import read_header
 from harness.data.pictures import colours
@@ -100,6 +108,16 @@ def _check_case(images: ImageSet, case: Case) -> CheckedCase:
     result.axes = "".join(nib.orientations.aff2axcodes(loaded.affine))
     result.signature = np.stack([signature(channel) for channel in loaded.image])
     result.thumbnail = _thumbnail(images, loaded)
+    if looks_like_labels(loaded.image):
+        problem(
+            LOOK,
+            "label maps?",
+            f"{case.images[0]}: at most {FEW_VALUES} whole values, as a label map has: is it a scan?",
+        )
+    if images.hounsfield and has_lost_intercept(loaded.image):
+        problem(
+            LOOK, "intensities", f"{case.images[0]}: no air, and much above 300 HU: was the intercept of -1024 lost?"
+        )
     for note in loaded.notes:
         problem(LOOK, "labels that are not whole numbers", note)
     if not all(SPACING_RANGE[0] <= edge <= SPACING_RANGE[1] for edge in result.spacing):
@@ -160,7 +178,7 @@ def _heading(text: str) -> str:
         "NaN": "NaN and infinite voxels",
         "label values": "label values",
         "same value": "constant images",
-        "outside of the window": "constant images",
+        "no contrast in the window": "intensities outside of the window",
         "resampling it": "spacings that cannot be",
         "axes run": "mirrored or turned",
         "same grid": "images and labels on different grids",

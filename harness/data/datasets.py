@@ -176,8 +176,20 @@ def open_corpora(located: Sequence[tuple[Corpus, Path]], cache: Path, skip_bad: 
         cases = [case for case in cases if case.id not in inventory.bad]
         if not cases:
             raise UserError(f"corpus {corpus.name!r}: none of its {len(inventory.bad)} files can be used: mend them")
+        _refuse_label_maps(corpus, cases, inventory)
         opened.append(CorpusData(corpus, is_phantom(root), cases, inventory))
     return opened
+
+
+def _refuse_label_maps(corpus: Corpus, cases: Sequence[Case], inventory: Inventory) -> None:
+    """Raises UserError if most scans of a corpus look like label maps; says so if some do."""
+    if not (suspected := inventory.label_like):
+        return
+    listed = ", ".join(suspected[:3]) + (", ..." if len(suspected) > 3 else "")
+    text = f"corpus {corpus.name!r}: {len(suspected)} of {len(cases)} files have few whole values as label maps do ({listed})"
+    if 2 * len(suspected) > len(cases):
+        raise UserError(f"{text}: give the folder of the scans, or name label maps as such (labels/, _seg)")
+    say(f"DESERVES A LOOK: {text}; they are pre-trained on")
 
 
 def overlap(data: TaskData, corpora: Sequence[CorpusData]) -> list[tuple[str, str]]:

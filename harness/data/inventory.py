@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ import numpy as np
 
 from harness.api.task import Case, ImageSet
 from harness.data.arrays import load_array
-from harness.data.cases import case_bytes, load_case, num_workers
+from harness.data.cases import case_bytes, load_case, looks_like_labels, num_workers
 from harness.data.duplicates import GRID, Signature, signature
 from harness.system.console import progress, say
 from harness.system.errors import UserError
 from harness.system.files import digest, digest_file, file_size, read_json, write_atomic
 
-SIGNATURE_VERSION = 3  # version of the cached signatures; raise it when the signature of an image changes
+SIGNATURE_VERSION = 4  # version of the cached signatures; raise it when the signature of an image changes
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,13 @@ class Inventory:
         digests: one per case, of the content of its files.
         signatures: one array (channels, GRID, GRID, GRID) per case.
         bad: the problem of each case that cannot be used; empty unless such cases are to be skipped.
+        label_like: cases without a label map whose image looks like one, see `harness.data.cases.looks_like_labels`.
     """
 
     digests: dict[str, str]
     signatures: dict[str, Signature]
     bad: dict[str, str]
+    label_like: list[str] = field(default_factory=list)
 
 
 def take_inventory(images: ImageSet, cases: Sequence[Case], cache: Path, skip_bad: bool = False) -> Inventory:
@@ -68,6 +70,8 @@ def take_inventory(images: ImageSet, cases: Sequence[Case], cache: Path, skip_ba
                 del inventory.digests[case.id]
             else:
                 inventory.signatures[case.id] = signature
+                if _label_mark(_signature_path(images, folder, inventory.digests, case)).exists():
+                    inventory.label_like.append(case.id)
     return inventory
 
 
@@ -120,6 +124,11 @@ def _signature_path(images: ImageSet, folder: Path, digests: dict[str, str], cas
     return folder / f"{digests[case.id][:20]}-{digest(settings)[:8]}.npy"
 
 
+def _label_mark(signature_path: Path) -> Path:
+    """The empty file that exists if the image of a signature looks like a label map."""
+    return signature_path.with_suffix(".label")
+
+
 def _read_signature(path: Path, channels: int) -> Signature | None:
     """A signature from the cache; None if the file is missing or damaged."""
     try:
@@ -153,6 +162,8 @@ def _cached_signature(
             return error
         raise
     computed = np.stack([signature(channel) for channel in loaded.image])
+    if loaded.label is None and looks_like_labels(loaded.image):
+        _label_mark(path).touch()
     # Two threads may handle two files of the same content, and two processes the same case: each writes a file of its own.
     partial_path = path.with_name(f".{os.getpid()}-{threading.get_ident()}-{path.name}")
     np.save(partial_path, computed)

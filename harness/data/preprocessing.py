@@ -93,6 +93,10 @@ def preprocessed_extent(
     return extent
 
 
+LEAST_CONTRAST = 0.02
+"""Smallest share of a window that the values of an image must span."""
+
+
 def normalise(channel: NDArray[np.float32], how: Normalisation, source: str) -> NDArray[np.float32]:
     """Scale a channel (x, y, z): to [0.001, 1], where 0 is kept for voxels without an intensity (as in HybridMIM's code), or
     to mean 0 and standard deviation 1.
@@ -117,6 +121,11 @@ def normalise(channel: NDArray[np.float32], how: Normalisation, source: str) -> 
     scaled = channel - np.float32(low)
     scaled *= np.float32(0.999 / (high - low))
     scaled.clip(0, np.float32(0.999), out=scaled)
+    if isinstance(how, Window) and not float(scaled.max() - scaled.min()) > LEAST_CONTRAST:
+        raise UserError(
+            f"{source}: its values from {channel.min():g} to {channel.max():g} have no contrast in the window from {low:g} to "
+            f"{high:g} HU: are they Hounsfield units? Convert the image again, or give the window that its values need"
+        )
     scaled += np.float32(0.001)
     if isinstance(how, Percentiles):
         scaled *= channel != 0

@@ -1,21 +1,22 @@
 """Results of other software as a run folder: label maps, or nnU-Net's `summary.json`, for a task's test cases."""
 
 import json
-import math
 import re
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from harness.api.task import Case, Task
 from harness.config.schema import Evaluate
 from harness.data.cases import case_bytes, load_label, num_workers
 from harness.data.datasets import TaskData
+from harness.data.image_files import corners_apart
 from harness.data.image_names import IMAGE_ENDINGS, stem
 from harness.evaluation import metrics
 from harness.evaluation.evaluate import Rows, cases_table, new_scoring, read_reference, summarise
@@ -23,6 +24,7 @@ from harness.runs.record import RULES, SCHEMA
 from harness.system.console import progress, say
 from harness.system.errors import UserError
 from harness.system.files import digest, digest_file, write_atomic
+from leaderboards.schema import Record
 
 SUMMARY = "summary.json"
 LARGEST = 256 * 2**20  # bytes of a summary that are read
@@ -38,6 +40,30 @@ class Origin:
     backbone: str
     seed: int
     note: str = ""
+
+
+class Counts(BaseModel):
+    """Numbers of voxels of one label of one case."""
+
+    model_config = ConfigDict(strict=True)
+    TP: NonNegativeInt
+    FP: NonNegativeInt
+    FN: NonNegativeInt
+    n_ref: NonNegativeInt
+    n_pred: NonNegativeInt | None = None
+
+
+class _PerCase(BaseModel):
+    """One case of a summary."""
+
+    prediction_file: Annotated[str, Field(max_length=10_000)]
+    metrics: dict[str, Counts]
+
+
+class _Summary(BaseModel):
+    """What is read of nnU-Net's `summary.json`."""
+
+    metric_per_case: list[_PerCase]
 
 
 def import_results(source: Path, data: TaskData, split: str, settings: Evaluate, origin: Origin, runs: Path) -> Path:
@@ -57,6 +83,8 @@ def import_results(source: Path, data: TaskData, split: str, settings: Evaluate,
     task, cases = data.task, data.split.test
     folder, summary = (source, source / SUMMARY) if source.is_dir() else (source.parent, source)
     predictions = _predictions(folder, cases) if source.is_dir() else {}
+    if summary.exists() and not summary.is_file():
+        raise UserError(f"{summary} is no regular file: take it out, or restore it")
     if predictions:
         scoring = new_scoring(settings)
         rows = _scored(task, cases, predictions, scoring)
@@ -67,10 +95,17 @@ def import_results(source: Path, data: TaskData, split: str, settings: Evaluate,
         rows, used = _from_summary(summary, task, cases, settings), [digest_file(summary)]
     else:
         raise UserError(
-            f"{source} has neither label maps of the test cases ({cases[0].id}.nii.gz, ...) nor {SUMMARY}: give nnU-Net's "
-            "folder of predictions or its `validation` folder"
+            f"{source} has neither label maps of the test cases ({cases[0].id}.nii.gz, ..., without a channel's number) nor "
+            f"{SUMMARY}: give nnU-Net's folder of predictions or its `validation` folder"
         )
     record = _record(data, split, settings, origin, "label maps" if predictions else SUMMARY, rows, used)
+    try:
+        Record.model_validate(record)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise UserError(
+            f"{'.'.join(map(str, problem['loc']))} = {problem['input']!r:.60} cannot be used: {problem['msg']}"
+        ) from None
     target = runs / record["run_id"]
     target.mkdir(parents=True, exist_ok=True)
     write_atomic(target / "cases.csv", cases_table(rows))
@@ -81,7 +116,12 @@ def import_results(source: Path, data: TaskData, split: str, settings: Evaluate,
 
 def _predictions(folder: Path, cases: list[Case]) -> dict[str, Path]:
     """The label map of each test case; empty if there is none. Raises UserError if some are missing."""
-    files = {stem(path): path for path in sorted(folder.iterdir()) if path.name.endswith(IMAGE_ENDINGS)}
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(IMAGE_ENDINGS):
+            other = files.setdefault(stem(path), path)
+            if other is not path:
+                raise UserError(f"{other} and {path.name} are of one case: take one of them out")
     predictions = {case.id: files[case.id] for case in cases if case.id in files}
     missing = [case.id for case in cases if case.id not in files]
     if predictions and missing:
@@ -102,10 +142,16 @@ def _scored(task: Task, cases: list[Case], predictions: Mapping[str, Path], scor
         path = predictions[case.id]
         label, affine, _ = load_label(task, replace(case, label=path))
         reference, reference_affine, _ = load_label(task, case)
-        if label.shape != reference.shape or not np.allclose(affine, reference_affine, atol=GRID):
+        if label.shape != reference.shape:
             raise UserError(
-                f"{path} has another grid than {case.label}: shapes {label.shape} and {reference.shape}: give predictions in "
-                "the grid of the images"
+                f"{path} has the shape {label.shape}, {case.label} has {reference.shape}: give predictions in the grid of the "
+                "images"
+            )
+        if not np.allclose(affine, reference_affine, atol=GRID):
+            apart = corners_apart(label.shape, affine, reference_affine)
+            raise UserError(
+                f"{path} and {case.label} have affines that place voxels up to {apart:.3g} voxels apart: give predictions in the "
+                "grid of the images, turned as they are"
             )
         spacing = [float(edge) for edge in np.linalg.norm(reference_affine[:3, :3], axis=0)]
         scores = metrics.score(task.masks(label), task.masks(reference), spacing, scoring)
@@ -130,61 +176,84 @@ def _from_summary(path: Path, task: Task, cases: list[Case], settings: Evaluate)
         )
     rows: Rows = []
     for case in cases:
-        by_values = {_values(name): counts for name, counts in entries[case.id].items()}
+        by_values = _by_values(path, case.id, entries[case.id])
         masks, _ = read_reference(task, case)
         for (target, values), mask in zip(task.targets.items(), masks, strict=True):
             counts = by_values.get(frozenset(values))
-            if not isinstance(counts, dict):
+            if counts is None:
                 raise UserError(
                     f"{path}: case {case.id} has no label {', '.join(map(str, values))}, which is {target!r} here; it has "
-                    f"{', '.join(map(repr, entries[case.id]))}: import the predictions instead"
+                    f"{', '.join(ascii(name)[:40] for name in list(entries[case.id])[:20])}: import the predictions instead"
                 )
-            rows.append(_summary_row(path, case.id, target, counts, int(mask.sum()), settings))
+            about = f"{path}: case {case.id}, {target!r}"
+            rows.append(_summary_row(about, case.id, target, counts, int(mask.sum()), mask.size, settings))
     return rows
 
 
-def _read_summary(path: Path) -> dict[str, dict[str, Any]]:
-    """Case -> label -> counts of a summary."""
+def _read_summary(path: Path) -> dict[str, dict[str, Counts]]:
+    """Case -> label -> counts of a summary. Raises UserError if it is none, or names a case twice."""
     try:
         if path.stat().st_size > LARGEST:
             raise ValueError(f"more than {LARGEST >> 20} MiB")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        per_case = content["metric_per_case"]
-        return {stem(Path(str(each["prediction_file"]).replace("\\", "/"))): dict(each["metrics"]) for each in per_case}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        per_case = _Summary.model_validate_json(path.read_text(encoding="utf-8")).metric_per_case
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part)[:40] for part in problem["loc"])
+        raise UserError(
+            f"{path} is no summary of nnU-Net: {where} = {problem['input']!r:.40}: {problem['msg']}; give the {SUMMARY} of a "
+            "`validation` folder"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is no summary of nnU-Net ({type(error).__name__}: {' '.join(str(error).split())[:80]}): give the "
             f"{SUMMARY} of a `validation` folder"
         ) from None
+    entries: dict[str, dict[str, Counts]] = {}
+    for each in per_case:
+        name = stem(Path(each.prediction_file.replace("\\", "/")))
+        if entries.setdefault(name, each.metrics) is not each.metrics:
+            raise UserError(f"{path} has two entries of {name[:80]}: keep one")
+    return entries
 
 
-def _values(name: str) -> frozenset[int]:
-    """The label values that a summary names: `1`, or `(1, 2)` for a region."""
-    return frozenset(int(digits) for digits in re.findall(r"\d{1,9}", name))
+def _by_values(path: Path, case: str, entry: Mapping[str, Counts]) -> dict[frozenset[int], Counts]:
+    """Label values -> counts. A label is named `1`, a region `(1, 2)`. Raises UserError for two names of one label."""
+    found: dict[frozenset[int], Counts] = {}
+    for name, counts in entry.items():
+        if re.fullmatch(r"\d{1,9}|\(\d{1,9}(, ?\d{1,9})*,?\)", name, re.ASCII):
+            values = frozenset(int(digits) for digits in re.findall(r"\d+", name))
+            if values in found:
+                raise UserError(f"{path}: case {case} has two entries of label {name}: keep one")
+            found[values] = counts
+    return found
 
 
 def _summary_row(
-    path: Path, case: str, target: str, counts: Mapping[str, Any], reference: int, settings: Evaluate
+    about: str, case: str, target: str, counts: Counts, reference: int, voxels: int, settings: Evaluate
 ) -> dict[str, Any]:
-    """One row of `cases.csv`, without distances."""
-    numbers = [counts.get(name) for name in ("TP", "FP", "FN", "n_ref")]
-    if not all(isinstance(number, int | float) and 0 <= number < math.inf for number in numbers):
-        raise UserError(f"{path}: case {case}, {target!r} lacks TP, FP, FN or n_ref: is it damaged?")
-    hits, extra, lost, stated = (round(float(number)) for number in numbers if number is not None)
-    if stated != reference or hits + lost != reference:
+    """One row of `cases.csv`, without distances.
+
+    Args:
+        about: case and target, for messages.
+        reference: number of voxels that the target has here.
+        voxels: of the whole grid.
+    """
+    hits, extra, lost = counts.TP, counts.FP, counts.FN
+    if counts.n_ref != reference or hits + lost != reference:
         raise UserError(
-            f"{path}: case {case}, {target!r} has {stated} reference voxels, here it has {reference}: these are other labels, "
-            "another grid or another case"
+            f"{about} has {counts.n_ref} reference voxels (TP + FN: {hits + lost}), here it has {reference}: these are other "
+            "labels, another grid or another case"
+        )
+    if hits + extra > voxels or counts.n_pred not in (None, hits + extra):
+        raise UserError(
+            f"{about} has TP {hits}, FP {extra} and n_pred {counts.n_pred}, on a grid of {voxels} voxels: which is right?"
         )
     if not reference and not extra:
         dice = 1.0 if settings.empty == "perfect" else None
         return {"case": case, "target": target, **asdict(metrics.Score("empty", dice, None, None))}
     status = "spurious" if not reference else "scored" if hits + extra else "missed"
-    return {
-        "case": case,
-        "target": target,
-        **asdict(metrics.Score(status, 2 * hits / (2 * hits + extra + lost), None, None)),
-    }
+    dice = 2 * hits / (2 * hits + extra + lost)
+    return {"case": case, "target": target, **asdict(metrics.Score(status, dice, None, None))}
 
 
 def _compare(ours: Rows, theirs: Rows) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from leaderboards import board, table
+from leaderboards import board, compare, curves, table
 from leaderboards.records import RecordError, load_run, load_runs
 from leaderboards.validate import check_csv
 from tests.leaderboards.made import write_run
@@ -114,3 +114,30 @@ def test_dice_alone_is_allowed_for_a_summary_only(tmp_path):
     (place / "record.json").write_text(record)
     with pytest.raises(RecordError, match="no Dice or no HD95"):
         load_run(place)
+
+
+def test_comparing_with_an_imported_row_has_no_p_value_and_needs_the_same_cases_only(runs):
+    write_run(runs, "nnU-Net", 0, 0.9, **OTHER)
+    write_run(runs, "nnU-Net", 1, 0.9, **OTHER)
+    write_run(runs, "other", 0, 0.9, cases=5, **OTHER)
+    everything = read(runs)
+    (made,) = compare.compare_methods(board.gather(everything), "nnU-Net (imported)", "scratch")
+    assert made.summary["p"].isna().all()
+    assert made.summary["difference"].iloc[-1] == pytest.approx(0.05, abs=0.001)
+    assert "neither ranked nor tested" in made.note
+    by_name = {(run.method, run.seed): run for run in everything}
+    assert compare.compare_runs(by_name["scratch", 0], by_name["nnU-Net (imported)", 0]).seeds == [0]
+    with pytest.raises(board.NotComparableError, match="differ in test_cases"):
+        compare.compare_runs(by_name["scratch", 0], by_name["other (imported)", 0])
+
+
+def test_no_curve_holds_an_imported_row(runs):
+    """Also where it is named as a measured method is."""
+    for seed in range(3):
+        write_run(runs, "mae", seed, 0.7, label_fraction=0.5)
+    (before,) = curves.find(board.gather(read(runs)))
+    write_run(runs, "mae", 0, 0.99 - 0.09, run_id="imported-mae", **OTHER)
+    (after,) = curves.find(board.gather(read(runs)))
+    assert after.left_out == []
+    assert [(each.name, each.points) for each in after.curves] == [(each.name, each.points) for each in before.curves]
+    assert [each.area[0] for each in after.curves] == [each.area[0] for each in before.curves]

@@ -161,3 +161,19 @@ def test_a_pooled_row_says_what_tuning_chose_in_each_fold(tmp_path):
         write_fold(tmp_path, "scratch", fold, tuning={"grid": "finetune.lr=1,2", "trials": own, "chosen": int(chosen)})
     (only,) = tables(tmp_path)
     assert "tuning chose lr=1 (seeds 0 fold 1/3, 0 fold 2/3); lr=2 (seed 0 fold 3/3)" in only.groups[0].note
+
+
+def test_imported_results_without_folds_are_in_a_table_of_their_own(tmp_path):
+    """They hold the same cases. Their name sorts first, and their want of folds must not change anybody's intervals."""
+    (before,) = tables(write_study(tmp_path))
+    cases = before.groups[0].runs[0].cases
+    imported = {"imported": {"kind": "label maps"}, "preset": "imported"}
+    place = write_run(tmp_path, "AAA", 0, 0.5, cases=len(cases), data={"test": list(cases)}, **imported)
+    frame = pd.read_csv(place / "cases.csv")
+    names = dict(zip(frame["case"].unique(), cases, strict=True))
+    frame["case"] = frame["case"].map(names)
+    frame.to_csv(place / "cases.csv", index=False)
+    after = {tuple(group.method for group in each.groups): each for each in tables(tmp_path)}
+    assert set(after) == {("AAA (imported)",), ("better", "scratch")}
+    for old, new in zip(before.groups, after["better", "scratch"].groups, strict=True):
+        np.testing.assert_equal((new.p, new.dice.low, new.dice.high), (old.p, old.dice.low, old.dice.high))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from harness import UserError
-from harness.data.cases import load_case
+from harness.data.cases import has_lost_intercept, load_case, looks_like_labels
 from tests.harness.commands import fails, harness
 from tests.harness.spoilt import poke, rewrite
 
@@ -79,3 +79,25 @@ def test_a_case_with_holes_in_its_numbering_keeps_them(hippocampus_phantom, regi
         load_case(task, case)
     renumbered = replace(case, numbering=((0, 0), (1, 1), (2, 3)))
     assert set(np.unique(load_case(task, renumbered).label)) == {0, 1, 3}
+
+
+def test_label_maps_are_told_from_scans_by_their_few_whole_values():
+    rng = np.random.default_rng(0)
+    for image, is_label in (
+        (rng.integers(0, 3, (1, 20, 20, 20)), True),
+        (rng.integers(0, 32, (1, 20, 20, 20)), True),
+        (rng.integers(0, 200, (1, 20, 20, 20)), False),
+        (rng.integers(-1, 3, (1, 20, 20, 20)), False),
+        (rng.random((1, 20, 20, 20)).round(1), False),
+    ):
+        assert looks_like_labels(image.astype(np.float32)) is is_label
+
+
+def test_a_ct_without_its_intercept_is_noticed():
+    """Air, tissue and bone, and a scanner's padding; then the same without the intercept of -1024."""
+    rng = np.random.default_rng(0)
+    tissue = rng.normal(40, 30, 8000)
+    whole = np.concatenate([rng.normal(-1000, 20, 6000), tissue, rng.normal(700, 200, 800), np.full(2000, -3024)])
+    cut_out = np.concatenate([tissue, rng.normal(700, 200, 800)])
+    for values, lost in ((whole, False), (np.where(whole < -2000, -3024, whole + 1024), True), (cut_out, False)):
+        assert has_lost_intercept(values.astype(np.float32).reshape(1, 1, 1, -1)) is lost

@@ -208,6 +208,22 @@ KINDS = {
         "stored without a sign",
         task="msd_spleen",
     ),
+    "CT rescaled to 0..1": Kind(
+        of_image(lambda v: ((v - v.min()) / np.ptp(v)).astype(np.float32), dtype=np.float32),
+        "have no contrast in the window",
+        task="msd_spleen",
+    ),
+    "CT without its intercept": Kind(
+        of_image(lambda v: np.where(v < -500, 0, v + 1024).astype(np.int16)),
+        "was the intercept of -1024 lost?",
+        LOOK,
+        "msd_spleen",
+    ),
+    "image that is a label map": Kind(
+        of_image(lambda v: np.digitize(v, np.quantile(v, (0.5, 0.8, 0.9))).astype(np.uint8)),
+        "as a label map has: is it a scan?",
+        LOOK,
+    ),
     "16 bit scaled by a slope": Kind(scaled, "", FINE),
     # geometry
     "zero spacing": Kind(raw(80, "<3f", 0, 1, 1), "a spacing of 0, 1, 1 mm"),

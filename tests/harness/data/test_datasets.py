@@ -213,3 +213,24 @@ def test_a_folder_of_one_kind_twice_is_refused(data_folders, tmp_path, capsys):
     twice = ["--mode", "generic", "--corpus", data_folders / "scans", "--corpus", data_folders / "scans"]
     harness(*short_run("simmim", data_folders / "msd_hippocampus"), *twice, "--runs", tmp_path, status=2)
     assert "two corpora are named 'scans'" in last_error(capsys)
+
+
+def label_like(folder, numbers):
+    folder.mkdir()
+    for number in range(4):
+        rng = np.random.default_rng(number)
+        voxels = rng.integers(0, 3 if number in numbers else 500, (16, 16, 16)).astype(np.int16)
+        nib.save(nib.Nifti1Image(voxels, np.eye(4)), folder / f"scan{number}.nii.gz")
+    return folder
+
+
+def test_a_corpus_of_label_maps_is_refused_by_its_content(tmp_path, capsys):
+    """Their names say nothing. One of four is said, most are refused; also when the signatures are in the cache."""
+    few, most = label_like(tmp_path / "few", {1}), label_like(tmp_path / "most", {0, 1, 3})
+    for _ in range(2):
+        capsys.readouterr()
+        (opened,) = open_corpora([(folder_corpus(few), few)], tmp_path / "cache", skip_bad=False)
+        assert len(opened.cases) == 4
+        assert "DESERVES A LOOK: corpus 'few': 1 of 4 files have few whole values" in capsys.readouterr().err
+        with pytest.raises(UserError, match=r"corpus 'most': 3 of 4 files .* give the folder of the scans"):
+            open_corpora([(folder_corpus(most), most)], tmp_path / "cache", skip_bad=False)

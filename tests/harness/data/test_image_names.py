@@ -43,6 +43,21 @@ def test_names_below_a_root_keep_their_folders_apart():
         "label0001",
         "gt",
         "p/x_Segmentation",
+        "segmentation-0",  # LiTS
+        "labels-0",  # CT-ORG
+        "TrainingMask/x",
+        "labelsVa/x",
+        "labelsVal/x",
+        "labels_test/x",
+        "x_msk",
+        "sub-1_dseg",
+        "seg-lungs-LUNA16/x",
+        "Lung_Mask/x",
+        "instances/x",
+        "OTMultiClass/x",
+        "case_OTMultiClass",
+        "GroundTruth/x",
+        "ground_truth/x",
     ],
 )
 def test_label_maps_are_recognised(name, ending):
@@ -51,7 +66,11 @@ def test_label_maps_are_recognised(name, ending):
 
 @pytest.mark.parametrize(
     "name",
-    ["imagesTr/x", "x", "segment", "unlabelled/x", "bigseg", "weight", "gtx", "masked", "labelled_7", "x_seg_ct"],
+    [
+        *("imagesTr/x", "x", "segment", "unlabelled/x", "bigseg", "weight", "gtx", "masked", "labelled_7", "x_seg_ct"),
+        *("Segmentation-Challenge/x", "segmentation_images/x", "images_with_labels/x", "volume-0", "TrainingImg/x"),
+        *("Task04/x", "2024/x", "unmasked/x", "LiTS/volume-1"),
+    ],
 )
 def test_scans_are_no_label_maps(name):
     assert not is_named_label(Path(name + ".nii.gz"))

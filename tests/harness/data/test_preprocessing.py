@@ -137,3 +137,12 @@ def test_spacings_that_cannot_be(scale, hippocampus_phantom, finished_simmim, tm
     (folder,) = [path.parent for path in finished_simmim.glob("*/record.json")]
     harness("predict", "--run", folder, case.images[0], tmp_path / "out.nii.gz", status=2)
     assert "is its spacing in mm?" in last_error(capsys)
+
+
+@pytest.mark.parametrize("values", [(0, 1), (300, 4000), (-3024, -1200), (100, 102)])
+def test_a_ct_without_contrast_in_its_window_is_refused(values):
+    """Rescaled to 0..1, all above the window, all below it; not one that spans a tenth of it."""
+    channel = np.linspace(*values, 64, dtype=np.float32).reshape(4, 4, 4)
+    with pytest.raises(UserError, match=r"no contrast in the window from -175 to 250 HU: are they Hounsfield units\?"):
+        normalise(channel, Window(-175, 250), "a.nii.gz")
+    assert np.ptp(normalise(np.linspace(0, 42, 64, dtype=np.float32).reshape(4, 4, 4), Window(-175, 250), "a")) > 0.09

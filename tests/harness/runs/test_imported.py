@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -109,7 +110,7 @@ def test_structures_that_one_side_lacks_follow_the_policy(predictions, opened, t
 
     def change(content):
         first = content["metric_per_case"][0]["metrics"]
-        first["1"] |= {"TP": 0, "FP": 0, "FN": first["1"]["n_ref"]}
+        first["1"] |= {"TP": 0, "FP": 0, "FN": first["1"]["n_ref"], "n_pred": 0}
 
     (tmp_path / "summary.json").write_text(summary(opened, predictions, change))
     run = records.load_run(imported(tmp_path / "summary.json", opened, tmp_path / "runs"))
@@ -117,18 +118,38 @@ def test_structures_that_one_side_lacks_follow_the_policy(predictions, opened, t
     assert check_run(run.folder) == []
 
 
+def label_1(content):
+    return content["metric_per_case"][0]["metrics"]["1"]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda c: c["metric_per_case"].pop(), r"lacks 1 of \d+ test cases"),
-        (lambda c: c["metric_per_case"][0]["metrics"]["1"].update(n_ref=3), "has 3 reference voxels, here it has"),
+        (lambda c: c["metric_per_case"][0]["metrics"]["1"].update(n_ref=3), r"has 3 reference voxels .*, here it has"),
         (
             lambda c: c["metric_per_case"][0]["metrics"].pop("2"),
             "has no label 2, which is 'posterior' here; it has '1'",
         ),
-        (lambda c: c["metric_per_case"][0]["metrics"]["1"].update(TP=None), "lacks TP, FP, FN or n_ref"),
-        (lambda c: c["metric_per_case"][0]["metrics"]["1"].update(TP=float("nan")), "lacks TP, FP, FN or n_ref"),
-        (lambda c: c.pop("metric_per_case"), "is no summary of nnU-Net"),
+        (
+            lambda c: label_1(c).update(TP=None),
+            r"metric_per_case.0.metrics.1.TP = None: Input should be a valid integer",
+        ),
+        (lambda c: label_1(c).update(TP=float("nan")), r"TP = nan: Input should be a valid integer"),
+        (lambda c: label_1(c).update(FP=3.7), r"FP = 3.7: Input should be a valid integer"),
+        (lambda c: label_1(c).update(FP=True), r"FP = True: Input should be a valid integer"),
+        (lambda c: label_1(c).update(FP=-1), r"FP = -1: Input should be greater than or equal to 0"),
+        (lambda c: label_1(c).update(FP=10**400), r"is no summary of nnU-Net|which is right"),
+        (
+            lambda c: label_1(c).update(FP=10**7, n_pred=10**7),
+            r"FP 10000000 .* on a grid of \d+ voxels: which is right",
+        ),
+        (lambda c: label_1(c).update(n_pred=1), r"n_pred 1, on a grid"),
+        (lambda c: label_1(c).pop("FN"), r"FN = .*Field required"),
+        (lambda c: c["metric_per_case"].append(c["metric_per_case"][0]), "has two entries of hippocampus"),
+        (lambda c: c["metric_per_case"][0]["metrics"].update({"(1)": label_1(c)}), r"two entries of label \(1\)"),
+        (lambda c: c["metric_per_case"][0].update(metrics=[[1, {}], [2, {}]]), "is no summary of nnU-Net"),
+        (lambda c: c.pop("metric_per_case"), "is no summary of nnU-Net: metric_per_case = .* Field required"),
         (lambda c: c.update(metric_per_case=[3]), "is no summary of nnU-Net"),
     ],
 )
@@ -144,8 +165,12 @@ def test_label_maps_of_something_else_are_refused(predictions, opened, tmp_path)
     path = predictions / f"{case.id}.nii.gz"
     image = nib.load(path)
     for array, affine, said in (
-        (np.zeros((3, 4, 5), np.uint8), image.affine, "another grid"),
-        (np.asarray(image.dataobj), image.affine @ np.diag([2, 1, 1, 1]), "another grid"),
+        (np.zeros((3, 4, 5), np.uint8), image.affine, r"has the shape \(3, 4, 5\), .* has "),
+        (
+            np.asarray(image.dataobj),
+            image.affine @ np.diag([2, 1, 1, 1]),
+            r"affines that place voxels up to \d+ voxels apart",
+        ),
         (np.full(image.shape, 7, np.uint8), image.affine, "label values 7 are unknown"),
     ):
         nib.save(nib.Nifti1Image(array, affine), path)
@@ -164,6 +189,38 @@ def test_all_test_cases_are_due(predictions, hippocampus_phantom, opened, tmp_pa
     shutil.copy(image, predictions / "another.nii.gz")
     imported(predictions, opened, tmp_path / "runs")
     assert "not used: 1 images that are no test case" in capsys.readouterr().err
+
+
+def test_a_regions_name_is_read(predictions, opened, tmp_path):
+    whole = replace(opened, task=replace(opened.task, targets={"whole": (1, 2)}, overlapping=True))
+
+    def change(content):
+        for entry in content["metric_per_case"]:
+            one, two = entry["metrics"].pop("1"), entry["metrics"].pop("2")
+            reference = one["n_ref"] + two["n_ref"]
+            entry["metrics"] = {"(1, 2)": {"TP": reference, "FP": 0, "FN": 0, "n_ref": reference}}
+
+    (tmp_path / "summary.json").write_text(summary(opened, predictions, change))
+    run = records.load_run(imported(tmp_path / "summary.json", whole, tmp_path / "runs"))
+    assert run.targets == ("whole",)
+    assert (run.dice == 1).all()
+
+
+def test_two_files_of_one_case_and_a_folder_for_a_summary_are_refused(predictions, opened, tmp_path):
+    (image,) = predictions.iterdir()
+    nib.save(nib.load(image), predictions / image.name.removesuffix(".gz"))
+    with pytest.raises(UserError, match="are of one case"):
+        imported(predictions, opened, tmp_path / "runs")
+    (predictions / image.name.removesuffix(".gz")).unlink()
+    (predictions / "summary.json").mkdir()
+    with pytest.raises(UserError, match=r"summary.json is no regular file"):
+        imported(predictions, opened, tmp_path / "runs")
+
+
+def test_a_record_that_no_table_can_use_is_not_written(predictions, opened, tmp_path):
+    with pytest.raises(UserError, match=r"seed = 9223372036854775808 cannot be used: .* 9223372036854775807"):
+        imported(predictions, opened, tmp_path / "runs", origin=Origin("a", "b", 2**63))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_imported_results_have_no_network_to_use_again(predictions, opened, tmp_path):
