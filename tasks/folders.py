@@ -178,7 +178,7 @@ class FolderTask(Task):
         regions = described.regions()
         overlapping = isinstance(described, _NNUNet) and any(isinstance(v, list) for v in described.labels.values())
         channels = tuple(name for _, name in sorted(described.channels().items()))
-        targets = {slug(name): values for name, values in regions.items() if values != (0,)}
+        targets = {target_name(name): values for name, values in regions.items() if values != (0,)}
         meaning = repr((channels, list(targets.items()), overlapping)).encode(errors="surrogateescape")
         task = FolderTask(
             name=slug(title),
@@ -256,7 +256,7 @@ def crops(extent: Sequence[float], **budgets: Mapping[str, Any]) -> dict[str, di
 def _read(path: Path, changed: int) -> Description:
     """Read and check a `dataset.json`. `changed` is its time of modification, so that a changed file is read again."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {' '.join(str(error).split())[:160]}") from None
     if not isinstance(content, dict):
@@ -265,6 +265,7 @@ def _read(path: Path, changed: int) -> Description:
         raise UserError(
             f"{path} is no description of a data set: it has neither 'modality' (Decathlon) nor 'channel_names' (nnU-Net v2)"
         )
+    content = {name: value for name, value in content.items() if value is not None}  # some write null for nothing
     try:
         described: Description = (_NNUNet if "channel_names" in content else _Decathlon).model_validate(content)
     except ValidationError as error:
@@ -295,7 +296,7 @@ def _check(path: Path, described: Description) -> None:
         raise UserError(f"{path}: no label is 0: name the background, as 0")
     if any(name.casefold() == "ignore" for name in regions):
         raise UserError(f"{path}: an 'ignore' label is not supported: every voxel counts here; give the voxels a label")
-    names = [slug(name) for name in regions]
+    names = [target_name(name) for name in regions]
     if len(set(names)) < len(names) or "average" in names:
         raise UserError(f"{path}: label names {', '.join(regions)} cannot be told apart, or one is 'average': rename")
     single = [region for region in regions.values() if len(region) == 1]
@@ -356,16 +357,28 @@ def _nnunet_cases(root: Path, described: _NNUNet) -> list[Case]:
 
 
 def _inside(root: Path, name: str) -> Path:
-    """The path of a file that `dataset.json` names. Raises UserError if it leaves the folder; the user's links may leave it."""
+    """The path of a file that `dataset.json` names, relative to `root` or absolute, with slashes or backslashes.
+
+    Raises:
+        UserError: it leaves the folder; the user's links may leave it.
+    """
+    name = name.replace("\\", "/")
     try:
         valid = b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:  # a lone surrogate
         valid = False
-    if not valid or Path(name).is_absolute() or os.path.normpath(name).startswith(".."):
+    if valid and Path(name).is_absolute():
+        name = os.path.relpath(os.path.normpath(name), root.absolute())
+    if not valid or Path(os.path.normpath(name)).parts[:1] == ("..",):
         raise UserError(
             f"{root / 'dataset.json'}: {name[:200]!r} leaves the task's folder, or is no path: name files below it"
         )
     return root / os.path.normpath(name)
+
+
+def target_name(label: str) -> str:
+    """The name of a target: that of the label in lower-case letters, digits and underscores, of any script."""
+    return re.sub(r"[^\w]+|_+", "_", label.lower()).strip("_") or "unnamed"
 
 
 def _with_geometry(task: FolderTask, folder: Path) -> FolderTask:

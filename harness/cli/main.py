@@ -1,8 +1,10 @@
 """The `harness` command: its parser and its exit status."""
 
+import argparse
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from harness.cli import (
@@ -56,6 +58,8 @@ MENDABLE = {
     errno.EROFS,
     errno.ENOSPC,
     errno.EDQUOT,
+    errno.EIO,
+    errno.ESTALE,
     errno.ENOTDIR,
     errno.EISDIR,
     errno.ENOENT,
@@ -88,7 +92,7 @@ def _run(words: Sequence[str] | None) -> tuple[int, str]:
         _check_launcher()
         arguments = _parser().parse_args(words)
         with catching():
-            return arguments.command(arguments) or 0, ""
+            return _carry_out(arguments) or 0, ""
     except UserError as error:
         return _refuse(" ".join(str(error).split()))
     except (Interrupted, KeyboardInterrupt) as error:
@@ -99,6 +103,19 @@ def _run(words: Sequence[str] | None) -> tuple[int, str]:
         if error.errno not in MENDABLE:
             raise
         return _refuse(f"{error.strerror}: {error.filename or 'writing'}; mend it and ask again")
+
+
+def _carry_out(arguments: argparse.Namespace) -> int | None:
+    """The exit status of the command. Raises UserError if something that it called, such as a plugin, ended the process."""
+    try:
+        status: int | None = arguments.command(arguments)
+    except SystemExit as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"{last.filename}, line {last.lineno} called sys.exit({error.code!r}), and nothing was finished: raise an error "
+            "there instead"
+        ) from None
+    return status
 
 
 def _check_launcher() -> None:

@@ -1,14 +1,18 @@
 """Peak memory, the errors of too little memory, and the size of a model before it is built."""
 
 import resource
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from harness.system.console import say_once
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -56,6 +60,33 @@ def weights_bytes(build: Callable[[], nn.Module]) -> int:
             raise
         return 0
     return sum(value.numel() * value.element_size() for value in (*module.parameters(), *module.buffers()))
+
+
+SHARED = Path("/dev/shm")
+PREFETCHED = 2
+"""Number of batches that each loader process makes in advance; the default of PyTorch."""
+
+
+def workers_that_fit(sample: Mapping[str, Any], rows: int, wanted: int) -> int:
+    """The number of loader processes whose batches fit the memory that processes share; says so if it is fewer than wanted.
+
+    Docker gives 64 MB of it unless told otherwise, and a loader process that finds it full dies without a reason.
+
+    Args:
+        sample: arrays by name.
+        rows: number of samples in a batch.
+    """
+    if not wanted or not SHARED.is_dir():
+        return wanted
+    batch = rows * sum(np.asarray(value).nbytes for value in sample.values())
+    free = shutil.disk_usage(SHARED).free
+    fitting = min(wanted, int(0.9 * free / (PREFETCHED + 1) / max(1, batch)))
+    if fitting < wanted:
+        say_once(
+            f"{SHARED} has {free / 2**20:.0f} MiB free: {fitting} instead of {wanted} loader processes, with batches of "
+            f"{batch / 2**20:.0f} MiB; more with `docker run --shm-size=8g`"
+        )
+    return fitting
 
 
 def peak_memory(device: torch.device) -> dict[str, float | None]:

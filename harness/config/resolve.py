@@ -96,7 +96,8 @@ def resolve(request: Request, registry: Registry, task: Task) -> RunConfig:
             "normalisation": type(task.normalisation).__name__,
             **asdict(task.normalisation),
         },
-        "overrides": dict(sorted(overrides.items())),
+        # The number of loader processes changes no result.
+        "overrides": {key: value for key, value in sorted(overrides.items()) if not key.endswith(".workers")},
         "tune": canonical_grid(request.tune),
         "method_settings": build(method_class.Config, values["method"], "method"),
         "backbone_settings": build(backbone_class.Config, values["backbone"], "backbone"),

@@ -98,6 +98,7 @@ class RunPlan:
     def pretrain_key(self) -> str:
         """Digest of everything that determines the pre-trained weights."""
         names = self.config.model_dump(mode="json", include={"method", "backbone", "seed", "mode", "pretrain"})
+        del names["pretrain"]["workers"]
         if self.config.pretrain.probe_every:
             names["probe"] = self._probe_identity
         else:
@@ -220,9 +221,12 @@ class RunPlan:
         tested = [case.id for case in self.test]
         # Skipped scans change only the record, which lists them.
         skipped = [sorted(data.inventory.bad) for data in self.corpora]
+        settings = config.model_dump(mode="json")
+        for stage in ("pretrain", "finetune"):
+            del settings[stage]["workers"]  # as many loader processes as one likes give the same crops
         identity: list[Any] = [
             self.pretrain_key,
-            config.model_dump(mode="json"),
+            settings,
             self.data.fingerprint,
             tested,
             skipped,

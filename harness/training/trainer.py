@@ -20,6 +20,7 @@ from harness.api.backbone import Backbone
 from harness.api.global_batch import BatchParts, batch_parts
 from harness.compute.devices import keep_memory, precision
 from harness.compute.layers import prepare_module
+from harness.compute.memory import workers_that_fit
 from harness.compute.processes import SingleProcess
 from harness.config.schema import Training
 from harness.system.errors import UserError
@@ -103,7 +104,7 @@ class Trainer:
         return DataLoader(
             data,
             batch_sampler=[list(range(first, first + size)) for first in firsts],
-            num_workers=self.settings.workers,
+            num_workers=workers_that_fit(data[0], size, self.settings.workers) if self.settings.workers else 0,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=leave_to_parent,
             # The loader draws a seed for its workers. Its own generator keeps that draw out of the one that dropout uses.

@@ -270,3 +270,63 @@ def test_any_decathlon_folder_is_a_task(tmp_path):
     assert task.targets == {"left_part": (1,), "right": (2,), "cyst": (3,)}
     assert task.spacing == (1.0, 1.0, 2.5)
     assert load_case(task, task.cases(task.find(folder))[0]).image.shape == (2, 9, 8, 7)
+
+
+def written(folder, change):
+    path = folder / "dataset.json"
+    described = json.loads(path.read_text())
+    change(described, folder)
+    path.write_text(json.dumps(described))
+    return folder
+
+
+def backslashes(described, folder):
+    for entry in described["training"]:
+        for name in entry:
+            entry[name] = entry[name].replace("/", "\\")
+
+
+def absolute(described, folder):
+    for entry in described["training"]:
+        for name in entry:
+            entry[name] = str(folder.resolve() / entry[name])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        backslashes,
+        absolute,
+        lambda described, folder: described.update(description=None, licence=None, reference=None),
+    ],
+)
+def test_a_description_as_other_programs_write_it_is_read(change, hippocampus_phantom, tmp_path):
+    folder = written(shutil.copytree(hippocampus_phantom, tmp_path / "Task04_Hippocampus"), change)
+    task = Registry().task("msd_hippocampus")
+    cases = task.cases(task.find(folder))
+    assert cases
+    assert all(path.exists() for case in cases for path in case.files)
+    assert all(path.is_relative_to(folder) for case in cases for path in case.files)
+
+
+def test_a_byte_order_mark_is_no_fault(hippocampus_phantom, tmp_path):
+    folder = shutil.copytree(hippocampus_phantom, tmp_path / "Task04_Hippocampus")
+    path = folder / "dataset.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert Registry().task("msd_hippocampus").cases(folder)
+
+
+def test_labels_of_any_script_are_targets(tmp_path):
+    liver, spleen = chr(0x809D) + chr(0x810F), chr(0x813E)
+    folder = organ(tmp_path / "Dataset123_Organ", labels={"background": 0, liver: 1, spleen: 2, "Cyst (left)": 3})
+    task = Registry().task(str(folder))
+    assert task.targets == {liver: (1,), spleen: (2,), "cyst_left": (3,)}
+
+
+def test_an_absolute_path_out_of_the_folder_is_refused(hippocampus_phantom, tmp_path):
+    def change(described, folder):
+        described["training"][0]["image"] = "/etc/passwd"
+
+    folder = written(shutil.copytree(hippocampus_phantom, tmp_path / "Task04_Hippocampus"), change)
+    with pytest.raises(UserError, match="leaves the task's folder"):
+        Registry().task("msd_hippocampus").cases(folder)

@@ -1,10 +1,13 @@
 """Wrong words: one line, and status 2. Help and lists: at once."""
 
+import errno
+import os
 import subprocess
 import sys
 
 import pytest
 
+from harness.cli import main as main_module
 from tests.harness.commands import HYBRIDMIM, fails
 
 
@@ -66,3 +69,32 @@ def test_a_pipe_that_breaks_inside_a_plugin_is_no_success(tmp_path, capsys):
     plugin = tmp_path / "piping.py"
     plugin.write_text("raise BrokenPipeError(32, 'Broken pipe')\n")
     assert "piping.py" in fails(capsys, *HYBRIDMIM, "--plugin", str(plugin))
+
+
+def test_a_plugin_that_ends_the_process_is_no_success(tmp_path, capsys):
+    plugin = tmp_path / "ending.py"
+    plugin.write_text("import sys\n\nsys.exit(0)\n")
+    said = fails(capsys, *HYBRIDMIM, "--plugin", str(plugin))
+    assert "ending.py, line 3 called sys.exit(0)" in said or "ending.py" in said
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EDQUOT])
+def test_a_file_system_that_fails_is_the_users_to_mend(number, capsys, monkeypatch):
+    def fail(arguments):
+        raise OSError(number, os.strerror(number))
+
+    parser = main_module._parser
+    monkeypatch.setattr(main_module, "_parser", lambda: _with_command(parser(), fail))
+    assert f"{os.strerror(number)}: writing; mend it and ask again" in fails(capsys, "list")
+
+
+def _with_command(parser, command):
+    parse = parser.parse_args
+
+    def changed(words):
+        arguments = parse(words)
+        arguments.command = command
+        return arguments
+
+    parser.parse_args = changed
+    return parser

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -11,6 +12,7 @@ from torch import nn
 
 from backbones.swinunetr import SwinUNETR
 from backbones.unet import UNet
+from harness.compute import memory
 from harness.compute.memory import is_out_of_memory, is_too_large, peak_memory, weights_bytes
 
 CPU = torch.device("cpu")
@@ -106,3 +108,18 @@ def test_peak_memory_is_the_process_own():
     assert big.sum() > 0
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 0.9
+
+
+@pytest.mark.parametrize(
+    ("free_mib", "wanted", "fitting"), [(10_000, 4, 4), (64, 4, 2), (10, 4, 0), (64, 1, 1), (64, 0, 0)]
+)
+def test_no_more_loader_processes_than_the_shared_memory_holds(free_mib, wanted, fitting, monkeypatch, capsys):
+    """A batch of 8 MiB, of which each process keeps two in advance and makes one."""
+    memory.say_once.cache_clear()
+    usage = SimpleNamespace(free=free_mib << 20)
+    monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: usage)
+    sample = {"image": np.zeros((1, 1 << 20), np.float32)}
+    assert memory.workers_that_fit(sample, 2, wanted) == fitting
+    said = capsys.readouterr().err
+    assert bool(said) is (fitting < wanted)
+    assert not said or f"{free_mib} MiB free: {fitting} instead of {wanted} loader processes" in said

@@ -241,3 +241,11 @@ def test_a_task_of_one_version_with_other_targets_is_another_run(request_, monke
     changed = replace(first, data=replace(first.data, task=replace(first.task, targets={"a": (2,), "b": (1,)})))
     assert changed.run_id != first.run_id
     assert changed.pretrain_key == first.pretrain_key  # mae has seen no label
+
+
+def test_the_number_of_loader_processes_is_no_part_of_a_run(request_):
+    first, second = planned(request_), planned(request_, "pretrain.workers=3", "finetune.workers=1")
+    assert second.config.finetune.workers == 1
+    assert first.run_id == second.run_id
+    assert first.pretrain_key == second.pretrain_key
+    assert first.config.overrides == second.config.overrides
