@@ -5,6 +5,7 @@ Pre-training, fine-tuning, what `Method.prepare` trains, the conformance checks 
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from harness.training.lineage import Lineage
 from harness.training.out_of_memory import explain_out_of_memory
 from harness.training.trainer import FINITE, StageReport, Trainer, compiled
 
+KILLED = re.compile(r"DataLoader worker \(pid\S* .*\) (is killed by signal|exited unexpectedly)")
 READ_EVERY = 10  # steps between reads of the loss on a GPU, because each read waits for the device
 
 
@@ -131,6 +133,7 @@ class TrainingLoop:
         self.read_every = READ_EVERY if trainer.device.type == "cuda" else 1
         self.step, self.seconds, self.resumed, self.history_bytes = 0, 0.0, 0, 0
         self.skipped: list[int] = []
+        self.waits_for_loader = False
         self.unread: list[tuple[int, float, Tensor, dict[str, Tensor]]] = []
 
     def run(self, after_step: Callable[[int], None] | None = None) -> StageReport:
@@ -149,7 +152,14 @@ class TrainingLoop:
         show_bar = self.main and not self.context.quiet
         bar = progress(None, self.name, total=self.steps, visible=show_bar, initial=self.step)
         compilation = compiled(trainer.inner, trainer.settings.compile)
-        with deferred(), compilation, bar, self._open_history() as lines, _closing(iter(loader)) as batches:
+        with (
+            deferred(),
+            compilation,
+            bar,
+            self._open_history() as lines,
+            _closing(iter(loader)) as batches,
+            self._outliving_a_loader(lines),
+        ):
             while self.step < self.steps:
                 clock.start()
                 micro_batches = self._next(batches)
@@ -172,14 +182,38 @@ class TrainingLoop:
 
     def _next(self, batches: Iterator[Any]) -> list[Any]:
         """The micro-batches of the next step."""
+        self.waits_for_loader = True
         try:
             return list(islice(batches, self.trainer.parts.micro_batches))
         except UserError as error:
             # The message of an error in a loader's worker begins with the worker's traceback.
             raise UserError(str(error).rpartition("UserError: ")[2]) from None
 
+    @contextmanager
+    def _outliving_a_loader(self, lines: Any) -> Iterator[None]:
+        """Context manager: where a loader process is killed, a checkpoint is written, and Interrupted raised.
+
+        PyTorch tells of it by an error at any moment. In the midst of a step no checkpoint can be written, and the stage goes on
+        from the last one.
+        """
+        try:
+            yield
+            return
+        except RuntimeError as error:
+            # PyTorch has no class of its own for it. The other processes of a run would wait for this one's checkpoint in vain.
+            if not KILLED.search(str(error)) or self.trainer.parts.processes > 1:
+                raise
+        if self.waits_for_loader:
+            if self.unread:
+                self._read(lines)
+            self._save(lines)
+        raise Interrupted(
+            f"the death of a loader process (too little memory?), {self.name} step {self.step} of {self.steps}"
+        )
+
     def _step(self, micro_batches: Any, after_step: Callable[[int], None] | None) -> dict[str, Tensor]:
         """Compute the next step. Raises UserError with advice if the memory does not suffice."""
+        self.waits_for_loader = False
         try:
             return self.trainer.step(self.step + 1, micro_batches, after_step)
         except RuntimeError as error:

@@ -1,6 +1,9 @@
 """The loop: it minimises, writes every step, and stops or goes on where a step is not finite."""
 
 import json
+import os
+import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,9 +13,10 @@ from torch import nn
 from harness import UserError
 from harness.compute.devices import new_accelerator
 from harness.config.request import Execution
+from harness.system.signals import Interrupted
 from harness.training.checkpoints import read
 from harness.training.loop import StageContext, train
-from tests.harness.short_stage import stage_plan
+from tests.harness.short_stage import stage_plan, training_settings
 
 
 class Slope(nn.Module):
@@ -148,3 +152,38 @@ def test_a_stage_that_goes_on_remembers_what_it_skipped(tmp_path):
     assert (lines[4]["loss"], lines[4]["terms"], lines[4]["gradient_norm"]) == (None, {}, None)
     # The loss is the square of a distance: its gradient is twice its root.
     assert lines[0]["gradient_norm"] == pytest.approx(2 * lines[0]["loss"] ** 0.5)
+
+
+class Deadly:
+    """Samples from loader processes, of which that of sample 24 kills itself once, as the system does when memory is short."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        if index == 24 and not self.mark.exists():
+            self.mark.touch()
+            time.sleep(0.5)  # until the steps before it are computed
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"image": torch.full((1, 2, 2, 2), 1.0 + index)}
+
+
+def test_a_loader_process_that_is_killed_leaves_a_checkpoint(tmp_path):
+    plan = stage_plan(training_settings(workers=1))
+    plans = {"whole": Deadly(tmp_path), "killed": Deadly(tmp_path / "mark")}
+    modules = {name: Slope() for name in plans}
+    (tmp_path / "killed").mkdir()
+    history = tmp_path / "killed" / "history.jsonl"
+    with pytest.raises(Interrupted, match=r"death of a loader process .* step \d+ of 20"):
+        train(plan, modules["killed"], plans["killed"], history, new_accelerator())
+    assert list((tmp_path / "killed" / "checkpoints").glob("*.ckpt"))
+    modules["killed"] = Slope()
+    done = train(plan, modules["killed"], plans["killed"], history, new_accelerator())
+    assert done.resumed == 1
+    (tmp_path / "whole").mkdir()
+    train(plan, modules["whole"], plans["whole"], tmp_path / "whole" / "history.jsonl", new_accelerator())
+    assert torch.equal(modules["whole"].weight, modules["killed"].weight)
+    assert history.read_bytes() == (tmp_path / "whole" / "history.jsonl").read_bytes()
