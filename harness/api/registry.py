@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from harness.api.plugin_code import code_digest
 from harness.api.published import PublishedWeights
 from harness.api.task import ImageSet, Task, ZScore
 from harness.system.errors import UserError, unknown
@@ -200,9 +201,9 @@ class Registry:
         return digest([sorted(loose), sorted(digest_tree(folder) for folder in installed)])
 
     def digest(self, kind: str, name: str) -> str:
-        """Digest of the plugin's source file, which shows whether the file has changed without importing it."""
+        """Digest of the plugin's code (`harness.api.plugin_code`), which shows whether it has changed without importing it."""
         source = self.plugin(kind, name).source
-        return digest_chunks([source.read_bytes()] if source else [])
+        return code_digest(source) if source else ""
 
 
 def _describe_images(images: ImageSet) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class RunPlan:
         data: cases of the task and their split.
         corpora: for pre-training; empty if the run is pre-trained on the task's own training cases.
         overlap: pairs (scan of a corpus, test case) that are copies of each other.
-        sources: digests of the source files of plugins that are given as files.
+        sources: digests of the code of method and backbone.
         files: digests of the files that the method's settings name, by setting.
         trials: the settings of a grid that are tried; empty without `--tune`.
         lineage: of the weights that the method's settings name; empty where they name none.
@@ -270,9 +270,8 @@ def plan(
     files = {name: digest_file(path) for name, path in named_files(config.method_settings).items()}
     lineage, asked = parent_lineage(config.method_settings, files, registry, task, request)
     overlap += check_lineage(data, lineage, request.allow_overlap)
-    # A plugin that is given as a file may change without a new version. Installed plugins state their version.
-    named = [(kind, getattr(request, kind)) for kind in ("method", "backbone")]
-    sources = [registry.digest(kind, name) for kind, name in named if registry.plugin(kind, name).entry_point is None]
+    # A plugin's code may change without a new version.
+    sources = [registry.digest(kind, getattr(request, kind)) for kind in ("method", "backbone")]
     fold = parse_fold(request.split)
     known_now = {"corpora": tuple(corpus.label for corpus in corpora)} | _labelled(request, data)
     known_now |= {"split": fold.canonical} if fold is not None else {}

@@ -249,3 +249,20 @@ def test_the_number_of_loader_processes_is_no_part_of_a_run(request_):
     assert first.run_id == second.run_id
     assert first.pretrain_key == second.pretrain_key
     assert first.config.overrides == second.config.overrides
+
+
+def test_a_plugin_whose_helper_was_changed_is_another_run(request_, tmp_path):
+    helper, plugin = tmp_path / "helper_of_mine.py", tmp_path / "mine.py"
+    helper.write_text("SCALE = 1.0\n")
+    plugin.write_text(
+        "import sys\nfrom pathlib import Path\nsys.path.insert(0, str(Path(__file__).parent))\n"
+        "from helper_of_mine import SCALE\nfrom methods.mae import MAE\n\n\n"
+        "class Mine(MAE):\n    name = 'mine'\n    scale = SCALE\n"
+    )
+    mine = replace(request_, method="mine", plugins=(str(plugin),))
+    first = planned(mine)
+    assert planned(mine).run_id == first.run_id
+    helper.write_text("SCALE = 2.0\n")
+    changed = planned(mine)
+    assert changed.run_id != first.run_id
+    assert changed.pretrain_key != first.pretrain_key
