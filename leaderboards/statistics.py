@@ -61,6 +61,8 @@ class Estimate:
 def estimates(groups: Sequence[Values], folds: Folds = ()) -> list[Estimate]:
     """Mean of each group over seeds and cases, then over targets, with a bootstrap interval. All groups have the same cases.
 
+    Fewer than `MIN_CASES_TEST` cases have no interval: too few to tell how much cases differ.
+
     Args:
         folds: the fold of each case, where folds are pooled; then cases are drawn within their folds.
     """
@@ -75,7 +77,10 @@ def estimates(groups: Sequence[Values], folds: Folds = ()) -> list[Estimate]:
         )
         draws = np.clip(_resample(batch, folds), least, most)
         results |= zip(indices, _with_intervals(_mean(batch), draws, batch), strict=True)
-    return [results[index] for index in range(len(groups))]
+    return [
+        results[index] if groups[index].shape[1] >= MIN_CASES_TEST else _without_interval(results[index])
+        for index in range(len(groups))
+    ]
 
 
 def estimate(values: Values) -> Estimate:
@@ -95,7 +100,8 @@ def difference(first: Values, second: Values) -> Estimate:
 def differences(pairs: Sequence[tuple[Values, Values]], folds: Folds = ()) -> list[Estimate]:
     """The differences of several pairs on the same cases, as `difference`. Raises ValueError as `difference`.
 
-    Where folds are pooled, the intervals are those of the test of `leaderboards.fold_statistics`.
+    Where folds are pooled, the intervals are those of the test of `leaderboards.fold_statistics`. Where there is no test
+    (`why_no_test`), there is no interval either: the luck of a seed would not be in it.
     """
     for first, second in pairs:
         if first.shape != second.shape:
@@ -109,7 +115,15 @@ def differences(pairs: Sequence[tuple[Values, Values]], folds: Folds = ()) -> li
             lows, highs = fold_statistics.intervals(_contributions(first, second), folds)
             plain = [replace(part, low=a, high=b) for part, a, b in zip(plain, lows, highs, strict=True)]
         results |= zip(indices, plain, strict=True)
-    return [results[index] for index in range(len(pairs))]
+    return [
+        _without_interval(results[index]) if why_no_test(first.shape[0], first.shape[1], folds) else results[index]
+        for index, (first, _) in enumerate(pairs)
+    ]
+
+
+def _without_interval(part: Estimate) -> Estimate:
+    """The estimate with its mean alone."""
+    return replace(part, low=np.full_like(part.low, np.nan), high=np.full_like(part.high, np.nan))
 
 
 def combine(parts: Sequence[Estimate], weights: Sequence[float]) -> tuple[float, float, float]:

@@ -9,8 +9,9 @@ from tests.leaderboards.made import built, called, tables, three_fractions, writ
 
 
 def test_difference_to_scratch_is_paired_and_empty_for_scratch(tmp_path):
-    write_run(tmp_path, "scratch", dice=0.8)
-    write_run(tmp_path, "better", dice=0.85)
+    for seed in (0, 1):
+        write_run(tmp_path, "scratch", seed, dice=0.8)
+        write_run(tmp_path, "better", seed, dice=0.85)
     frame = built(tmp_path).set_index(["method", "target"])
     row = frame.loc["better", "a"]
     assert row["delta_dice_vs_scratch"] == pytest.approx(0.05)
@@ -20,6 +21,24 @@ def test_difference_to_scratch_is_paired_and_empty_for_scratch(tmp_path):
     assert frame.loc["better", "average"]["delta_dice_vs_scratch"] == pytest.approx(0.025)
     assert pd.isna(frame.loc["scratch", "a"]["delta_dice_vs_scratch"])
     assert (row["rank"], frame.loc["scratch", "a"]["rank"]) == (1, 2)
+
+
+def test_one_seed_has_no_interval_of_a_difference_and_few_cases_none_at_all(tmp_path):
+    """Two seeds of one method would differ as much; a bootstrap over the cases of one training knows nothing of that."""
+    for folder, cases in (("many", 8), ("few", 5)):
+        write_run(tmp_path / folder, "scratch", cases=cases)
+        write_run(tmp_path / folder, "better", cases=cases, dice=0.85)
+        rows = built(tmp_path / folder).set_index(["method", "target"])
+        row = rows.loc["better", "a"]
+        assert row["delta_dice_vs_scratch"] == pytest.approx(0.05)
+        assert pd.isna(row["delta_ci_low"])
+        assert pd.isna(row["delta_ci_high"])
+        assert pd.isna(row["dice_ci_low"]) == (cases == 5)
+        assert pd.isna(row["hd95_ci_high"]) == (cases == 5)
+    for seed in (1, 2):
+        write_run(tmp_path / "few", "scratch", seed, cases=5)
+        write_run(tmp_path / "few", "better", seed, cases=5, dice=0.85)
+    assert built(tmp_path / "few")[["dice_ci_low", "delta_ci_low"]].isna().all(axis=None)
 
 
 @pytest.mark.parametrize(
