@@ -77,9 +77,12 @@ def test_not_found_is_said_at_once(tmp_path):
         assert len(server.ranges) == 1
 
 
-def test_no_server(tmp_path):
+def test_no_server(tmp_path, monkeypatch):
+    pauses = []
+    monkeypatch.setattr("harness.data.download.time.sleep", pauses.append)
     with pytest.raises(UserError, match="5 times"):
         fetch(Archive("http://127.0.0.1:9/x.tar", "0", NAME), tmp_path)
+    assert pauses == [1, 2, 4, 8]
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://x/y", "/etc/passwd"])

@@ -89,7 +89,7 @@ def turned(path, folder):
     [
         ("msd_hippocampus", "monai", ["task.spacing=1.2,0.9,1.1", "task.normalisation=zscore", "evaluate.mirror=true"]),
         pytest.param("btcv", "onnx", [], marks=pytest.mark.slow),
-        ("btcv", "monai", []),
+        pytest.param("btcv", "monai", [], marks=pytest.mark.slow),
         pytest.param("brats", "monai", [], marks=pytest.mark.slow),
         pytest.param("btcv", "monai", ["task.normalisation=zscore"], marks=pytest.mark.slow),
         pytest.param("msd_hippocampus", "onnx", ["task.spacing=1.2,0.9,1.1"], marks=pytest.mark.slow),

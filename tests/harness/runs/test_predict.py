@@ -25,7 +25,9 @@ def test_predict_gives_what_was_scored_for_a_file_and_a_folder(corpus_runs, data
     assert (tmp_path / "many" / "deep").is_dir()
 
 
-@pytest.mark.parametrize("form", ["files", "nnunet", "names", "one 4D file"])
+@pytest.mark.parametrize(
+    "form", ["nnunet", "one 4D file", *(pytest.param(form, marks=pytest.mark.slow) for form in ("files", "names"))]
+)
 def test_predict_takes_several_modalities(form, data_folders, tmp_path, capsys):
     runs = tmp_path / "runs"
     harness(*short_run("scratch", data_folders / "brats", "brats"), "--runs", runs, "--save-predictions")

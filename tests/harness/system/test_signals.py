@@ -94,7 +94,7 @@ def test_a_worker_leaves_signals_to_its_parent_until_it_is_meant():
         worker.communicate()
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+@pytest.mark.parametrize("name", [pytest.param("SIGTERM", marks=pytest.mark.slow), "SIGHUP"])
 def test_a_signal_leaves_a_checkpoint_and_status_75(name, sixteen_cases, whole_run, tmp_path):
     process = start(words(sixteen_cases, tmp_path), tmp_path / "log")
     while process.is_alive() and seen("pretrain", tmp_path) < 3:
