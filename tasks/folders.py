@@ -305,11 +305,18 @@ def _check(path: Path, described: Description) -> None:
 
 
 def _decathlon_cases(root: Path, described: _Decathlon) -> list[Case]:
-    """The labelled cases that a Decathlon `dataset.json` lists."""
+    """The labelled cases that a Decathlon `dataset.json` lists.
+
+    nnU-Net v1 lists `imagesTr/CASE.nii.gz` for the files `imagesTr/CASE_0000.nii.gz`, `CASE_0001.nii.gz`, ...
+    """
     cases = []
     for entry in described.training:
         image, label = _inside(root, entry.image), _inside(root, entry.label)
-        cases.append(Case(id=stem(image), images=(image,), label=label))
+        name = stem(image)
+        ending = image.name.removeprefix(name)
+        channels = tuple(image.with_name(f"{name}_{number:04d}{ending}") for number in range(len(described.modality)))
+        one_each = not image.exists() and channels[0].exists()
+        cases.append(Case(id=name, images=channels if one_each else (image,), label=label))
     return cases
 
 
@@ -338,12 +345,25 @@ def _nnunet_cases(root: Path, described: _NNUNet) -> list[Case]:
         raise UserError(
             f"{images} is missing: an nnU-Net data set has imagesTr/CASE_0000{ending} and labelsTr/CASE{ending}"
         )
+    files = sorted(path for path in images.iterdir() if path.name.endswith(ending) and not path.name.startswith("."))
+    if not files:
+        present = ", ".join(sorted(path.name for path in images.iterdir())[:3]) or "nothing"
+        raise UserError(
+            f"{images}: no file ends in {ending}, which dataset.json says ('file_ending'); there is {present}"
+        )
+    labels = root / "labelsTr"
+    if number == 1 and all((labels / path.name).exists() for path in files):  # no channel in names, which labels share
+        return [Case(id=stem(path), images=(path,), label=labels / path.name) for path in files]
     pattern = re.compile(rf"(.+)_(\d{{4}}){re.escape(ending)}", re.DOTALL)
     channels_of_cases: dict[str, set[int]] = {}
-    for path in images.iterdir():
-        match = pattern.fullmatch(path.name)
-        if match and not path.name.startswith("."):
+    for path in files:
+        if match := pattern.fullmatch(path.name):
             channels_of_cases.setdefault(match[1], set()).add(int(match[2]))
+    if not channels_of_cases:
+        raise UserError(
+            f"{images}: no file is named CASE_0000{ending}, as nnU-Net v2 has it; there is {files[0].name}: rename the files, or "
+            "list them under 'dataset' in dataset.json"
+        )
     cases = []
     for name, channels in channels_of_cases.items():
         if channels != set(range(number)):
@@ -351,8 +371,8 @@ def _nnunet_cases(root: Path, described: _NNUNet) -> list[Case]:
                 f"{images / name}: channels {', '.join(f'{c:04d}' for c in sorted(channels))} are there, "
                 f"{', '.join(f'{c:04d}' for c in range(number))} are due: restore what is missing or take the case out"
             )
-        files = tuple(images / f"{name}_{channel:04d}{ending}" for channel in range(number))
-        cases.append(Case(id=name, images=files, label=root / "labelsTr" / f"{name}{ending}"))
+        paths = tuple(images / f"{name}_{channel:04d}{ending}" for channel in range(number))
+        cases.append(Case(id=name, images=paths, label=labels / f"{name}{ending}"))
     return cases
 
 

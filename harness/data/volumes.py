@@ -224,9 +224,25 @@ def space_needed(images: ImageSet, volumes: Sequence[Volume]) -> tuple[int, int]
     return disk, largest
 
 
+def check_unchanged(volume: Volume) -> None:
+    """Raises UserError if the files of a case do not have the content any more that its volume is named after."""
+    try:
+        now = digest([digest_file(path) for path in volume.case.files])
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be read any more ({error.strerror}): restore it and ask again"
+        ) from None
+    if now[: len(volume.stem.name)] != volume.stem.name:
+        raise UserError(
+            f"a file of case {volume.case.id!r} was changed while it was worked on "
+            f"({', '.join(map(str, volume.case.files))}): ask again, and it is taken as it is now"
+        )
+
+
 def _preprocess_case(images: ImageSet, volume: Volume) -> None:
     """Preprocess one case and write its files, the description last."""
     loaded = load_case(images, volume.case)
+    check_unchanged(volume)
     image, label, geometry = preprocess(images, loaded, str(volume.case.images[0]))
     arrays: dict[str, NDArray[Any]] = {"image": quantise(image, volume.steps)}
     if label is not None:

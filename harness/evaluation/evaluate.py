@@ -24,7 +24,7 @@ from harness.data import pictures
 from harness.data.cases import load_label
 from harness.data.image_files import write_label
 from harness.data.pictures import Panel, target_numbers
-from harness.data.volumes import Volume
+from harness.data.volumes import Volume, check_unchanged
 from harness.evaluation import metrics
 from harness.evaluation.sliding_window import predict
 from harness.system.console import progress
@@ -192,6 +192,7 @@ def _score(
     """Turn the probabilities of one case into masks, score them, and write the scores and the prediction."""
     predicted = volume.geometry.decide(task, probabilities)
     reference, spacing = read_reference(task, volume.case)
+    check_unchanged(volume)
     target_scores = metrics.score(predicted, reference, spacing, scoring)
     rows = [
         {"case": volume.case.id, "target": t, **asdict(s)} for t, s in zip(task.targets, target_scores, strict=True)

@@ -330,3 +330,58 @@ def test_an_absolute_path_out_of_the_folder_is_refused(hippocampus_phantom, tmp_
     folder = written(shutil.copytree(hippocampus_phantom, tmp_path / "Task04_Hippocampus"), change)
     with pytest.raises(UserError, match="leaves the task's folder"):
         Registry().task("msd_hippocampus").cases(folder)
+
+
+def one_channel(folder, names, **described):
+    """Images and labels of one channel, both of these names."""
+    for sub in ("imagesTr", "labelsTr"):
+        (folder / sub).mkdir(parents=True)
+        for name in names:
+            nib.save(nib.Nifti1Image(np.ones((9, 8, 7), np.uint8), np.eye(4)), folder / sub / f"{name}.nii.gz")
+    content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": 1}, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(content | described))
+    return folder
+
+
+@pytest.mark.parametrize("names", [("case_a", "case_b"), ("word_0002", "word_0003"), ("amos_0000", "amos_0001")])
+def test_images_named_as_their_labels_are_cases_of_one_channel(names, tmp_path):
+    """nnU-Net v2 without `_0000`, WORD, AMOS."""
+    task = Registry().task(str(one_channel(tmp_path / "Dataset1_X", names)))
+    cases = task.cases(tmp_path / "Dataset1_X")
+    assert [case.id for case in cases] == sorted(names)
+    assert all(case.images[0].name == case.label.name for case in cases)
+
+
+@pytest.mark.parametrize(
+    ("described", "said"),
+    [
+        ({"file_ending": ".nrrd"}, r"no file ends in .nrrd, which dataset.json says .* there is a.nii.gz, b.nii.gz"),
+        (
+            {"channel_names": {"0": "T2", "1": "ADC"}},
+            r"no file is named CASE_0000.nii.gz, .* there is a.nii.gz: rename",
+        ),
+    ],
+)
+def test_what_lies_there_is_named(described, said, tmp_path):
+    folder = one_channel(tmp_path / "Dataset1_X", ("a", "b"), **described)
+    with pytest.raises(UserError, match=said):
+        Registry().task(str(folder))
+
+
+def test_a_raw_folder_of_nnunet_v1_is_read(tmp_path):
+    """Its `dataset.json` is the Decathlon's; its files have channels."""
+    folder = organ(tmp_path / "Task501_Organ")
+    described = {
+        "name": "Organ",
+        "modality": {"0": "T2", "1": "ADC"},
+        "labels": {"0": "background", "1": "left", "2": "right", "3": "cyst"},
+        "training": [
+            {"image": f"./imagesTr/organ_{number}.nii.gz", "label": f"./labelsTr/organ_{number}.nii.gz"}
+            for number in range(3)
+        ],
+    }
+    (folder / "dataset.json").write_text(json.dumps(described))
+    task = Registry().task(str(folder))
+    cases = task.cases(folder)
+    assert [case.id for case in cases] == ["organ_0", "organ_1", "organ_2"]
+    assert load_case(task, cases[0]).image.shape == (2, 9, 8, 7)

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from harness import UserError
+from harness.data import volumes as module
 from harness.data.inventory import digest_cases
 from harness.data.volumes import preprocess_cases
 from tests.harness.commands import harness, last_error, short_run
@@ -83,3 +85,25 @@ def test_a_damaged_volume_is_named_and_mended(hippocampus_phantom, finished_simm
     harness(*short_run("simmim", hippocampus_phantom), "--runs", tmp_path / "runs")
     assert "volumes in" in (said := capsys.readouterr().err)
     assert "are not as they were written: they are prepared again" in said
+
+
+def test_a_case_that_changes_while_it_is_prepared_is_not_kept(phantom, tmp_path, monkeypatch):
+    """Its volume would stand under the digest of what the file held before."""
+    task, root = phantom
+    mine = tmp_path / "mine"
+    shutil.copytree(root, mine)
+    cases = task.cases(mine)
+    digests = digest_cases(cases, tmp_path)[0]
+    keep = module.load_case
+
+    def load_and_change(images, case):
+        loaded = keep(images, case)
+        if case.id == cases[1].id:
+            case.label.write_bytes(cases[0].label.read_bytes())
+        return loaded
+
+    monkeypatch.setattr(module, "load_case", load_and_change)
+    with pytest.raises(UserError, match=f"a file of case '{cases[1].id}' was changed while it was worked on"):
+        preprocess_cases(task, cases, digests, tmp_path)
+    prepared = module.volumes_of(task, cases, digests, tmp_path)
+    assert [volume.is_complete(verify=True) for volume in prepared[:3]] == [True, False, True]

@@ -126,6 +126,26 @@ def test_a_file_of_the_data_that_vanishes(sixteen_cases, whole_run, tmp_path, mo
     assert_same(only_run(runs), whole_run)
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_a_label_that_is_edited_before_it_is_scored(sixteen_cases, whole_run, tmp_path, monkeypatch, capsys):
+    """Nothing is scored with it; asked again, it is another run. Put back, the first run goes on."""
+    mine, runs = tmp_path / "Task04_Hippocampus", tmp_path / "runs"
+    shutil.copytree(sixteen_cases, mine)
+    tested = json.loads((whole_run / "record.json").read_text())["data"]["test"]
+    label = mine / "labelsTr" / f"{tested[0]}.nii.gz"
+    before = label.read_bytes()
+    after_steps(
+        monkeypatch, 4, lambda stage: label.write_bytes((mine / "labelsTr" / f"{tested[1]}.nii.gz").read_bytes())
+    )
+    assert status_of(*words(mine, runs)) == 2
+    assert f"a file of case '{tested[0]}' was changed while it was worked on" in one_error(capsys)
+    assert not list(runs.glob("*/record.json"))
+    label.write_bytes(before)
+    assert status_of(*words(mine, runs)) == 0
+    assert "fine-tuning found in" in capsys.readouterr().err
+    assert_same(only_run(runs), whole_run)
+
+
 @pytest.fixture
 def full_disk(tmp_path):
     """A folder on a small disk of its own, and what fills it; where mounting is not permitted, the test is skipped."""
