@@ -143,12 +143,14 @@ def test_every_negative_control_is_judged(tmp_path):
 
 
 def test_a_method_without_all_seeds_of_the_headroom_has_no_share(tmp_path):
-    """At its only seed the headroom may be nothing, and the share anything."""
+    """At its own seeds the headroom may be nothing, and the share anything."""
     for seed in range(4):
         write_run(tmp_path, "scratch", seed, dice=0.7, rules=2)
-        write_run(tmp_path, "supervised", seed, dice=0.7 if seed == 0 else 0.8, rules=2, uses_labels=True)
-    write_run(tmp_path, "m", 0, dice=0.75, rules=2)
-    assert tables(tmp_path)[0].calibrations[0].shares == {}
+        write_run(tmp_path, "supervised", seed, dice=0.8 + 0.01 * seed, rules=2, uses_labels=True)
+        write_run(tmp_path, "whole", seed, dice=0.75, rules=2)
+    for seed in range(2):
+        write_run(tmp_path, "part", seed, dice=0.75, rules=2)
+    assert tables(tmp_path)[0].calibrations[0].shares.keys() == {"whole"}
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,22 @@ class Fixed:
         return value
 
 
+class Above(Fixed):
+    """As `Fixed`, with factors above one."""
+
+    def random(self):
+        return 0.9
+
+
+def test_a_factor_is_below_one_as_often_as_above_however_far_the_range_reaches():
+    rng = np.random.default_rng(0)
+    factors = np.array([augmentation._around_one(0.7, 1.5, rng) for _ in range(4000)])
+    assert (factors < 1).mean() == pytest.approx(0.5, abs=0.03)
+    assert factors[factors < 1].mean() == pytest.approx(0.85, abs=0.01)
+    assert factors[factors > 1].mean() == pytest.approx(1.25, abs=0.01)
+    assert 0.7 <= factors.min() < factors.max() <= 1.5
+
+
 def test_without_it_no_number_is_drawn():
     """So that runs of presets without nnU-Net's augmentation stay as they were."""
     assert warp_drawer(finetuning()) is None
@@ -98,8 +114,10 @@ def test_blur_and_low_resolution_change_every_second_channel(number):
 
 def test_contrast_and_gamma_are_those_of_monai():
     channel = IMAGE[0]
-    contrast = ScaleIntensityFixedMean(factor=-0.2, preserve_range=True)(channel[None])[0]
-    np.testing.assert_allclose(augmentation.change_contrast(channel, Fixed(0.8)), contrast, atol=1e-5)
+    for factor in (0.8, 1.2):
+        contrast = ScaleIntensityFixedMean(factor=factor - 1, preserve_range=True)(channel[None])[0]
+        drawn_factor = Above(factor) if factor > 1 else Fixed(factor)
+        np.testing.assert_allclose(augmentation.change_contrast(channel, drawn_factor), contrast, atol=1e-5)
     for inverted in (False, True):
         gamma = AdjustContrast(0.8, invert_image=inverted, retain_stats=True)(channel[None])[0]
         np.testing.assert_allclose(augmentation.change_gamma(channel, Fixed(0.8), inverted), gamma, atol=1e-4)

@@ -79,6 +79,34 @@ def test_crops_are_augmented_as_the_settings_say(stage):
         assert not np.array_equal(brighter["image"], before["image"])
 
 
+def test_exactly_the_last_crops_of_each_batch_are_centred_if_the_settings_say_so(stage):
+    config, _, task, volumes = stage
+    changed = with_settings(
+        config, crop=(16, 16, 16), foreground=0.33, exact_foreground=True, batch_size=2, flip=0, rotate=0
+    )
+    data = finetune_data(changed, task, volumes, 200, seed=3)
+    middle = np.array([data[index]["target"][0, 8, 8, 8] > 0 for index in range(200)])
+    assert middle[1::2].mean() > 0.9
+    assert middle[::2].mean() < 0.7 * middle[1::2].mean()
+
+
+def test_nnunets_augmentation_warps_crops_and_changes_intensities(stage):
+    """Targets that differ from the plain ones were warped; images of the others differ by their intensities alone."""
+    config, _, task, volumes = stage
+    off = {"crop": (16, 16, 16), "flip": 0, "rotate": 0, "scale": 0, "shift": 0, "foreground": 1.0}
+    plain = finetune_data(with_settings(config, **off), task, volumes, 120, seed=3)
+    changed = finetune_data(with_settings(config, **off, nnunet_augmentation=1.0), task, volumes, 120, seed=3)
+    images, targets = ([changed[index][name] for index in range(120)] for name in ("image", "target"))
+    assert all(image.shape == (1, 16, 16, 16) and image.dtype == np.float32 for image in images)
+    assert all(target.shape == (1, 16, 16, 16) for target in targets)
+    # About one crop of three is warped; where a crop is drawn from does not depend on it, but the draws before it do.
+    contrast = [np.ptp(image) for image in images]
+    assert np.std(contrast) > 2 * np.std([np.ptp(plain[index]["image"]) for index in range(120)])
+    sizes = np.array([np.count_nonzero(target) for target in targets])
+    before = np.array([np.count_nonzero(plain[index]["target"]) for index in range(120)])
+    assert sizes.min() < 0.7 * before.min()  # objects become smaller, which no flip does
+
+
 def test_the_result_depends_on_the_seed_and_not_on_what_ran_before(stage, tmp_path, monkeypatch):
     """Otherwise `scratch` would not be a matched control."""
     config, plugins, task, volumes = stage
