@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from leaderboards import board, compare, curves, table
+from leaderboards import board, compare, curves, table, website
 from leaderboards.records import RecordError, load_run, load_runs
 from leaderboards.validate import check_csv
 from tests.leaderboards.made import write_run
@@ -141,3 +141,13 @@ def test_no_curve_holds_an_imported_row(runs):
     assert after.left_out == []
     assert [(each.name, each.points) for each in after.curves] == [(each.name, each.points) for each in before.curves]
     assert [each.area[0] for each in after.curves] == [each.area[0] for each in before.curves]
+
+
+def test_the_page_of_an_imported_result_says_where_it_comes_from(runs, tmp_path):
+    place = write_run(
+        runs, "nnU-Net", 0, 0.9, imported={"kind": "label maps", "note": "<b>16</b> epochs"}, preset="imported"
+    )
+    website.publish(read(runs), tmp_path / "site", title="x")
+    page = (tmp_path / "site" / "runs" / place.name / "index.html").read_text()
+    assert "Imported from other software (label maps): &lt;b&gt;16&lt;/b&gt; epochs." in page
+    assert "harness reproduce" not in page
