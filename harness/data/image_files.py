@@ -18,6 +18,8 @@ from harness.system.errors import UserError
 from harness.system.files import disguise, file_size
 
 Affine = NDArray[np.float64]
+UNITS = {1: "metres", 3: "micrometres"}
+"""Units of NIfTI headers that are not those of this harness."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ def _nifti_header(path: Path) -> Header:
             raw = image.header_class.from_fileobj(file, check=False)
         spacing = np.asarray(raw["pixdim"][1:4], dtype=np.float64)
         sform, qform = (get(coded=True)[0] for get in (image.header.get_sform, image.header.get_qform))
+        units = UNITS.get(int(raw["xyzt_units"]) % 8, "")
     except Exception as error:
         raise unreadable(path, error) from None
     if not np.isfinite(spacing).all() or (spacing <= 0).any():
@@ -121,6 +124,8 @@ def _nifti_header(path: Path) -> Header:
             f"{path}: its header says a spacing of {', '.join(f'{v:g}' for v in spacing)} mm; each must be more than 0: "
             "mend pixdim"
         )
+    if units:
+        raise UserError(f"{path}: its header says that lengths are in {units}: convert them to millimetres")
     shape = tuple(int(edge) for edge in image.shape)
     if sform is not None and qform is not None and len(shape) >= 3:
         distance = corners_apart(shape, np.asarray(sform), np.asarray(qform))

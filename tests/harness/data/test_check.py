@@ -226,6 +226,9 @@ KINDS = {
     ),
     "16 bit scaled by a slope": Kind(scaled, "", FINE),
     # geometry
+    "metres": Kind(raw(123, "B", 1), "lengths are in metres: convert them to millimetres"),
+    "micrometres and seconds": Kind(raw(123, "B", 3 + 8), "lengths are in micrometres"),
+    "no unit": Kind(raw(123, "B", 0), "", FINE),
     "zero spacing": Kind(raw(80, "<3f", 0, 1, 1), "a spacing of 0, 1, 1 mm"),
     "negative spacing": Kind(raw(80, "<3f", 1, -1, 1), "a spacing of 1, -1, 1 mm"),
     "tiny spacing": Kind(raw(80, "<3f", 1e-5, 100, 100, codes=(0, 0)), "each must be within 0.0001 to 10000 mm"),
