@@ -382,7 +382,7 @@ def _inside(root: Path, name: str) -> Path:
     Raises:
         UserError: it leaves the folder; the user's links may leave it.
     """
-    name = name.replace("\\", "/")
+    given, name = name, name.replace("\\", "/")
     try:
         valid = b"\0" not in os.fsencode(name)
     except UnicodeEncodeError:  # a lone surrogate
@@ -391,7 +391,7 @@ def _inside(root: Path, name: str) -> Path:
         name = os.path.relpath(os.path.normpath(name), root.absolute())
     if not valid or Path(os.path.normpath(name)).parts[:1] == ("..",):
         raise UserError(
-            f"{root / 'dataset.json'}: {name[:200]!r} leaves the task's folder, or is no path: name files below it"
+            f"{root / 'dataset.json'}: {given[:200]!r} leaves the task's folder, or is no path: name files below it"
         )
     return root / os.path.normpath(name)
 
