@@ -113,7 +113,7 @@ def test_what_a_checkpoint_holds_is_listed_where_it_holds_no_network(tmp_path):
         read_state_dict(tmp_path / "a.pt")
 
 
-@pytest.mark.parametrize(("name", "content", "said"), DISGUISED)
+@pytest.mark.parametrize(("name", "content", "said"), DISGUISED, ids=["LFS", "LFS safe", "page", "page safe"])
 def test_a_file_that_is_something_else_is_called_what_it_is(name, content, said, tmp_path):
     path = tmp_path / f"weights{'.safetensors' if name == 'safetensors' else '.pt'}"
     path.write_bytes(content)

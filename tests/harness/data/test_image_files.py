@@ -66,11 +66,12 @@ def test_a_tilted_gantry_is_written_so_that_it_can_be_read(tmp_path):
         ("a.nii.gz", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
         ("a.nii", b"\xef\xbb\xbf<!DOCTYPE html><html></html>", "web page"),
         ("a.nii.gz", b"\0" * 128 + b"DICM" + b"\0" * 400, "DICOM file: convert .* dcm2niix"),
-        ("a.nii", gzip.compress(NIFTI_BYTES), "compressed with gzip: name it .nii.gz"),
+        ("a.nii", gzip.compress(NIFTI_BYTES, mtime=0), "compressed with gzip: name it .nii.gz"),
         ("a.nii.gz", NIFTI_BYTES, "not compressed: name it .nii"),
         ("a.nii.gz", b"PK\x03\x04" + b"\0" * 400, "zip archive: unpack it"),
         ("a.mha", b"<html>", "web page"),
     ],
+    ids=["LFS", "page", "DICOM", "gzip", "plain", "zip", "page as MetaImage"],
 )
 def test_an_image_that_is_something_else_is_called_what_it_is(name, content, said, tmp_path):
     (tmp_path / name).write_bytes(content)
