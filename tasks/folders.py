@@ -38,6 +38,12 @@ class _Decathlon(BaseModel):
     modality: dict[int, str] = Field(min_length=1)
     labels: dict[int, str] = Field(min_length=2)
     training: list[_Entry] = []
+    validation: list[Any] = []
+
+    def labelled(self) -> list[_Entry]:
+        """The labelled cases: those of `training`, and those of `validation` that have a label, as AMOS and MONAI list them."""
+        more = [entry for entry in self.validation if isinstance(entry, dict) and entry.keys() >= {"image", "label"}]
+        return [*self.training, *map(_Entry.model_validate, more)]
 
     def regions(self) -> dict[str, tuple[int, ...]]:
         """Label name -> label values that make it up, background included."""
@@ -310,7 +316,7 @@ def _decathlon_cases(root: Path, described: _Decathlon) -> list[Case]:
     nnU-Net v1 lists `imagesTr/CASE.nii.gz` for the files `imagesTr/CASE_0000.nii.gz`, `CASE_0001.nii.gz`, ...
     """
     cases = []
-    for entry in described.training:
+    for entry in described.labelled():
         image, label = _inside(root, entry.image), _inside(root, entry.label)
         name = stem(image)
         ending = image.name.removeprefix(name)

@@ -385,3 +385,16 @@ def test_a_raw_folder_of_nnunet_v1_is_read(tmp_path):
     cases = task.cases(folder)
     assert [case.id for case in cases] == ["organ_0", "organ_1", "organ_2"]
     assert load_case(task, cases[0]).image.shape == (2, 9, 8, 7)
+
+
+def test_labelled_validation_cases_are_cases(hippocampus_phantom, tmp_path):
+    """AMOS and MONAI list them apart; entries without a label are no cases."""
+
+    def change(described, folder):
+        *described["training"], last = described["training"]
+        described["validation"] = [last, {"image": "./imagesTs/x.nii.gz"}, "./imagesTs/y.nii.gz"]
+
+    task = Registry().task("msd_hippocampus")
+    whole = task.cases(hippocampus_phantom)
+    folder = written(shutil.copytree(hippocampus_phantom, tmp_path / "Task04_Hippocampus"), change)
+    assert [case.id for case in task.cases(folder)] == [case.id for case in whole]
