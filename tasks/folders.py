@@ -274,6 +274,8 @@ def _read(path: Path, changed: int) -> Description:
     content = {name: value for name, value in content.items() if value is not None}  # some write null for nothing
     try:
         described: Description = (_NNUNet if "channel_names" in content else _Decathlon).model_validate(content)
+        if isinstance(described, _Decathlon):
+            described.labelled()  # its entries are checked here, too
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))

@@ -234,7 +234,14 @@ def test_a_path_out_of_the_folder_is_refused(hippocampus_phantom, tmp_path):
         Registry().task("msd_hippocampus").cases(tmp_path / "task")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"name": "Hippocampus"}', '{"name": "Hippocampus", "training": [3]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "Hippocampus", "modality": {"0": "MRI"}, "labels": {"0": "background", "1": "a"}, '
+        '"validation": [{"image": 3, "label": 4}]}',
+        *("", "[]", "{", '{"name": "Hippocampus"}', '{"name": "Hippocampus", "training": [3]}'),
+    ],
+)
 def test_a_broken_description_is_refused(text, tmp_path):
     (tmp_path / "dataset.json").write_text(text)
     task = Registry().task("msd_hippocampus")
