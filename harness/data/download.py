@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from harness.api.task import Archive
 from harness.system.console import progress, say
@@ -112,26 +112,26 @@ def download(url: str, path: Path, kind: str, expected: str) -> str:
 
 def _transfer(url: str, partial: Path, start: int) -> bool:
     """Append to `partial` from byte `start`. Returns whether the end was reached."""
-    try:
-        url.encode("ascii")
-        valid = url.startswith(("https://", "http://")) and urlsplit(url).port != 0 and bool(urlsplit(url).hostname)
-    except ValueError:
-        valid = False
-    if not valid:
-        raise UserError(f"{url} is no address that is fetched: give one that begins with https:// or http://")
+    _check_address(url)
     request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
-        response: Any = urlopen(request, timeout=TIMEOUT_S)
+        response: Any = build_opener(_WebOnly).open(request, timeout=TIMEOUT_S)
     except HTTPError as error:
         if error.code == 416 and start:  # the server has no more bytes to send
             return True
         raise
+    except ValueError as error:  # urllib reads the address of a redirection before it asks what to do with it
+        raise UserError(
+            f"{url} leads on to another address, which is none ({error}): give another address with --url"
+        ) from None
     with response:
         resumed = response.status == 206
         received = start if resumed else 0
-        length = response.headers.get("Content-Length")
-        expected = received + int(length) if length is not None else None
-        if expected is not None and expected - received > (free := shutil.disk_usage(partial.parent).free):
+        length = response.headers.get("Content-Length") or ""
+        # A server that states no length, or nonsense, may send without end; the disk is the bound then.
+        expected = received + int(length) if length.isascii() and length.isdecimal() and len(length) < 19 else None
+        free = shutil.disk_usage(partial.parent).free
+        if expected is not None and expected - received > free:
             raise UserError(
                 f"{partial.parent}: {expected / 2**30:.1f} GiB come, {free / 2**30:.1f} GiB are free: make room"
             )
@@ -141,7 +141,34 @@ def _transfer(url: str, partial: Path, start: int) -> bool:
                 file.write(chunk)
                 received += len(chunk)
                 bar.update(len(chunk))
+                if expected is None and received > 0.9 * free:
+                    raise UserError(
+                        f"{url} sends {received / 2**30:.1f} GiB and more, and says no length: make room, or look there"
+                    )
     return expected is None or received >= expected
+
+
+def _check_address(url: str) -> None:
+    """Raises UserError for an address that is none, or not of the web."""
+    try:
+        url.encode("ascii")
+        valid = url.startswith(("https://", "http://")) and urlsplit(url).port != 0 and bool(urlsplit(url).hostname)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise UserError(f"{url} is no address that is fetched: give one that begins with https:// or http://")
+
+
+class _WebOnly(HTTPRedirectHandler):
+    """Follows redirections to addresses of the web only; urllib would follow them to ftp, too."""
+
+    def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
+        """The next request. Raises UserError if it leads elsewhere."""
+        try:
+            _check_address(newurl)
+        except UserError as error:
+            raise UserError(f"{req.full_url} leads on to another address, and {error}") from None
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _unpack(packed: Path, root: Path) -> None:

@@ -1,6 +1,11 @@
 """Archives from a server on the loopback address: broken transfers, wrong content, hostile archives."""
 
+import hashlib
 import tarfile
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -178,3 +183,51 @@ def test_addresses_and_sums_are_monais():
         assert archive.url.startswith("https://")
         assert archive.url.endswith(f"{task.folder}.tar")
         assert len(archive.md5) == 32
+
+
+@contextmanager
+def answering(*, status=200, headers=(), body=b""):
+    """A server that gives one answer to everything; its address."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            for name, value in headers:
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            """Quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/x.tar"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("target", ["ftp://127.0.0.1/x.tar", "http://[broken", "file:///etc/passwd", "http://:0/"])
+def test_a_redirection_leads_to_the_web_only(target, tmp_path):
+    with (
+        answering(status=302, headers=[("Location", target)]) as url,
+        pytest.raises(UserError, match=r"leads on to another address|is not allowed"),
+    ):
+        download(url, tmp_path / "x", "md5", "")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("length", ["abc", "-5", "1" * 30, ""])
+def test_a_length_that_is_none_is_not_believed(length, tmp_path):
+    with answering(headers=[("Content-Length", length)] if length else [], body=b"content") as url:
+        assert download(url, tmp_path / "x", "md5", "") == hashlib.md5(b"content", usedforsecurity=False).hexdigest()
+
+
+def test_a_server_without_an_end_does_not_fill_the_disk(tmp_path, monkeypatch):
+    usage = SimpleNamespace(free=100_000)
+    monkeypatch.setattr("harness.data.download.shutil.disk_usage", lambda folder: usage)
+    with answering(body=b"x" * 300_000) as url, pytest.raises(UserError, match="says no length"):
+        download(url, tmp_path / "x", "md5", "")
