@@ -65,11 +65,12 @@ def test_every_method_that_comes_along_trains_parts_of_a_network_and_needs_what_
 
 
 def test_a_prepared_volume_is_a_source_of_samples(phantom, tmp_path):
+    from harness.data.inventory import digest_cases
     from harness.data.volumes import preprocess_cases
 
     task, root = phantom
     cases = task.cases(root)[:1]
-    (volume,) = preprocess_cases(task, cases, {cases[0].id: "digest"}, tmp_path)
+    (volume,) = preprocess_cases(task, cases, digest_cases(cases, tmp_path)[0], tmp_path)
     sample = volume.sample((16, 12, 8), np.random.default_rng(0))["image"]
     assert sample.shape == (len(task.channels), 16, 12, 8)
     assert sample.dtype == np.float32

@@ -18,7 +18,7 @@ QUICK = ["finite losses", "gradients", "weights"]
 
 # What is left to `-m slow` so that the quick tests stay quick: every check of methods that share most of their code with
 # others, and most methods on networks whose blocks are those of others.
-LATER = ("dino", "mae", "simclr", "simmim", "swinunetr_ssl")
+LATER = ("dino", "mae", "simclr", "simmim", "supervised", "swinunetr_ssl", "volume_fusion")
 RELATED = ("plainunet", "mednext", "resenc")
 ON_RELATED = ("hybridmim", "spark", "transvw")
 

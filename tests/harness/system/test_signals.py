@@ -125,6 +125,7 @@ def test_ctrl_c_into_a_pipe_whose_reader_ends_leaves_a_checkpoint(sixteen_cases,
     assert_same(only_run(tmp_path), whole_run)
 
 
+@pytest.mark.slow
 def test_a_run_whose_output_nobody_reads_is_finished(sixteen_cases, whole_run, tmp_path):
     """Its status is 0 after the work is done, and not because a pipe broke."""
     reader, writer = os.pipe()

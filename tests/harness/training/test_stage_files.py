@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from harness import UserError
+from harness.data.inventory import digest_cases
 from harness.data.volumes import preprocess_cases
 from harness.system.files import digest_file
 from harness.training.checkpoints import Checkpoints
@@ -57,7 +58,7 @@ def test_a_damaged_stage_is_none(stage, damage):
 def test_what_was_trained_on_volumes_that_changed_is_dropped(registry, hippocampus_phantom, tmp_path):
     task = registry.task("msd_hippocampus")
     cases = replace(task, test_ids=None).cases(hippocampus_phantom)
-    volumes = preprocess_cases(task, cases, {case.id: case.id for case in cases}, tmp_path / "cache")
+    volumes = preprocess_cases(task, cases, digest_cases(cases, tmp_path)[0], tmp_path / "cache")
     kept = Checkpoints(tmp_path / "run" / "checkpoints", 0)
     kept.save(1, {"step": 1})
     assert_unchanged(volumes, tmp_path / "run")
