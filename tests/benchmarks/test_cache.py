@@ -22,9 +22,11 @@ from scipy import ndimage
 from harness.api.registry import Registry
 from harness.api.task import Case
 from harness.compute.memory import peak_memory
+from harness.data import volumes
 from harness.data.phantom import make_phantom
 from harness.data.preprocessing import STEPS, quantise
 from harness.data.volumes import Volume, preprocess_cases
+from harness.system.files import digest_file
 from tests.benchmarks.test_speed import fastest
 
 pytestmark = pytest.mark.benchmark
@@ -221,6 +223,8 @@ def _prepare_many(folder, pipe):
     root = Path(folder)
     cases = [Case(f"c{n}", (root / "image.nii.gz",), root / "label.nii.gz") for n in range(100)]
     task = replace(Registry().task("btcv"), name="many")
+    # The cases are one file under many names: it is read again as for a digest, which is not compared.
+    volumes.check_unchanged = lambda volume: [digest_file(path) for path in volume.case.files]
     before = resource.getrusage(resource.RUSAGE_SELF)
     began = time.perf_counter()
     preprocess_cases(task, cases, {case.id: case.id.ljust(20, "x") for case in cases}, root / "cache")
