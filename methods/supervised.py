@@ -10,11 +10,11 @@ from harness import Backbone, Batch, Method, Preparation, Settings, Source, Volu
 class Supervised(Method):
     """Segmentation with the labels of all training cases: the positive control of a comparison.
 
-    Encoder and decoder are trained on the crops, with the augmentation and the loss of fine-tuning, for the steps of
-    pre-training. Their labels are those of all training cases, also where fine-tuning may use few of them. Then it is
-    fine-tuned like every method. Its difference from scratch is the headroom of a table: what a pre-training that knows the
-    task could gain. Where the headroom is not above its interval, the table cannot show the benefit of any method. It uses
-    labels that the others do not have, so it is never ranked.
+    Encoder and decoder are trained on the crops and with the augmentation of fine-tuning, and with its loss as it is without
+    `finetune.dice_per_sample` and `finetune.dice_background`, for the steps of pre-training. Their labels are those of all
+    training cases, also where fine-tuning may use few of them. Then it is fine-tuned like every method. Its difference from
+    scratch is the headroom of a table: what a pre-training that knows the task could gain. Where the headroom is not above its
+    interval, the table cannot show the benefit of any method. It uses labels that the others do not have, so it is never ranked.
     """
 
     name = "supervised"

@@ -24,9 +24,9 @@ from harness.runs.record import RULES, SCHEMA
 from harness.system.console import progress, say
 from harness.system.errors import UserError
 from harness.system.files import digest, digest_file, write_atomic
+from leaderboards.records import SUMMARY
 from leaderboards.schema import Record
 
-SUMMARY = "summary.json"
 LARGEST = 256 * 2**20  # bytes of a summary that are read
 GRID = 1e-3  # mm; largest allowed difference between the affines of a prediction and its reference
 EQUAL = 1e-6  # largest difference between our Dice and nnU-Net's, which is computed in double precision

@@ -37,6 +37,9 @@ def predict_images(
     Raises:
         UserError: the record cannot be used, images do not fit the task, or an input would be overwritten.
     """
+    for path in inputs:
+        if not path.exists():
+            raise UserError(f"{path} does not exist: give images that are there, or a folder of them")
     record = read_run(run)
     restored = restore(run, record, Registry(plugins))
     task = restored.task
@@ -59,8 +62,6 @@ def predict_images(
     for path in outputs:
         if path.resolve() in input_paths:
             raise UserError(f"{path} is an input, which would be overwritten: give another output")
-    if not folder:
-        _check_channels(cases[0], task)
     if restored.lineage is not None:
         say_what_is_lost(restored.lineage)
     written, problems = [], []

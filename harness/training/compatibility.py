@@ -81,8 +81,9 @@ def _check_intensities(registry: Registry, config: RunConfig, plugins: Plugins) 
         classes = [registry.load("method", name) for name in registry.names("method")]
         others = sorted(each.name for each in classes if each.trains and not each.unit_range)
         raise UserError(
-            f"method {config.method!r} needs intensities in 0..1, task.normalisation=zscore gives others: leave it out, or "
-            f"choose --method from {', '.join(others) or 'none of those installed'}"
+            f"method {config.method!r} needs intensities in 0..1, task.normalisation=zscore (of --set or of preset "
+            f"{config.preset!r}) gives others: give --set task.normalisation=none, or choose --method from "
+            f"{', '.join(others) or 'none of those installed'}"
         )
 
 

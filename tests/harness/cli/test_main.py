@@ -65,17 +65,22 @@ def test_an_error_moves_no_cursor(capsys):
     assert "\x1b" not in fails(capsys, "show", "\x1b[2Jrun")
 
 
-def test_a_pipe_that_breaks_inside_a_plugin_is_no_success(tmp_path, capsys):
-    plugin = tmp_path / "piping.py"
-    plugin.write_text("raise BrokenPipeError(32, 'Broken pipe')\n")
-    assert "piping.py" in fails(capsys, *HYBRIDMIM, "--plugin", str(plugin))
+def test_a_pipe_that_breaks_inside_the_work_is_no_success(monkeypatch):
+    """It was taken for a reader of the output that went away, with status 0."""
+
+    def fail(arguments):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    parser = main_module._parser
+    monkeypatch.setattr(main_module, "_parser", lambda: _with_command(parser(), fail))
+    with pytest.raises(BrokenPipeError):
+        main_module.main(["list"])
 
 
 def test_a_plugin_that_ends_the_process_is_no_success(tmp_path, capsys):
     plugin = tmp_path / "ending.py"
     plugin.write_text("import sys\n\nsys.exit(0)\n")
-    said = fails(capsys, *HYBRIDMIM, "--plugin", str(plugin))
-    assert "ending.py, line 3 called sys.exit(0)" in said or "ending.py" in said
+    assert "ending.py, line 3 called sys.exit(0)" in fails(capsys, *HYBRIDMIM, "--plugin", str(plugin))
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EDQUOT])

@@ -64,7 +64,8 @@ def test_predict_words(corpus_runs, data_folders, tmp_path, capsys):
         ([folder, copied, tmp_path / "out.png"], "written as .nii.gz or .nii"),
         ([folder, copied, copied], "would be overwritten"),
         ([folder, copied, copied, tmp_path / "o.nii.gz"], "2 channels, 'msd_hippocampus' has 1"),
-        ([folder, tmp_path / "no.nii.gz", tmp_path / "o.nii.gz"], "is missing"),
+        ([folder, tmp_path / "no.nii.gz", tmp_path / "o.nii.gz"], "does not exist"),
+        ([folder, tmp_path / "no_folder", tmp_path / "o"], "no_folder does not exist"),
         ([folder, tmp_path / "empty", tmp_path / "o"], "holds no image"),
         ([tmp_path / "empty", copied, tmp_path / "o.nii.gz"], "unknown run"),
     ]:
