@@ -85,9 +85,8 @@ def _split(images: "Task | Corpus", root: Path, checked: "list[CheckedCase]") ->
         return ""
     task = replace(images, test_ids=None) if is_phantom(root) else images
     try:
-        split = split_cases(
-            task, [case for case, _ in usable], same=duplicate_pairs([signature for _, signature in usable])
-        )
+        alike = duplicate_pairs([signature for _, signature in usable])
+        split = split_cases(task, [case for case, _ in usable], same=[(i, j) for i, j, _ in alike])
     except UserError as error:
         return f", which cannot be split ({error})"
     return f", {len(split.train)} for training and {len(split.test)} for testing"

@@ -207,9 +207,9 @@ def _check_names(checked: Sequence[CheckedCase]) -> None:
 def _check_duplicates(checked: Sequence[CheckedCase]) -> None:
     """Report scans that are the same as another scan of the data set."""
     readable = [result for result in checked if result.signature is not None]
-    for i, j in duplicate_pairs([result.signature for result in readable if result.signature is not None]):
+    for i, j, value in duplicate_pairs([result.signature for result in readable if result.signature is not None]):
         first, second = readable[i], readable[j]
-        text = f"{second.case.images[0]} is the same scan as {first.case.images[0]}: they count as one patient"
+        text = f"{second.case.images[0]} looks like {first.case.images[0]} (correlation {value:.3f}): they count as one patient"
         second.problems.append(Problem(LOOK, "duplicates", second.case.id, text))
 
 

@@ -1,14 +1,15 @@
 """The data of a run: the task's cases and their split, the corpora, and the check that they share no scans."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 from harness.api.registry import Registry
 from harness.api.task import Case, Normalisation, Task, ZScore
 from harness.data.corpus import Corpus, folder_corpus, parse_spec, with_normalisation
-from harness.data.duplicates import ALIKE, duplicate_pairs, same_scans
+from harness.data.duplicates import duplicate_pairs, same_scans
 from harness.data.inventory import Inventory, fingerprint, take_inventory
 from harness.data.phantom import CORPUS_CASES, PHANTOM, is_phantom, write_phantom
 from harness.data.splits import SAME, VALIDATION_SHARE, Split, split_cases
@@ -138,12 +139,15 @@ def open_task(
     for case in cases:
         check_name(case.id)
     inventory = take_inventory(task, cases, cache)
-    pairs = duplicate_pairs([inventory.signatures[case.id] for case in cases])
-    split = split_cases(task, cases, how, pairs, validation, share)
+    alike = duplicate_pairs([inventory.signatures[case.id] for case in cases])
+    split = split_cases(task, cases, how, [(i, j) for i, j, _ in alike], validation, share)
     if split.by == SAME:
         say(
             "PLUMBING CHECK: trained and tested on the same cases (--split same); the numbers say nothing about a method"
         )
+    if alike:
+        listed = listing(f"{cases[i].id} and {cases[j].id}, correlation {value:.3f}" for i, j, value in alike)
+        say(f"{len(alike)} pairs of cases look like one scan, and count as one patient: {listed}")
     for case_id, test_id in split.left_out:
         say(f"left out of training: {case_id} is the same patient or scan as test case {test_id}")
     if split.unused:
@@ -192,8 +196,11 @@ def _refuse_label_maps(corpus: Corpus, cases: Sequence[Case], inventory: Invento
     say(f"DESERVES A LOOK: {text}; they are pre-trained on")
 
 
-def overlap(data: TaskData, corpora: Sequence[CorpusData]) -> list[tuple[str, str]]:
-    """Sorted pairs (scan of a corpus, test case) that are copies by their voxels, whatever their names and headers are."""
+def overlap(data: TaskData, corpora: Sequence[CorpusData]) -> dict[tuple[str, str], float]:
+    """Sorted pairs (scan of a corpus, test case) that look like one scan, whatever their names and headers, and how much.
+
+    The values are the correlations that `harness.data.duplicates` describes.
+    """
     scans = [
         (case.id, signature)
         for corpus in corpora
@@ -201,23 +208,32 @@ def overlap(data: TaskData, corpora: Sequence[CorpusData]) -> list[tuple[str, st
         for signature in corpus.inventory.signatures[case.id]
     ]
     tested = [(case.id, signature) for case in data.split.test for signature in data.inventory.signatures[case.id]]
-    pairs = same_scans([signature for _, signature in scans], [signature for _, signature in tested], ALIKE)
-    return sorted({(scans[i][0], tested[j][0]) for i, j in pairs})
+    highest: dict[tuple[str, str], float] = {}
+    for i, j, value in same_scans([signature for _, signature in scans], [signature for _, signature in tested]):
+        pair = scans[i][0], tested[j][0]
+        highest[pair] = max(highest.get(pair, 0.0), value)
+    return dict(sorted(highest.items()))
 
 
 def check_overlap(data: TaskData, corpora: Sequence[CorpusData], allow: bool) -> list[tuple[str, str]]:
     """The pairs of `overlap`. Raises UserError if there are any and `allow` is false; else prints them."""
     pairs = overlap(data, corpora)
     if not pairs:
-        return pairs
-    listed = "; ".join(f"{scan} is test case {case}" for scan, case in pairs[:3]) + ("; ..." if len(pairs) > 3 else "")
+        return []
+    listed = listing(f"{scan} like {case}, correlation {value:.3f}" for (scan, case), value in pairs.items())
     if not allow:
         raise UserError(
-            f"{len(pairs)} scans to pre-train on are test cases of {data.task.name!r}, by their voxels ({listed}): take them out "
+            f"{len(pairs)} scans to pre-train on look like test cases of {data.task.name!r} ({listed}): take them out "
             "of the corpus, or give --allow-overlap, and the tables will say so"
         )
-    say(f"OVERLAP: {len(pairs)} scans of the corpora are test cases ({listed}); every table says so")
-    return pairs
+    say(f"OVERLAP: {len(pairs)} scans of the corpora look like test cases ({listed}); every table says so")
+    return list(pairs)
+
+
+def listing(entries: Iterable[str]) -> str:
+    """The first three entries, and whether there are more."""
+    first = list(islice(entries, 4))
+    return "; ".join(first[:3]) + ("; ..." if len(first) > 3 else "")
 
 
 def _phantom(images: Task | Corpus, runs: Path, number: int) -> Path:

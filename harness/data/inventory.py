@@ -23,7 +23,7 @@ from harness.system.console import progress, say
 from harness.system.errors import UserError
 from harness.system.files import digest, digest_file, file_size, read_json, write_atomic
 
-SIGNATURE_VERSION = 4  # version of the cached signatures; raise it when the signature of an image changes
+SIGNATURE_VERSION = 5  # version of the cached signatures; raise it when the signature of an image changes
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _read_signature(path: Path, channels: int) -> Signature | None:
         array = load_array(path)
     except (OSError, ValueError, EOFError):
         return None
-    return array.astype(np.float32) if array.shape == (channels, GRID, GRID, GRID) else None
+    return array if array.shape == (channels, GRID, GRID, GRID) and array.dtype == np.int8 else None
 
 
 def fingerprint(digests: dict[str, str]) -> str:

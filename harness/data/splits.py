@@ -104,13 +104,18 @@ def split_cases(
         share: largest share of the training cases that is held out.
 
     Raises:
-        UserError: no case is left on one side, or there are more folds than patients.
+        UserError: all cases look alike, no case is left on one side, or there are more folds than patients.
     """
     repeated = [(cases[i].id, cases[j].id) for i, j in same]
     if how == SAME:
         by_id = sorted(cases, key=lambda case: case.id)
         return Split(by_id, by_id, SAME, repeated=repeated)
     groups = _patients(cases, same)
+    if same and len(groups) == 1 < len({case.patient or case.id for case in cases}):
+        raise UserError(
+            f"task {task.name!r}: all {len(cases)} labelled cases look like one scan, which counts as one patient: `harness data "
+            "check` lists the pairs; take the copies out, or give --split same for a plumbing check"
+        )
     by, left_out, fold = "rule", [], parse_fold(how)
     unused: list[str] = []
     if fold is not None and fold.file is not None:

@@ -97,9 +97,10 @@ def _predict(restored: Restored, case: Case, path: Path, numbering: Sequence[tup
     loaded = load_case(restored.task, case)
     if restored.lineage is not None:
         signatures = np.stack([signature(channel) for channel in loaded.image])
-        if restored.lineage.seen({case.id: ("", signatures)}):
+        if pairs := restored.lineage.seen({case.id: ("", signatures)}):
             say(
-                f"{case.images[0]}: these weights were trained on this scan: its prediction shows no quality on new scans"
+                f"{case.images[0]} looks like a scan that these weights were trained on (correlation "
+                f"{max(value for *_, value in pairs):.3f}): its prediction shows no quality on new scans"
             )
     image, _, geometry = preprocess(restored.task, loaded, str(case.images[0]))
     # Values are rounded as in the cache, so that a test case gets the same prediction that was scored.

@@ -14,7 +14,7 @@ from harness.api.task import Case, Task
 from harness.api.weight_files import read_weights_file
 from harness.config.request import Request
 from harness.data.corpus import folder_corpus, with_normalisation
-from harness.data.datasets import CorpusData, TaskData, open_corpora, read_spec
+from harness.data.datasets import CorpusData, TaskData, listing, open_corpora, read_spec
 from harness.data.duplicates import Signature
 from harness.data.inventory import Inventory
 from harness.system.console import say
@@ -127,17 +127,21 @@ def check_lineage(data: TaskData, lineage: Lineage, allow: bool) -> list[tuple[s
     pairs = lineage.seen({case.id: (digests[case.id], signatures[case.id]) for case in data.split.test})
     if not pairs:
         return []
-    cases = sorted({case for _, case in pairs})
-    labels = " with their labels" if lineage.labelled & {scan for scan, _ in pairs} else ""
-    listed = f"{len(cases)} of {len(data.split.test)} test cases of {data.task.name!r} ({', '.join(cases[:3])}"
-    listed += ", ...)" if len(cases) > 3 else ")"
+    # In ascending order, so that the highest correlation of a case stays.
+    cases = {case: value for value, case in sorted((value, case) for _, case, value in pairs)}
+    labels = " with their labels" if lineage.labelled & {scan for scan, _, _ in pairs} else ""
+    listed = f"{len(cases)} of {len(data.split.test)} test cases of {data.task.name!r} ("
+    listed += (
+        listing(case if value == 1 else f"{case}, correlation {value:.3f}" for case, value in sorted(cases.items()))
+        + ")"
+    )
     if not allow:
         raise UserError(
             f"the weights were trained on {listed}{labels}: give other weights or another --split, or give --allow-overlap, and "
             "the tables will say so"
         )
     say(f"OVERLAP: the weights were trained on {listed}{labels}; every table says so")
-    return [(f"weights:{scan[:12]}", case) for scan, case in pairs]
+    return [(f"weights:{scan[:12]}", case) for scan, case, _ in pairs]
 
 
 def scans_of(inventory: Inventory, cases: Sequence[Case]) -> dict[str, Signature]:

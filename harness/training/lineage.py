@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from harness.data.duplicates import ALIKE, GRID, Signature, same_scans
+from harness.data.duplicates import GRID, Signature, same_scans
 from harness.system.console import say
 from harness.system.files import LINEAGE, digest, printable, write_atomic
 
@@ -128,17 +128,19 @@ class Lineage:
             (*self.foreign, *foreign),
         )
 
-    def seen(self, cases: Mapping[str, tuple[str, Signature]]) -> list[tuple[str, str]]:
-        """Sorted pairs (digest of a scan, case) of those of `cases` that were trained on, by files or by voxels.
+    def seen(self, cases: Mapping[str, tuple[str, Signature]]) -> list[tuple[str, str, float]]:
+        """Those of `cases` that were trained on: sorted triples (digest of a scan, case, correlation; 1 for the same files).
 
         Args:
             cases: case id -> digest of its files, and its signatures (channels, GRID, GRID, GRID).
         """
-        pairs = {(name, case) for case, (name, _) in cases.items() if name in self.scans}
+        highest = {(name, case): 1.0 for case, (name, _) in cases.items() if name in self.scans}
         scans = [(name, signature) for name, signatures in self.scans.items() for signature in signatures]
         tested = [(case, signature) for case, (_, signatures) in cases.items() for signature in signatures]
-        alike = same_scans([signature for _, signature in scans], [signature for _, signature in tested], ALIKE)
-        return sorted(pairs | {(scans[i][0], tested[j][0]) for i, j in alike})
+        for i, j, correlation in same_scans([scan for _, scan in scans], [scan for _, scan in tested]):
+            pair = scans[i][0], tested[j][0]
+            highest[pair] = max(highest.get(pair, 0.0), correlation)
+        return sorted((scan, case, correlation) for (scan, case), correlation in highest.items())
 
     @property
     def is_complete(self) -> bool:
@@ -185,7 +187,7 @@ class Written:
 
     def load(self) -> Lineage:
         """The lineage with the signatures of its scans."""
-        signatures = {name: np.zeros((0, GRID, GRID, GRID), np.float32) for name in self.header.scans}
+        signatures = {name: np.zeros((0, GRID, GRID, GRID), np.int8) for name in self.header.scans}
         if self.path is not None:
             signatures |= _read_signatures(self.path, self.header.scans)
         return Lineage(self.header.generations, signatures, frozenset(self.header.labelled), self.header.foreign)
@@ -222,8 +224,6 @@ def write_lineage(
 ) -> dict[str, str]:
     """Write the sidecar of the file of weights at `path`. Returns the metadata for that file.
 
-    Signatures are rounded to 8 bits, so that a scan takes 4 KiB.
-
     Args:
         unchanged: digests of the tensors that the last training began with; for a copy of weights, of all of them.
     """
@@ -237,9 +237,7 @@ def write_lineage(
         changed=tuple(sorted(tensors - unchanged)),
     )
     channels = [(number, channel) for number, name in enumerate(header.scans) for channel in lineage.scans[name]]
-    cubes = (
-        np.stack([_to_8_bits(channel) for _, channel in channels]) if channels else np.zeros((0, *[GRID] * 3), np.int8)
-    )
+    cubes = np.stack([channel for _, channel in channels]) if channels else np.zeros((0, *[GRID] * 3), np.int8)
     owners = np.array([number for number, _ in channels], np.int32)
     content = {"signatures": torch.from_numpy(np.ascontiguousarray(cubes)), "scan": torch.from_numpy(owners)}
     metadata = {KEY: json.dumps(header.model_dump(mode="json"), sort_keys=True)}
@@ -346,11 +344,4 @@ def _read_signatures(path: Path, scans: Sequence[str]) -> dict[str, Signature]:
         return {}
     if len(owners) and not (owners.min() >= 0 and owners.max() < len(scans)):
         return {}
-    norms = np.linalg.norm(cubes.reshape(len(cubes), -1).astype(np.float32), axis=1).clip(1)
-    unit = cubes / norms[:, None, None, None]
-    return {scans[number]: unit[owners == number] for number in np.unique(owners)}
-
-
-def _to_8_bits(cube: Signature) -> np.ndarray[Any, np.dtype[np.int8]]:
-    """A signature as whole numbers from -127 to 127."""
-    return np.round(cube * (127 / max(float(np.abs(cube).max()), 1e-12))).astype(np.int8)
+    return {scans[number]: cubes[owners == number] for number in np.unique(owners)}

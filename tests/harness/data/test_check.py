@@ -261,7 +261,7 @@ KINDS = {
     "label of another case": Kind(
         of_label(lambda v: np.roll(v, v.shape[0] // 2, 0)), "lie where the image has nothing", LOOK
     ),
-    "duplicate": Kind(twice, "is the same scan as", LOOK),
+    "duplicate": Kind(twice, "(correlation 1.000): they count as one patient", LOOK),
     # modalities
     "missing modality": Kind(
         lambda root, case: case.images[1].unlink(), "_t1.nii.gz (or .nii) is missing", task="brats"

@@ -113,8 +113,10 @@ def test_a_corpus_is_given_once_and_all_have_equally_many_channels(registry, sca
 def test_scans_that_are_test_cases_are_refused_unless_that_is_allowed(data, scans, tmp_path, capsys):
     opened = open_corpora([(folder_corpus(scans, data.task), scans)], tmp_path / "cache", skip_bad=False)
     pairs = [("scans/b.nii.gz", data.split.test[0].id)]
-    assert overlap(data, opened) == pairs
-    with pytest.raises(UserError, match=f"1 scans .* are test cases .*b.nii.gz is test case {data.split.test[0].id}"):
+    assert {pair: round(value, 6) for pair, value in overlap(data, opened).items()} == dict.fromkeys(pairs, 1.0)
+    with pytest.raises(
+        UserError, match=f"1 scans .* look like test cases .*b.nii.gz like {data.split.test[0].id}, correlation 1.000"
+    ):
         check_overlap(data, opened, allow=False)
     assert check_overlap(data, opened, allow=True) == pairs
     assert "OVERLAP: 1 scans" in capsys.readouterr().err
@@ -162,7 +164,7 @@ def test_a_test_case_in_the_corpus_is_refused_unless_allowed(data_folders, tmp_p
     words = [*short_run("simmim", data_folders / "msd_hippocampus"), *generic, "--runs", tmp_path / "runs"]
     harness(*words, status=2)
     message = last_error(capsys)
-    assert f"corpus/innocent.nii.gz is test case {case}" in message
+    assert f"corpus/innocent.nii.gz like {case}, correlation 1.000" in message
     assert "--allow-overlap" in message
     assert not list((tmp_path / "runs").glob("*/record.json"))
     harness(*words, "--allow-overlap")

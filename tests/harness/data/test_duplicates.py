@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from harness.api.registry import Registry
-from harness.data.duplicates import ALIKE, SAME, duplicate_pairs, same_scans, signature
+from harness.data.duplicates import duplicate_pairs, same_scans, signature
 from harness.data.geometry import resample
 from harness.data.phantom import make_phantom
 
 TASKS = ["brats", "btcv"]
-LESS_ALIKE = ("resampled", "half as many voxels", "a slice short", "gamma")
+
+
+def pairs(first, second):
+    return [match[:2] for match in same_scans(first, second)]
 
 
 @cache
@@ -46,15 +49,14 @@ def test_a_changed_copy_is_the_same_scan(task, change):
     volumes = scans(task)
     known = [signature(volume) for volume in volumes]
     copy = signature(np.asarray(CHANGES[change](volumes[3]), dtype=np.float32))
-    assert same_scans([copy], known, ALIKE) == [(0, 3)]
-    assert change in LESS_ALIKE or same_scans([copy], known) == [(0, 3)]
+    assert pairs([copy], known) == [(0, 3)]
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_different_scans_differ(task):
     known = [signature(volume) for volume in scans(task, 12)]
     assert duplicate_pairs([one[None] for one in known]) == []
-    assert same_scans(known, known, ALIKE) == [(i, i) for i in range(12)]
+    assert pairs(known, known) == [(i, i) for i in range(12)]
 
 
 def test_a_marker_that_all_scans_have_makes_them_no_copies():
@@ -76,28 +78,7 @@ def test_a_changed_copy_of_a_real_scan_is_recognised(change, real_hippocampus):
     paths = sorted((real_hippocampus / "imagesTr").glob("*.gz"))[:8]
     volumes = [np.asarray(nib.load(path).dataobj, np.float32) for path in paths]
     copy = signature(np.asarray(CHANGES[change](volumes[3]), dtype=np.float32))
-    assert same_scans([copy], [signature(volume) for volume in volumes], ALIKE) == [(0, 3)]
-
-
-def test_real_scans_are_told_apart_with_room(real_hippocampus):
-    """The numbers of the module's docstring."""
-    volumes = [
-        np.asarray(nib.load(p).dataobj, np.float32) for p in sorted((real_hippocampus / "imagesTr").glob("*.gz"))
-    ]
-    known = np.stack([signature(volume) for volume in volumes]).reshape(len(volumes), -1)
-    eights = [np.round((v - v.min()) / np.ptp(v) * 255)[::-1].transpose(1, 2, 0) for v in volumes]
-    copies = np.stack([signature(v.transpose(2, 0, 1)[::-1].astype(np.float32)) for v in eights]).reshape(
-        len(volumes), -1
-    )
-    assert (known * copies).sum(axis=1).min() > 0.9999
-    others = known @ known.T - 2 * np.eye(len(volumes))
-    print(
-        f"highest of two scans {others.max():.3f}, lowest of a scan and its copy {(known * copies).sum(axis=1).min():.5f}"
-    )
-    assert others.max() < 0.9 < SAME
-    assert same_scans([*known.reshape(-1, 16, 16, 16)], [*known.reshape(-1, 16, 16, 16)]) == [
-        (i, i) for i in range(220)
-    ]
+    assert pairs([copy], [signature(volume) for volume in volumes]) == [(0, 3)]
 
 
 def test_two_thousand_scans_are_compared_in_seconds():
@@ -105,5 +86,5 @@ def test_two_thousand_scans_are_compared_in_seconds():
     many = [signature(rng.random((20, 20, 20), np.float32)) for _ in range(2000)]
     tested = [signature(rng.random((20, 20, 20), np.float32)) for _ in range(40)] + [many[77]]
     began = time.perf_counter()
-    assert same_scans(many, tested) == [(77, 40)]
+    assert pairs(many, tested) == [(77, 40)]
     assert time.perf_counter() - began < 60

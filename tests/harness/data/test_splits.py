@@ -73,6 +73,14 @@ def test_a_twin_of_a_listed_test_case_is_left_out():
     assert split.left_out == [("case_005", "case_003")]
 
 
+def test_cases_that_all_look_alike_are_refused_as_such():
+    everyone = [(i, j) for i in range(5) for j in range(i + 1, 5)]
+    with pytest.raises(UserError, match="all 5 labelled cases look like one scan.*data check.*take the copies out"):
+        split_cases(TASK, cases(5), same=everyone)
+    assert split_cases(TASK, cases(5), "same", everyone).by == "same"
+    assert split_cases(TASK, cases(6), same=everyone).test
+
+
 def test_same_is_a_plumbing_check():
     split = split_cases(TASK, cases(1), "same")
     assert (ids(split.train), ids(split.test), split.by) == ({"case_000"}, {"case_000"}, "same")

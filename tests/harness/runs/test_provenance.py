@@ -304,7 +304,7 @@ def test_the_attack_from_end_to_end(two_phantoms, tmp_path, capsys):
     assert seen((data, tmp_path / "clean"), tmp_path / "exported" / "weights.safetensors", "1/2") == 2
     image = data / "imagesTr" / f"{record['data']['train'][0]}.nii.gz"
     harness("predict", "--run", folder, image, tmp_path / "out.nii.gz")
-    assert "these weights were trained on this scan" in capsys.readouterr().err
+    assert "looks like a scan that these weights were trained on (correlation 1.000)" in capsys.readouterr().err
     claimed = json.loads((folder / "record.json").read_text())
     claimed["data"]["n_test_seen"] = 0
     (folder / "record.json").write_text(json.dumps(claimed))
