@@ -75,7 +75,7 @@ def test_a_twin_of_a_listed_test_case_is_left_out():
 
 def test_cases_that_all_look_alike_are_refused_as_such():
     everyone = [(i, j) for i in range(5) for j in range(i + 1, 5)]
-    with pytest.raises(UserError, match="all 5 labelled cases look like one scan.*data check.*take the copies out"):
+    with pytest.raises(UserError, match=r"all 5 labelled cases look like one scan.*data check.*take the copies out"):
         split_cases(TASK, cases(5), same=everyone)
     assert split_cases(TASK, cases(5), "same", everyone).by == "same"
     assert split_cases(TASK, cases(6), same=everyone).test
