@@ -169,6 +169,7 @@ class TrainingLoop:
                 self.unread.append((self.step, trainer.optimizer.param_groups[0]["lr"], trainer.gradient_norm, terms))
                 bar.update()
                 if self.context.watch is not None and self.main:
+                    self.context.check()
                     paused = time.perf_counter()
                     self.context.watch(trainer.inner, self.step)
                     began += time.perf_counter() - paused
@@ -222,7 +223,14 @@ class TrainingLoop:
         raise UserError(explain_out_of_memory(self.name, self.trainer, self.data))
 
     def _read(self, lines: Any) -> float:
-        """Write the steps in `unread` to the history, which makes the host wait for the device. Returns the last loss."""
+        """Write the steps in `unread` to the history, which makes the host wait for the device. Returns the last loss.
+
+        Raises:
+            LostLockError: the history is another process's by now.
+            UserError: as `_handle_nonfinite`.
+        """
+        # Between two steps this process may have been suspended for so long that another one went on with the stage.
+        self.context.check()
         loss = 0.0
         for step, lr, norm, terms in self.unread:
             finite = bool(terms.pop(FINITE))
@@ -282,7 +290,6 @@ class TrainingLoop:
 
     def _checkpoint_or_stop(self, lines: Any) -> None:
         """Write a checkpoint if one is due or a signal arrived. All processes decide the same. Raises Interrupted."""
-        self.context.check()
         stop, due = requested(), self.checkpoints.due()
         if self.trainer.parts.processes > 1:
             votes = torch.tensor([float(bool(stop)), float(due and self.main)], device=self.trainer.device)

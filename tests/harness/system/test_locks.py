@@ -1,8 +1,14 @@
 """Locks: one holder at a time, whatever starts together; the dead are found and followed."""
 
+import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -157,3 +163,76 @@ def test_a_live_lock_is_not_removed_as_dead(tmp_path):
     assert (tmp_path / "stage.lock").exists()
     lock.release()
     assert not (tmp_path / "stage.lock").exists()
+
+
+def test_the_lock_of_a_copied_folder_is_given_up_after_a_lease(tmp_path, monkeypatch):
+    """The copy names a process that lives, but which gives its signs of life elsewhere."""
+    monkeypatch.setattr(locks, "LEASE", 0.5)
+    monkeypatch.setattr(locks, "HEARTBEAT", 0.1)
+    monkeypatch.setattr(locks, "POLL", 0.02)
+    (tmp_path / "runs").mkdir()
+    lock, _ = acquire(tmp_path / "runs" / "stage")
+    shutil.copytree(tmp_path / "runs", tmp_path / "copy")
+    with held(tmp_path / "copy" / "stage", "the stage"):
+        lock.check()
+        assert acquire(tmp_path / "runs" / "stage")[0] is None
+    lock.release()
+
+
+def leave(lock):
+    lock.release()
+
+
+def test_a_forked_child_does_not_release_the_lock_of_its_parent(tmp_path):
+    lock, _ = acquire(tmp_path / "stage")
+    for target in (leave, str):
+        child = multiprocessing.get_context("fork").Process(target=target, args=(lock,))
+        child.start()
+        child.join(60)
+        assert owner_of(tmp_path / "stage.lock").pid == os.getpid()
+        lock.check()
+    lock.release()
+
+
+@pytest.mark.parametrize("hours", [-30, 30])
+def test_a_step_of_the_clock_makes_nobody_look_dead(hours, tmp_path, monkeypatch):
+    lock, _ = acquire(tmp_path / "stage")
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 3600 * hours)
+    monkeypatch.setattr(time, "time_ns", lambda: int(1e9 * (now() + 3600 * hours)))
+    assert acquire(tmp_path / "stage")[0] is None
+    assert not dead_locks(tmp_path)
+    lock.release()
+
+
+LOOK = """
+import os, sys
+from pathlib import Path
+from harness.system.locks import acquire, dead_locks
+folder, pid = Path(sys.argv[1]), sys.argv[2]
+assert pid not in os.listdir("/proc"), "the process can be seen"
+lock, owner = acquire(folder / "stage")
+print(lock, owner.pid, dead_locks(folder))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0 or not shutil.which("setpriv"), reason="mounts /proc as root")
+def test_where_the_processes_of_others_cannot_be_seen_they_are_not_dead(tmp_path):
+    """/proc mounted with hidepid=2, as on many clusters, and a lock of another user's process."""
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders cannot be entered by others
+        folder = Path(name)
+        folder.chmod(0o777)
+        lock, _ = acquire(folder / "stage")
+        as_nobody = "setpriv --reuid 65534 --regid 65534 --clear-groups"
+        look = ["sh", "-c", f'mount -t proc -o hidepid=2 proc /proc && exec {as_nobody} "$0" "$@"', sys.executable]
+        done = subprocess.run(
+            ["unshare", "-m", *look, "-c", LOOK, folder, str(os.getpid())],
+            env=os.environ | {"HOME": name, "PYTHONPATH": str(Path(__file__).parents[3])},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        lock.release()
+    if "mount" in done.stderr or "unshare" in done.stderr:
+        pytest.skip(f"/proc cannot be mounted here: {done.stderr.strip()}")
+    assert done.stdout == f"None {os.getpid()} []\n", done.stderr

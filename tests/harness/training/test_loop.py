@@ -13,6 +13,7 @@ from torch import nn
 from harness import UserError
 from harness.compute.devices import new_accelerator
 from harness.config.request import Execution
+from harness.system.locks import LostLockError
 from harness.system.signals import Interrupted
 from harness.training.checkpoints import read
 from harness.training.loop import StageContext, train
@@ -41,6 +42,31 @@ def test_loop_minimises_and_writes_every_step(tmp_path):
     assert 0 < lines[-1]["lr"] < 0.01
     assert done.steps == 20
     assert done.clock["step"]["p50_ms"] > 0
+
+
+class LostAt:
+    """A lock that another process has taken over after some calls of `check`."""
+
+    def __init__(self, calls):
+        self.left = calls
+
+    def check(self):
+        self.left -= 1
+        if self.left < 0:
+            raise LostLockError("taken over")
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_who_lost_its_lock_in_the_midst_of_a_step_does_not_write_that_step(watched, tmp_path):
+    """As after SIGSTOP and SIGCONT: the other process has this line already, and the history must not have it twice."""
+    seen, history = [], tmp_path / "history.jsonl"
+    context = StageContext(locks=(LostAt(6),), watch=(lambda _, step: seen.append(step)) if watched else None)
+    with pytest.raises(LostLockError):
+        train(stage_plan(), Slope(), [{"image": torch.ones(1, 2, 2, 2)}] * 40, history, new_accelerator(), context)
+    lines = [json.loads(line)["step"] for line in history.read_text().splitlines()]
+    assert lines == (list(range(1, 4)) if watched else list(range(1, 7)))
+    assert seen == lines * watched
+    assert not list(tmp_path.glob("checkpoints/*"))
 
 
 class Crops:
