@@ -58,6 +58,7 @@ MENDABLE = {
     errno.EROFS,
     errno.ENOSPC,
     errno.EDQUOT,
+    errno.EFBIG,
     errno.EIO,
     errno.ESTALE,
     errno.ENOTDIR,

@@ -1,4 +1,4 @@
-"""Reading arrays (C, x, y, z) from files and cropping them."""
+"""Arrays (C, x, y, z) in files, and crops of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +16,24 @@ def load_array(path: Path, mmap_mode: Literal["r"] | None = None) -> NDArray[Any
     with _READING:
         loaded: NDArray[Any] = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
     return loaded
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """`numpy.save` for an array without objects, except for errors: NumPy's own do not say why a disk takes no more.
+
+    Raises:
+        OSError: with its number and the path; the file is removed.
+    """
+    header = np.lib.format.header_data_from_array_1_0(array)
+    content = array.T if header["fortran_order"] else np.ascontiguousarray(array)
+    try:
+        with path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(content)
+    except OSError as error:
+        error.filename = str(path)
+        path.unlink(missing_ok=True)
+        raise
 
 
 def cut(array: NDArray[Any], origin: Sequence[int], size: Sequence[int], scale: float | None = None) -> NDArray[Any]:

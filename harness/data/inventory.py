@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from harness.api.task import Case, ImageSet
-from harness.data.arrays import load_array
+from harness.data.arrays import load_array, save_array
 from harness.data.cases import case_bytes, load_case, looks_like_labels, num_workers
 from harness.data.duplicates import GRID, Signature, signature
 from harness.system.console import progress, say
@@ -166,6 +166,6 @@ def _cached_signature(
         _label_mark(path).touch()
     # Two threads may handle two files of the same content, and two processes the same case: each writes a file of its own.
     partial_path = path.with_name(f".{os.getpid()}-{threading.get_ident()}-{path.name}")
-    np.save(partial_path, computed)
+    save_array(partial_path, computed)
     partial_path.replace(path)
     return computed

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.api.task import Case, ImageSet
-from harness.data.arrays import cut, load_array, random_origin
+from harness.data.arrays import cut, load_array, random_origin, save_array
 from harness.data.cases import case_bytes, load_case, num_workers
 from harness.data.geometry import Geometry
 from harness.data.image_files import read_header
@@ -250,7 +250,7 @@ def _preprocess_case(images: ImageSet, volume: Volume) -> None:
     files = {}
     for kind, array in arrays.items():
         partial_path = Path(f"{volume.stem}.{os.getpid()}.{kind}.partial.npy")
-        np.save(partial_path, array)
+        save_array(partial_path, array)
         files[kind] = (partial_path.stat().st_size, digest_file(partial_path))
         partial_path.replace(f"{volume.stem}.{kind}.npy")
     write_atomic(volume.description, json.dumps({"geometry": asdict(geometry), "files": files}))

@@ -314,6 +314,7 @@ class TrainingLoop:
                 "seconds": self.seconds,
                 "skipped": self.skipped,
                 "resumed": self.resumed,
+                "threads": torch.get_num_threads(),
             }
             self.checkpoints.save(self.step, state)
         self.trainer.accelerator.wait_for_everyone()
@@ -337,7 +338,17 @@ class TrainingLoop:
             self.trainer.clock.seconds = {phase: list(values) for phase, values in state["clock"].items()}
             if self.main:
                 say(f"{self.name} goes on after step {self.step} of {self.steps}")
+                self._compare_threads(state.get("threads"))
             return
+
+    def _compare_threads(self, before: int | None) -> None:
+        """Tell the user if the steps before were computed with another number of threads, which changes the last digits."""
+        now = torch.get_num_threads()
+        if self.trainer.device.type == "cpu" and before not in (None, now):
+            say(
+                f"the steps before had {before} threads, this process has {now}: sums are rounded in another order, so the result "
+                f"differs from a run in one piece; OMP_NUM_THREADS={before} keeps it equal"
+            )
 
     def _open_history(self) -> Any:
         """The history file, cut after the step that the stage goes on from."""

@@ -1,12 +1,15 @@
 """Crops against NumPy's padding, and files that hold arrays and nothing else."""
 
+import errno
+import resource
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from harness import cut
-from harness.data.arrays import load_array, origins, random_origin
+from harness.data.arrays import load_array, origins, random_origin, save_array
 
 EDGE = st.integers(1, 7)
 TRIPLE = st.tuples(EDGE, EDGE, EDGE)
@@ -63,3 +66,32 @@ def test_cut_fills_with_zeros_outside():
     assert (crop[:, 0] == 0).all()
     assert (crop[:, :, 2:] == 0).all()
     assert np.array_equal(crop[:, 1:, :2], array[:, :2, 1:, :2])
+
+
+ARRAYS = {
+    "rows": np.arange(24, dtype=np.int16).reshape(2, 3, 4),
+    "columns": np.asfortranarray(np.arange(24, dtype=np.float32).reshape(2, 3, 4)),
+    "neither": np.arange(24, dtype=np.uint8).reshape(2, 3, 4).transpose(1, 2, 0)[:, ::2],
+    "empty": np.zeros((0, 4), np.int32),
+}
+
+
+@pytest.mark.parametrize("kind", ARRAYS)
+def test_an_array_is_written_as_numpy_writes_it(kind, tmp_path):
+    save_array(tmp_path / "ours.npy", ARRAYS[kind])
+    np.save(tmp_path / "theirs.npy", ARRAYS[kind])
+    assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "theirs.npy").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns", "neither"])
+def test_a_disk_that_takes_no_more_is_said_with_its_reason(kind, tmp_path):
+    """A limit on the size of files stands for a quota: both end a write in its midst."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (130, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            save_array(tmp_path / "ours.npy", np.tile(ARRAYS[kind], (40, 1, 1)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(tmp_path / "ours.npy"))
+    assert not list(tmp_path.iterdir())

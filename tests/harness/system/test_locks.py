@@ -216,7 +216,9 @@ print(lock, owner.pid, dead_locks(folder))
 """
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0 or not shutil.which("setpriv"), reason="mounts /proc as root")
+@pytest.mark.skipif(
+    os.name != "posix" or os.geteuid() != 0 or not shutil.which("setpriv"), reason="mounts /proc as root"
+)
 def test_where_the_processes_of_others_cannot_be_seen_they_are_not_dead(tmp_path):
     """/proc mounted with hidepid=2, as on many clusters, and a lock of another user's process."""
     with tempfile.TemporaryDirectory() as name:  # pytest's own folders cannot be entered by others

@@ -163,6 +163,21 @@ def test_a_stage_that_goes_on_ends_as_one_that_was_never_interrupted(tmp_path):
     assert history.read_text() == (tmp_path / "whole" / "history.jsonl").read_text()
 
 
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_stage_that_goes_on_with_other_threads_says_so(more, tmp_path, capsys):
+    data, history, threads = Crops(), tmp_path / "history.jsonl", torch.get_num_threads()
+    with pytest.raises(UserError, match="not finite"):
+        train(stage_plan(), Slope(), data, history, new_accelerator())
+    torch.set_num_threads(threads + more)
+    try:
+        with pytest.raises(UserError, match="not finite"):
+            train(stage_plan(), Slope(), data, history, new_accelerator())
+    finally:
+        torch.set_num_threads(threads)
+    told = f"the steps before had {threads} threads" in capsys.readouterr().err
+    assert told == bool(more)
+
+
 def test_a_stage_that_goes_on_remembers_what_it_skipped(tmp_path):
     def fail(step):
         if step == 9:
