@@ -29,7 +29,7 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
     try:
         with path.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)
-            file.write(content)
+            file.write(content.data)
     except OSError as error:
         error.filename = str(path)
         path.unlink(missing_ok=True)

@@ -346,8 +346,8 @@ class TrainingLoop:
         now = torch.get_num_threads()
         if self.trainer.device.type == "cpu" and before not in (None, now):
             say(
-                f"the steps before had {before} threads, this process has {now}: sums are rounded in another order, so the result "
-                f"differs from a run in one piece; OMP_NUM_THREADS={before} keeps it equal"
+                f"the steps before had {before} threads, this process has {now}: sums are rounded in another order, so the "
+                f"result differs from a run in one piece; OMP_NUM_THREADS={before} keeps it equal"
             )
 
     def _open_history(self) -> Any:
