@@ -1,6 +1,8 @@
 """A signal stops a run at once, or after the step it is in; what was handled before is handled again."""
 
 import os
+import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -109,20 +111,35 @@ def test_a_signal_leaves_a_checkpoint_and_status_75(name, sixteen_cases, whole_r
     assert_same(only_run(tmp_path), whole_run)
 
 
-def test_ctrl_c_into_a_pipe_whose_reader_ends_leaves_a_checkpoint(sixteen_cases, whole_run, tmp_path):
-    """`harness run ... 2>&1 | tee log`: Ctrl-C ends `tee` too, so that the message of the signal has no reader."""
-    reader, writer = os.pipe()
-    command = [sys.executable, "-m", "harness", *(str(word) for word in words(sixteen_cases, tmp_path))]
-    process = subprocess.Popen(command, stdout=writer, stderr=writer, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    os.close(writer)
-    while process.poll() is None and seen("pretrain", tmp_path) < 3:
-        time.sleep(0.002)
-    os.close(reader)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(240) == 75
+def test_ctrl_c_on_a_terminal_into_tee_leaves_a_checkpoint(sixteen_cases, whole_run, tmp_path):
+    """`harness run ... 2>&1 | tee log` on a pseudo-terminal: Ctrl-C ends `tee` too, so that the messages have no reader."""
+    given = shlex.join([sys.executable, "-m", "harness", *(str(word) for word in words(sixteen_cases, tmp_path))])
+    script = f"trap true INT; {given} 2>&1 | tee {tmp_path}/log; echo ${{PIPESTATUS[*]}} > {tmp_path}/status"
+    shell, terminal = pty.fork()
+    if not shell:
+        os.execve("/bin/bash", ["bash", "-c", script], os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        shown = threading.Thread(target=_read_until_closed, args=(terminal,), daemon=True)
+        shown.start()
+        began = time.monotonic()
+        while seen("pretrain", tmp_path) < 3 and time.monotonic() - began < 200:
+            time.sleep(0.002)
+        os.write(terminal, b"\x03")
+        assert os.waitpid(shell, 0)[1] == 0
+    finally:
+        os.close(terminal)
+    # Bash reports 128 + SIGINT for tee.
+    assert (tmp_path / "status").read_text().split() == ["75", "130"]
     assert list(tmp_path.glob("cache/pretrain/*/checkpoints/*.ckpt"))
     assert finish(start(words(sixteen_cases, tmp_path), tmp_path / "log")) == 0
     assert_same(only_run(tmp_path), whole_run)
+
+
+def _read_until_closed(terminal):
+    """Empty the terminal, so that nobody who writes to it waits."""
+    with suppress(OSError):
+        while os.read(terminal, 4096):
+            pass
 
 
 @pytest.mark.slow
