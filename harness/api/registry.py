@@ -185,19 +185,24 @@ class Registry:
         keys = [key for key in entries if name == key or name.startswith(f"{key}_")]
         return entries[max(keys, key=len)].strip() if keys else ""
 
+    def sources(self) -> set[Path]:
+        """The files that define the plugins."""
+        found = {plugin.source for plugins in self._plugins.values() for plugin in plugins.values()}
+        return {source for source in found if source is not None}
+
     def digest_sources(self) -> str:
         """Digest of the source files of all plugins.
 
         For an installed plugin it covers the folder of its package, because plugins may share modules and lists there.
         """
-        sources = {plugin.source for plugins in self._plugins.values() for plugin in plugins.values()} - {None}
+        sources = self.sources()
         installed = {
             plugin.source.parent
             for plugins in self._plugins.values()
             for plugin in plugins.values()
             if plugin.entry_point is not None and plugin.source is not None
         }
-        loose = [digest_file(source) for source in sources if source is not None and source.parent not in installed]
+        loose = [digest_file(source) for source in sources if source.parent not in installed]
         return digest([sorted(loose), sorted(digest_tree(folder) for folder in installed)])
 
     def digest(self, kind: str, name: str) -> str:

@@ -50,6 +50,7 @@ COMMANDS = (
     runs,
     doctor,
 )
+TRACEBACK = "--traceback"
 # Errors of the file system that the user can mend: no permission, read-only, full, a file where a folder is needed, a name
 # that is too long, or a link to itself.
 MENDABLE = {
@@ -74,12 +75,14 @@ MENDABLE = {
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status.
 
-    The status is 0 for success, 2 for an error that the user can mend and 75 for a stop by a signal. Any other error is a bug
-    of the harness: it is raised, and Python exits with status 1.
+    The status is 0 for success, 2 for an error that the user can mend and 75 for a stop by a signal. An error in a plugin's code
+    is its author's to mend. Any other error is a bug of the harness: it is raised, and Python exits with status 1.
     """
+    words = list(sys.argv[1:] if words is None else words)
+    whole = TRACEBACK in words
     with unbreakable():
         try:
-            status, message = _run(words)
+            status, message = _run([word for word in words if word != TRACEBACK], whole)
         except Exception as error:
             write_ending(1, f"{type(error).__name__}: {error}")
             raise
@@ -87,8 +90,9 @@ def main(words: Sequence[str] | None = None) -> int:
     return status
 
 
-def _run(words: Sequence[str] | None) -> tuple[int, str]:
+def _run(words: Sequence[str], whole_traceback: bool) -> tuple[int, str]:
     """Exit status of the command, and the message for its status file; empty where it succeeded."""
+    arguments = argparse.Namespace()
     try:
         _check_launcher()
         arguments = _parser().parse_args(words)
@@ -104,6 +108,16 @@ def _run(words: Sequence[str] | None) -> tuple[int, str]:
         if error.errno not in MENDABLE:
             raise
         return _refuse(f"{error.strerror}: {error.filename or 'writing'}; mend it and ask again")
+    # A plugin is foreign code: whatever it raises is said to its author.
+    except Exception as error:
+        from harness.api.plugin_fault import explain_plugin_fault  # the start of every command need not wait for it
+
+        explained = explain_plugin_fault(error, getattr(arguments, "plugins", ()))
+        if explained is None:
+            raise
+        if whole_traceback:
+            traceback.print_exception(error)
+        return _refuse(" ".join(explained.split()))
 
 
 def _carry_out(arguments: argparse.Namespace) -> int | None:
@@ -139,6 +153,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="harness",
         description="Does this self-supervised pre-training help my 3D segmentation, by how much, and at what cost?",
+        epilog=f"{TRACEBACK}, anywhere: show the whole traceback of an error in a plugin",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)

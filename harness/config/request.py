@@ -15,6 +15,8 @@ from harness.system.errors import UserError, unknown
 Mode = Literal["task-specific", "generic"]
 FinetuneProtocol = Literal["finetune", "frozen", "linear"]
 TransferParts = Literal["method", "encoder", "all"]
+PHANTOM = "phantom"
+"""What is given instead of a data folder for made-up data."""
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 """Name of each tracker -> the Python package that it needs."""
 
@@ -59,6 +61,11 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
+
+
+def data_folder(text: str) -> Path | None:
+    """Parse a data folder; None for `phantom`. A folder of that name is written `./phantom`."""
+    return None if text == PHANTOM else Path(text)
 
 
 def minutes(text: str) -> float:
@@ -284,9 +291,9 @@ class Request:
     data: Path | None = _option(
         None,
         "--data",
-        "the task's folder or the one that contains it (default: $HARNESS_DATA, else a phantom)",
+        "the task's folder or the one that contains it, or `phantom` for made-up data (default: $HARNESS_DATA, else a phantom)",
         metavar="DIR",
-        parse=Path,
+        parse=data_folder,
         environment="HARNESS_DATA",
     )
     allow_overlap: bool = _option(

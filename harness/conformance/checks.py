@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from harness.api.backbone import Backbone
 from harness.api.method import Batch
+from harness.api.returned import wrong_images
 from harness.compute.layers import prepare_module
 from harness.conformance.consistency import check_micro_batches, check_resume
 from harness.conformance.fixture import CPU, STEPS, CheckError, MethodFixture, sum_of_terms
@@ -52,7 +53,8 @@ def check_gradients(fixture: MethodFixture) -> str:
     dead = [key for key in trainable if key not in reached]
     if dead:
         raise CheckError(
-            f"no gradient reaches {_shorten(dead)}: use them in forward, take them out, or name fewer parts in trains"
+            f"no gradient reaches {_shorten(dead)}: use them in forward, take them out, or name fewer parts in trains; "
+            "harness.new_teacher makes a teacher without gradients"
         )
     frozen = [
         key for key, value in method.backbone.named_parameters() if not value.requires_grad and value.grad is not None
@@ -255,8 +257,10 @@ def check_picture(fixture: MethodFixture) -> str:
     built.reseed()
     (batch,) = built.batches(1)
     images = built.method.eval().show(batch)
+    if wrong := wrong_images(images):
+        raise CheckError(wrong)
     for name, image in images.items():
-        if image.ndim != 5 or image.shape[2:] != batch["image"].shape[2:] or not image.float().isfinite().all():
+        if image.shape[2:] != batch["image"].shape[2:] or not image.float().isfinite().all():
             raise CheckError(f"show gives {name!r} of shape {tuple(image.shape)}: due are finite (N, C, x, y, z)")
     return ", ".join(images) or "nothing to show"
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from harness.api.backbone import Backbone
 from harness.api.method import Batch, Method, Source, Transform
 from harness.api.registry import Registry
+from harness.api.returned import wrong_terms
 from harness.api.settings import Triple, build
 from harness.api.task import Task
 from harness.compute.processes import SingleProcess
@@ -208,11 +209,9 @@ class _Cyclic(Dataset[dict[str, Any]]):
 
 def sum_of_terms(terms: Any) -> Tensor:
     """The sum of the loss terms. Raises CheckError where they are not named, finite scalars with a gradient."""
-    if not isinstance(terms, dict) or not terms:
-        raise CheckError(f"forward must return a dict of named loss terms, it returned {type(terms).__name__}")
+    if wrong := wrong_terms(terms):
+        raise CheckError(wrong)
     for name, term in terms.items():
-        if not isinstance(term, Tensor) or term.ndim:
-            raise CheckError(f"term {name!r} is not a scalar tensor: take a mean or a sum")
         if not torch.isfinite(term):
             raise CheckError(f"term {name!r} is {term.item()}: look for a division by 0 or a logarithm of 0")
     loss: Tensor = sum(terms.values(), torch.zeros(()))

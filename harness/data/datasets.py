@@ -59,7 +59,10 @@ def find_data(task: Task, data: Path | None, runs: Path) -> Path:
     if data is not None:
         if not is_folder(data):
             raise UserError(f"--data {data} is not a folder: give the task's own folder or the one that contains it")
-        return task.find(data)
+        try:
+            return task.find(data)
+        except UserError as error:
+            raise UserError(f"{error}; or give --data phantom for made-up data") from None
     return task.find(_phantom(task, runs, task.phantom_cases))
 
 
@@ -240,7 +243,7 @@ def _phantom(images: Task | Corpus, runs: Path, number: int) -> Path:
     """The folder of a phantom with `number` cases, which is written if it does not exist."""
     root = runs / "phantoms" / f"{images.name}-v{PHANTOM}-n{number}"
     say_once(
-        f"No data given (--data or HARNESS_DATA): using a PHANTOM of {images.name} in {root}. "
+        f"Using a PHANTOM of {images.name} in {root} (real data: --data or HARNESS_DATA). "
         "Its numbers say that the software works, nothing about any method."
     )
     if is_phantom(root):

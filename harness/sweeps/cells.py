@@ -9,7 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from harness.config.request import Request, options
+from harness.config.request import PHANTOM, Request, options
 from harness.runs.locate import locate
 from harness.runs.plan import RunPlan, plan
 from harness.system.errors import UserError, unknown
@@ -19,7 +19,6 @@ MOST_CELLS = 10_000
 LARGEST = 2**20  # bytes of a sweep file, at most
 AXES = {name: option.axis for name, option in options(Request) if option.axis is not None}
 KEYS = (*AXES, "settings", "data", "corpus")
-PHANTOM = "phantom"
 
 
 @dataclass(frozen=True)

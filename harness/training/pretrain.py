@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from harness.api.method import Method, Source
+from harness.api.returned import wrong_images
 from harness.api.task import Task
 from harness.compute.devices import new_accelerator
 from harness.compute.memory import is_out_of_memory, peak_memory
@@ -150,13 +151,16 @@ def _draw_restoration(
     batch = {name: torch.stack([torch.as_tensor(sample[name]) for sample in samples]).to(device) for name in samples[0]}
     try:
         images = method.eval().show(batch)
-    except RuntimeError as error:
+    # A plugin is foreign code, and a picture must not cost a training.
+    except Exception as error:
         # Whole crops in fp32 may need more memory than the training steps, which may have used micro-batches or bf16.
-        if not is_out_of_memory(error):
-            raise
-        say(f"no {path.name}: its crops do not fit the memory of {device}; the training does not depend on it")
+        lacks_memory = isinstance(error, RuntimeError) and is_out_of_memory(error)
+        why = f"its crops do not fit the memory of {device}" if lacks_memory else f"{type(error).__name__}: {error}"
+        say(f"no {path.name}: {' '.join(why.split())[:300]}; the training does not depend on it")
         return
-    if images:
+    if wrong := wrong_images(images):
+        say(f"no {path.name}: {wrong}; the training does not depend on it")
+    elif images:
         if config.prepared.get("normalisation") == "ZScore":
             images = {name: (value + 3) / 6 for name, value in images.items()}  # three deviations to both sides
         arrays = {name: value.float().clamp(0, 1).cpu().numpy() for name, value in images.items()}

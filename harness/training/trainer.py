@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from harness.api.backbone import Backbone
 from harness.api.global_batch import BatchParts, batch_parts
+from harness.api.returned import wrong_terms
 from harness.compute.devices import keep_memory, precision
 from harness.compute.layers import prepare_module
 from harness.compute.memory import workers_that_fit
@@ -192,6 +193,8 @@ class Trainer:
         with nullcontext() if last else self.accelerator.no_sync(self.module):
             with self._autocast():
                 terms: dict[str, Tensor] = self.module(batch)
+            if wrong := wrong_terms(terms):
+                raise UserError(f"{type(self.inner).__name__}: {wrong}")
             loss: Any = sum(term.float() for term in terms.values())
             self.clock.lap("forward")
             if micro_batch == 0:

@@ -119,7 +119,11 @@ def weight_files(tmp_path_factory):
     write_weights(weights(), folder / "own.safetensors", trained(0))
     torch.save({"state_dict": content, "epoch": 3}, folder / "torch.pt")
     torch.save(content, folder / "old.pt", _use_new_zipfile_serialization=False)
-    plan = {"architecture_plans": {"arch_class_name": "ResEncL"}, "key_to_encoder": "encoder", "key_to_stem": "encoder.0"}
+    plan = {
+        "architecture_plans": {"arch_class_name": "ResEncL"},
+        "key_to_encoder": "encoder",
+        "key_to_stem": "encoder.0",
+    }
     torch.save({"network_weights": content, "nnssl_adaptation_plan": plan}, folder / "nnssl.pth")
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -143,7 +147,11 @@ def test_weights_of_any_bytes_are_read_or_refused(tmp_path, weight_files, name, 
 @given(edits=EDITS)
 def test_plans_of_anything_are_read_or_refused(tmp_path, edits):
     content = {"encoder.stages.0.weight": torch.zeros(4, 1, 3, 3, 3)}
-    plan = {"architecture_plans": {"arch_class_name": "ResEncL"}, "key_to_encoder": "encoder", "key_to_stem": "encoder.0"}
+    plan = {
+        "architecture_plans": {"arch_class_name": "ResEncL"},
+        "key_to_encoder": "encoder",
+        "key_to_stem": "encoder.0",
+    }
     plan |= {"pretrain_plan": {"configurations": {}}, "recommended_downstream_patchsize": [32, 32, 32]}
     path = tmp_path / "nnssl.pth"
     with suppress(TypeError, ValueError, UnicodeError):  # what cannot be saved was never a file

@@ -136,6 +136,15 @@ def test_a_variable_of_the_environment_is_a_default_only(monkeypatch):
     assert (given_here.data, given_here.runs) == (Path("d"), Path("r"))
 
 
+def test_a_phantom_can_be_asked_for_by_name(monkeypatch):
+    monkeypatch.setenv("HARNESS_DATA", "/from/environment")
+    words = ["run", "--method", "mae", "--task", "brats"]
+    assert parsed([*words, "--data", "phantom"]).data is None
+    assert parsed([*words, "--data", "./phantom"]).data == Path("phantom")
+    monkeypatch.setenv("HARNESS_DATA", "phantom")
+    assert parsed(words).data is None
+
+
 def test_a_record_gives_back_what_was_asked_for(hippocampus_phantom, tmp_path):
     request = Request(
         method="simmim",

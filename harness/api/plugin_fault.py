@@ -1,0 +1,71 @@
+"""Says where a plugin failed and what its contract wants, for an exception that a plugin's code raised."""
+
+import re
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+
+from harness.api.registry import Registry
+from harness.system.files import ENGINE
+
+CONTRACT = {
+    "forward": "forward(batch) returns named loss terms: a dict of scalars; batch['image'] is (N, C, x, y, z)",
+    "transform": "transform(config) is a classmethod that returns f(sample, rng), or None",
+    "prepare": "prepare(volumes, preparation) returns the sources of the samples",
+    "after_step": "after_step(step) is called after each step and returns nothing",
+    "check": "check(crop, batch_size) raises UserError where the settings do not fit",
+    "show": "show(batch) returns images by name, each (N, C, x, y, z) in [0, 1]",
+    "weights": "weights() returns tensors by the keys of the backbone's state dict",
+    "encode": "encode(image) returns the features of each level, the finest first",
+    "decode": "decode(features) returns the features at the resolution of the image",
+    "__init__": "__init__(config, backbone) of a method, and __init__(config, in_channels) of a backbone, call super().__init__",
+    "find": "find(data) returns the task's own folder, or raises UserError",
+    "cases": "cases(root) returns the labelled cases below the folder, or raises UserError",
+}
+"""What the harness expects of each function of a plugin that it calls."""
+IN_WORKER = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\w+)')
+
+
+def explain_plugin_fault(error: BaseException, plugins: Iterable[str]) -> str | None:
+    """One line about an exception that came out of a plugin's code; None if no code of a plugin took part.
+
+    Args:
+        error: with its traceback. That of a loader's worker is in its text.
+        plugins: the values of `--plugin`; installed plugins are known.
+    """
+    frames = [(frame.filename, frame.lineno or 0, frame.name) for frame in traceback.extract_tb(error.__traceback__)]
+    frames += [(match["file"], int(match["line"]), match["name"]) for match in IN_WORKER.finditer(str(error))]
+    roots = _foreign_code(plugins)
+    own = [frame for frame in frames if any(_is_part(Path(frame[0]), root) for root in roots)]
+    if not own:
+        return None
+    file, line, name = own[-1]
+    due = next((CONTRACT[called] for _, _, called in own if called in CONTRACT), "")
+    # The text of an error in a worker ends with the error itself.
+    text = str(error).strip().splitlines()[-1] if str(error).strip() else ""
+    kind = "" if text.startswith(type(error).__name__) else f"{type(error).__name__}: "
+    return (
+        f"plugin {file}, line {line}, in {name}: {kind}{text[:300]}"
+        + (f" ({due})" if due else "")
+        + "; `harness check-method` checks the whole contract, --traceback shows where the call came from"
+    )
+
+
+def _foreign_code(plugins: Iterable[str]) -> set[Path]:
+    """Files and package folders of all plugins that are not the harness's own."""
+    roots = set()
+    for source in Registry(list(plugins)).sources():
+        source = source.resolve()
+        if ENGINE.parent in source.parents and source.parent.name in ("methods", "backbones", "tasks", "weights"):
+            continue
+        package = source.parent
+        while (package.parent / "__init__.py").is_file():
+            package = package.parent
+        roots.add(package if (package / "__init__.py").is_file() else source)
+    return roots
+
+
+def _is_part(file: Path, root: Path) -> bool:
+    """Whether a file is in a package, or is a loose file or lies beside it."""
+    file = file.resolve()
+    return file.is_relative_to(root) if root.is_dir() else file.parent == root.parent
