@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from harness.data.corpus import Corpus
     from harness.data.image_files import read_header, write_image
     from harness.data.image_names import IMAGE_ENDINGS, stem
+    from harness.system.console import say_once
     from harness.system.errors import UserError
     from harness.system.files import slug
 
@@ -77,6 +78,7 @@ _HOME = {
     "read_plan": "harness.api.nnssl",
     "read_state_dict": "harness.api.weight_files",
     "read_weights_file": "harness.api.weight_files",
+    "say_once": "harness.system.console",
     "slug": "harness.system.files",
     "stem": "harness.data.image_names",
     "to_voxels": "harness.api.masks",
@@ -133,6 +135,7 @@ __all__ = [
     "read_plan",
     "read_state_dict",
     "read_weights_file",
+    "say_once",
     "segmentation_loss",
     "size_text",
     "slug",

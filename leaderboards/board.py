@@ -171,13 +171,37 @@ class Table:
         scored = sorted((mean for mean in means if not np.isnan(mean)), reverse=True)
         return [None if np.isnan(mean) else scored.index(mean) + 1 for mean in means]
 
-    def stability(self) -> statistics.Ranks:
-        """Rank stability of the average Dice over the resamples."""
-        unranked = [
-            group.dice if group.is_ranked else replace(group.dice, mean=np.full_like(group.dice.mean, np.nan))
+    @cached_property
+    def stability(self) -> statistics.Ranks | None:
+        """Rank stability of the average Dice over the resamples; None where fewer than two rows can be compared.
+
+        A row that has fewer than two seeds in common with the best one has no share: the luck of its seed is not known.
+        """
+        ranked = [group for group in self.groups if group.is_ranked and self._is_tested(group.runs)]
+        best = max(ranked, key=lambda group: np.nan_to_num(group.dice.mean[-1]), default=None)
+        if best is None:
+            return None
+        pairs = {group.name: paired(best.runs, group.runs) for group in ranked if group is not best}
+        pairs = {name: pair for name, pair in pairs.items() if self._is_tested(pair[0])}
+        if not pairs:
+            return None
+        without = np.full_like(best.dice.mean, np.nan)
+        held = {best.name, *pairs}
+        estimates = [
+            group.dice if group.is_ranked and group.name in held else replace(group.dice, mean=without)
             for group in self.groups
         ]
-        return statistics.ranks(unranked)
+        stacked = [(stack(first, "dice"), stack(second, "dice")) for first, second in pairs.values()]
+        return statistics.ranks(estimates, statistics.least_freedom(stacked))
+
+    def _is_tested(self, runs: Sequence[Run]) -> bool:
+        """Whether runs are enough for a test of significance."""
+        return bool(runs) and not statistics.why_no_test(len(runs), len(runs[0].cases), self.folds)
+
+    @property
+    def folds(self) -> statistics.Folds:
+        """The fold of each case, where folds are pooled."""
+        return next((group.runs[0].folds for group in self.groups if not group.imported), ())
 
     @property
     def title(self) -> str:

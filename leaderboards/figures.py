@@ -36,8 +36,9 @@ def table_figures(table: Table, folder: Path) -> dict[str, str]:
     groups = _best(table)
     descriptions = {}
     kinds: tuple[tuple[str, bool, Callable[[Table, list[Group], Path], str]], ...] = (
-        ("dice", True, dice_bars),
-        ("ranks", sum(group.is_ranked for group in groups) > 1, rank_stability),
+        ("difference", len(_compared(groups)) > 0, forest),
+        ("dice", True, dice_points),
+        ("ranks", sum(group.is_ranked for group in groups) > 1 and table.stability is not None, rank_stability),
         ("pareto", any(group.pretrain_seconds for group in groups), pareto),
         ("step_time", any(group.step_ms for group in groups), step_times),
         ("settings", len(_settings(groups)) > 0, settings_and_time),
@@ -50,7 +51,53 @@ def table_figures(table: Table, folder: Path) -> dict[str, str]:
     return descriptions
 
 
-def dice_bars(table: Table, groups: list[Group], path: Path) -> str:
+def forest(table: Table, groups: list[Group], path: Path) -> str:
+    """Draw each row's Dice minus that of scratch with its 95 % interval, over the headroom. Returns a description."""
+    rows = sorted(_compared(groups), key=lambda row: row[1])
+    headrooms = [each for each in table.calibrations if each.headroom is not None]
+
+    def draw(axes: Axes) -> None:
+        """Draw into the axes."""
+        if len(headrooms) == 1 and headrooms[0].headroom is not None:
+            value, *_ = headrooms[0].headroom
+            axes.axvspan(0, value, color="0.9", zorder=0, label=f"headroom ({headrooms[0].positive} minus scratch)")
+            legend(axes, outside=True)
+        axes.axvline(0, color="0.4", linewidth=0.8, zorder=1)
+        for position, (group, mean, low, high) in enumerate(rows):
+            axes.errorbar(
+                mean,
+                position,
+                xerr=np.nan_to_num([[mean - low], [high - mean]]).clip(0),
+                marker="o",
+                color="black",
+                markerfacecolor="black" if group.is_ranked else "white",
+                linestyle="",
+                capsize=2,
+            )
+        axes.set_yticks(range(len(rows)), [plain(group.name) for group, *_ in rows])
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_xlabel("Dice minus scratch, average over targets (hollow: control)")
+
+    save(path, (7, 1.4 + 0.3 * len(rows)), table.title, draw)
+    said = "; ".join(
+        f"{group.name} {mean:+.4f}" + ("" if np.isnan(low) else f" [{low:+.4f}, {high:+.4f}]")
+        for group, mean, low, high in rows[::-1]
+    )
+    headroom = "".join(
+        f"; headroom on {each.backbone} {each.headroom[0]:+.4f}" for each in headrooms if each.headroom is not None
+    )
+    return f"Dice minus scratch with 95 % intervals, the best first: {said}{headroom}"
+
+
+def _compared(groups: Sequence[Group]) -> list[tuple[Group, float, float, float]]:
+    """The rows that have a difference from scratch, with it and the ends of its interval."""
+    compared = [
+        (group, group.delta) for group in groups if group.delta is not None and not np.isnan(group.delta.mean[-1])
+    ]
+    return [(group, float(each.mean[-1]), float(each.low[-1]), float(each.high[-1])) for group, each in compared]
+
+
+def dice_points(table: Table, groups: list[Group], path: Path) -> str:
     """Draw Dice per target with 95 % intervals. Returns a description."""
     names = table.names if len(table.targets) > 1 else table.targets
     palette, width = colours(len(groups)), 0.8 / len(groups)
@@ -59,21 +106,23 @@ def dice_bars(table: Table, groups: list[Group], path: Path) -> str:
         """Draw into the axes."""
         for number, group in enumerate(groups):
             mean, low, high = (values[: len(names)] for values in (group.dice.mean, group.dice.low, group.dice.high))
-            axes.bar(
+            axes.errorbar(
                 np.arange(len(names)) + (number - (len(groups) - 1) / 2) * width,
                 mean,
-                width,
                 yerr=np.nan_to_num(np.stack([mean - low, high - mean])).clip(0),
+                marker=MARKERS[number % len(MARKERS)],
                 color=palette[number],
-                hatch=HATCHES[number % len(HATCHES)],
-                edgecolor="black",
-                linewidth=0.5,
-                error_kw={"linewidth": 0.8, "capsize": 1.5},
+                markeredgecolor="black",
+                markeredgewidth=0.5,
+                linestyle="",
+                linewidth=0.8,
+                capsize=1.5,
                 label=plain(group.name),
             )
+        for edge in range(1, len(names)):
+            axes.axvline(edge - 0.5, color="0.85", linewidth=0.6)
         axes.set_xticks(range(len(names)), [plain(name) for name in names], rotation=30 if len(names) > 4 else 0)
-        axes.set_ylabel("Dice")
-        axes.set_ylim(0, 1)
+        axes.set_ylabel("Dice (the axis does not begin at 0)")
         legend(axes, outside=True)
 
     size = (max(6.5, min(16, 0.18 * len(groups) * len(names) + 3)), 3.8)
@@ -83,9 +132,11 @@ def dice_bars(table: Table, groups: list[Group], path: Path) -> str:
 
 def rank_stability(table: Table, groups: list[Group], path: Path) -> str:
     """Draw how often each method holds each rank over the bootstrap resamples. Returns a description."""
-    stability, groups = table.stability(), [group for group in groups if group.is_ranked]
-    indices = [table.groups.index(group) for group in groups]
-    shares = stability.shares[indices][:, : len(groups)]
+    stability = table.stability
+    assert stability is not None, "the caller has looked"
+    held = {id(group): shares for group, shares in zip(table.groups, stability.shares, strict=True)}
+    groups = [group for group in groups if group.is_ranked and not np.isnan(held[id(group)]).all()]
+    shares = np.stack([held[id(group)] for group in groups])[:, : len(groups)]
 
     def draw(axes: Axes) -> None:
         """Draw into the axes."""
@@ -115,10 +166,12 @@ def rank_stability(table: Table, groups: list[Group], path: Path) -> str:
 
 def pareto(table: Table, groups: list[Group], path: Path) -> str:
     """Draw Dice over hours of pre-training, with the Pareto front of the rows that are ranked. Returns a description."""
-    hours = [(group.pretrain_seconds or 0.0) / 3600 for group in groups]
+    seconds = [group.pretrain_seconds or 0.0 for group in groups]
+    unit, length = ("hours", 3600) if max(seconds) > 3 * 3600 else ("minutes", 60)
+    cost = [each / length for each in seconds]
     dice = [float(group.dice.mean[-1]) for group in groups]
     front: list[int] = []
-    for index in sorted(range(len(groups)), key=lambda index: (hours[index], -dice[index])):
+    for index in sorted(range(len(groups)), key=lambda index: (cost[index], -dice[index])):
         if not groups[index].is_ranked or np.isnan(dice[index]):
             continue
         if not front or dice[index] > dice[front[-1]]:
@@ -128,7 +181,7 @@ def pareto(table: Table, groups: list[Group], path: Path) -> str:
         """Draw into the axes."""
         palette = colours(len(groups))
         axes.plot(
-            [hours[index] for index in front],
+            [cost[index] for index in front],
             [dice[index] for index in front],
             color="0.5",
             linestyle="--",
@@ -138,7 +191,7 @@ def pareto(table: Table, groups: list[Group], path: Path) -> str:
         for number, group in enumerate(groups):
             low, high = group.dice.low[-1], group.dice.high[-1]
             axes.errorbar(
-                hours[number],
+                cost[number],
                 dice[number],
                 yerr=np.nan_to_num([[dice[number] - low], [high - dice[number]]]).clip(0),
                 marker=MARKERS[number % len(MARKERS)],
@@ -148,12 +201,15 @@ def pareto(table: Table, groups: list[Group], path: Path) -> str:
                 capsize=2,
                 label=plain(group.name),
             )
-        axes.set_xlabel("hours of pre-training (with the method's own preparation)")
+        if least := min(filter(None, cost), default=0):
+            axes.set_xscale("symlog", linthresh=least)  # a row without pre-training is at 0
+            axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel(f"{unit} of pre-training (with the method's own preparation)")
         axes.set_ylabel("Dice, average over targets")
-        legend(axes)
+        legend(axes, outside=True)
 
     save(path, (6.5, 4), table.title, draw)
-    return f"Dice over hours of pre-training; on the front: {', '.join(groups[index].name for index in front)}"
+    return f"Dice over {unit} of pre-training; on the front: {', '.join(groups[index].name for index in front)}"
 
 
 def step_times(table: Table, groups: list[Group], path: Path) -> str:
@@ -295,8 +351,9 @@ def _best(table: Table) -> list[Group]:
 
 
 def _best_in_words(groups: Sequence[Group]) -> str:
-    """Name and average Dice of the first eight rows."""
-    return ", ".join(f"{group.name} {group.dice.mean[-1]:.4f}" for group in groups[:8])
+    """Name and average Dice of the first eight rows, and how many more there are."""
+    more = f" and {len(groups) - 8} more rows" if len(groups) > 8 else ""
+    return ", ".join(f"{group.name} {group.dice.mean[-1]:.4f}" for group in groups[:8]) + more
 
 
 def _settings(groups: Sequence[Group]) -> dict[tuple[str, str], list[Group]]:

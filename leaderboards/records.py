@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from harness.system.files import digest_file
 from leaderboards.schema import Record
 
 SCHEMA = 1
@@ -258,8 +259,15 @@ def run_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if os.path.lexists(path / "record.json"))
 
 
-def load_run(folder: Path) -> Run:
-    """Load one run folder. Raises RecordError where record or cases are missing, foreign, incomplete or out of range."""
+def load_run(folder: Path, check_digest: bool = True) -> Run:
+    """Load one run folder.
+
+    Args:
+        check_digest: whether to refuse cases that are not those of the record, by their digest.
+
+    Raises:
+        RecordError: record or cases are missing, foreign, incomplete, out of range, or were changed after the run.
+    """
     path = folder / "record.json"
     record = read_record(path)
     try:
@@ -280,6 +288,13 @@ def load_run(folder: Path) -> Run:
             status=status,
         )
         _ = run.table, run.method, run.backbone
+        digests = record.get("digests")
+        stated = digests.get("cases.csv") if isinstance(digests, dict) else None
+        if check_digest and stated is not None and digest_file(folder / "cases.csv") != stated:
+            raise RecordError(
+                f"{folder / 'cases.csv'}: changed after the run, its digest is not the record's; it is left out: restore the "
+                "file, or run it again"
+            )
     except RecordError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:

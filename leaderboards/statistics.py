@@ -334,12 +334,19 @@ class Ranks:
     tau: float
 
 
-def ranks(estimates: Sequence[Estimate], target: int = -1) -> Ranks:
-    """Rank stability over the resamples (Wiesenfarth et al. 2021, doi 10.1038/s41598-021-82017-6). Higher means rank first."""
+def ranks(estimates: Sequence[Estimate], freedom: float = np.inf, target: int = -1) -> Ranks:
+    """Rank stability over the resamples (Wiesenfarth et al. 2021, doi 10.1038/s41598-021-82017-6). Higher means rank first.
+
+    Args:
+        freedom: degrees of freedom of the differences, see `least_freedom`. Draws are moved away from their means by the ratio of
+            the quantiles of the t and the normal distribution, as the ends of the intervals are. Without that, resamples of two
+            seeds make a rank look firm whose p-value is 1.
+    """
     num_methods, means = len(estimates), np.array([estimate.mean[target] for estimate in estimates])
     ranked = np.flatnonzero(~np.isnan(means))  # a method without a mean has no rank
     draws = np.stack([estimate.draws[:, target] for estimate in estimates], axis=1)[:, ranked]
     draws = draws[~np.isnan(draws).any(axis=1)]
+    draws = means[ranked] + (draws - means[ranked]) * stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975)
     shares = np.full((num_methods, num_methods), np.nan)
     if not len(draws):
         return Ranks(shares, np.nan)
@@ -349,7 +356,14 @@ def ranks(estimates: Sequence[Estimate], target: int = -1) -> Ranks:
     return Ranks(shares, _tau(draws, means[ranked]) if len(ranked) > 1 else np.nan)
 
 
-def _tau(draws: NDArray[np.float32], means: Values) -> float:
+def least_freedom(pairs: Sequence[tuple[Values, Values]], target: int = -1) -> float:
+    """The smallest degrees of freedom of the differences (seeds, cases, targets) of the pairs; infinite without pairs."""
+    return min(
+        (float(_freedom(_columns((first - second)[None]))[0, target]) for first, second in pairs), default=np.inf
+    )
+
+
+def _tau(draws: Values, means: Values) -> float:
     """Mean Kendall's tau between the rows of `draws` and the means."""
     if len(means) > MANY:
         return float(np.mean([stats.kendalltau(row, means).statistic for row in draws[:100]]))

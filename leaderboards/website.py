@@ -134,7 +134,7 @@ class _Site:
             "shares": any(each.shares for each in ranked.calibrations),
             "sentences": ranked.sentences,
             "figures": drawn,
-            "main_figures": {name: text for name, text in drawn.items() if name in ("dice", "ranks", "pareto")},
+            "main_figures": {name: text for name, text in drawn.items() if name in ("difference", "ranks", "pareto")},
         }
         self._page("table.html", f"tables/{number}.html", table=values, backbones=_backbones([values]))
         return values

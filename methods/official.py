@@ -24,6 +24,7 @@ from harness import (
     read_weights_file,
 )
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PREFIXES = ("module.", "model.", "backbone.", "classficationNet.")  # the last one is TransVW's own spelling
 
 
@@ -118,6 +119,13 @@ class Official(Method):
         }
         fits = {key for key, value in weights.items() if key in own and own[key].shape == value.shape}
         share = sum(number for key, number in encoder.items() if key in fits) / sum(encoder.values())
+        quantised = [key for key in sorted(fits) if own[key].is_floating_point() and weights[key].dtype not in FLOATS]
+        if quantised:
+            kind = str(weights[quantised[0]].dtype).removeprefix("torch.")
+            raise UserError(
+                f"method.weights={self.config.weights}: {quantised[0]} is {kind} ({len(quantised)} tensors), which is quantised: "
+                "give weights in float32, float16 or bfloat16"
+            )
         broken = [key for key in sorted(fits) if not torch.isfinite(weights[key].float()).all()]
         if broken:
             raise UserError(

@@ -35,6 +35,7 @@ class _Decathlon(BaseModel):
     name: str = ""
     description: str = ""
     licence: str = "see dataset.json"
+    num_training: Any = Field(None, alias="numTraining")
     modality: dict[int, str] = Field(min_length=1)
     labels: dict[int, str] = Field(min_length=2)
     training: list[_Entry] = []
@@ -67,6 +68,7 @@ class _NNUNet(BaseModel):
     name: str = ""
     description: str = ""
     licence: str = "see dataset.json"
+    num_training: Any = Field(None, alias="numTraining")
     channel_names: dict[int, str] = Field(min_length=1)
     labels: dict[str, int | list[int]] = Field(min_length=2)
     file_ending: str
@@ -131,6 +133,11 @@ class FolderTask(Task):
         )
         if not cases:
             raise UserError(f"{root / 'dataset.json'}: 'training' must list the labelled cases, it lists none")
+        stated = described.num_training
+        if isinstance(stated, int) and stated != len(cases):
+            harness.say_once(
+                f"{root / 'dataset.json'} says numTraining {stated}, {len(cases)} labelled cases are there"
+            )
         return sorted(cases, key=lambda case: case.id)
 
     def write_case(
@@ -258,11 +265,19 @@ def crops(extent: Sequence[float], **budgets: Mapping[str, Any]) -> dict[str, di
     return presets
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError where a name occurs twice: readers take one of the two without a word."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"{twice[0][:80]!r} occurs twice in one object: keep one")
+    return dict(pairs)
+
+
 @cache
 def _read(path: Path, changed: int) -> Description:
     """Read and check a `dataset.json`. `changed` is its time of modification, so that a changed file is read again."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {' '.join(str(error).split())[:160]}") from None
     if not isinstance(content, dict):

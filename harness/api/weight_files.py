@@ -63,7 +63,7 @@ def read_weights_file(path: Path) -> WeightsFile:
     try:
         _check_size(path)
         if path.suffix == ".safetensors":
-            return WeightsFile(path, load_file(path))
+            return WeightsFile(path, {_plain_key(key): value for key, value in load_file(path).items()})
         with torch.serialization.safe_globals(NUMBERS):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
@@ -102,9 +102,7 @@ def _most_tensors(content: Any) -> dict[str, Tensor]:
         if not isinstance(content, dict):
             break
         tensors = {
-            str(key).replace("_orig_mod.", ""): value
-            for key, value in content.items()
-            if _usable(value) and len(str(key)) <= LONGEST_KEY
+            _plain_key(key): value for key, value in content.items() if _usable(value) and len(str(key)) <= LONGEST_KEY
         }
         if len(tensors) > len(best):
             best = tensors
@@ -113,6 +111,11 @@ def _most_tensors(content: Any) -> dict[str, Tensor]:
             say_once(f"the checkpoint holds {', '.join(held)}: {held[0]} is read")
         content = content[held[0]] if held else None
     return best
+
+
+def _plain_key(key: Any) -> str:
+    """The name of a tensor without what `torch.compile` puts into it."""
+    return str(key).replace("_orig_mod.", "")
 
 
 def _reason(error: Exception) -> str:

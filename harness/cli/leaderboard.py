@@ -208,8 +208,16 @@ def ranks(arguments: argparse.Namespace) -> int:
     for table in board.gather(runs):
         if len(table.groups) < 2:
             continue
-        stability = table.stability()
-        ranked = {index: rank for index, rank in enumerate(table.ranks()) if rank is not None}  # controls have no rank
+        stability = table.stability
+        if stability is None:
+            print(f"{printable(table.title)}\nno ranks: rows of one seed, whose luck cannot be told from the method\n")
+            continue
+        # Controls have no rank, and rows of one seed have no share (NaN, which differs from itself).
+        ranked = {
+            index: rank
+            for index, rank in enumerate(table.ranks())
+            if rank is not None and stability.shares[index, 0] == stability.shares[index, 0]
+        }
         order = sorted(ranked, key=lambda index: ranked[index])
         num_ranks = min(len(order), 12)
         lines = [["method", "backbone", *(f"#{rank + 1}" for rank in range(num_ranks))]]

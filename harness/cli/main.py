@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import getpass
 import os
 import sys
 import traceback
@@ -80,6 +81,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if words is None else words)
     whole = TRACEBACK in words
+    _name_user()
     with unbreakable():
         try:
             status, message = _run([word for word in words if word != TRACEBACK], whole)
@@ -131,6 +133,14 @@ def _carry_out(arguments: argparse.Namespace) -> int | None:
             "there instead"
         ) from None
     return status
+
+
+def _name_user() -> None:
+    """Give a user without an entry in the list of users a name: MONAI asks for it when it is imported (`docker --user`)."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        os.environ["LOGNAME"] = "unknown"
 
 
 def _check_launcher() -> None:

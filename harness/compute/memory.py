@@ -1,8 +1,10 @@
 """Peak memory, the errors of too little memory, and the size of a model before it is built."""
 
+import os
 import resource
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from harness.system.console import say_once
+from harness.system.errors import UserError
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -63,6 +66,8 @@ def weights_bytes(build: Callable[[], nn.Module]) -> int:
 
 
 SHARED = Path("/dev/shm")
+LONGEST_SOCKET = 107  # bytes of the path of a Unix socket
+LISTENER = len("/pymp-12345678/listener-12345678")  # what Python adds to the folder for temporary files
 PREFETCHED = 2
 """Number of batches that each loader process makes in advance; the default of PyTorch."""
 
@@ -75,9 +80,19 @@ def workers_that_fit(sample: Mapping[str, Any], rows: int, wanted: int) -> int:
     Args:
         sample: arrays by name.
         rows: number of samples in a batch.
+
+    Raises:
+        UserError: the folder for temporary files has too long a name for their sockets.
     """
     if not wanted or not SHARED.is_dir():
         return wanted
+    folder, most = tempfile.gettempdir(), LONGEST_SOCKET - LISTENER
+    if (length := len(os.fsencode(folder))) > most:
+        # A loader process that cannot make its socket says nothing, and the run would wait for it without end.
+        raise UserError(
+            f"TMPDIR={folder[:60]}... has {length} bytes, {most} is the most for the sockets of loader processes: set a "
+            "shorter one, or give --set pretrain.workers=0 --set finetune.workers=0"
+        )
     batch = rows * sum(np.asarray(value).nbytes for value in sample.values())
     free = shutil.disk_usage(SHARED).free
     fitting = min(wanted, int(0.9 * free / (PREFETCHED + 1) / max(1, batch)))

@@ -1,5 +1,6 @@
 """Arrays (C, x, y, z) in files, and crops of them."""
 
+import tokenize
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
@@ -12,9 +13,17 @@ _READING = Lock()
 
 
 def load_array(path: Path, mmap_mode: Literal["r"] | None = None) -> NDArray[Any]:
-    """`numpy.load` without pickles, one thread at a time: CPython 3.11 may fail if two threads parse a header at once."""
+    """`numpy.load` without pickles, one thread at a time: CPython 3.11 may fail if two threads parse a header at once.
+
+    Raises:
+        OSError, ValueError, EOFError: the file cannot be read, or is damaged.
+    """
     with _READING:
-        loaded: NDArray[Any] = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+        try:
+            loaded: NDArray[Any] = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+        # NumPy reads the header as Python, and hands on what the parser says of a damaged one.
+        except (SyntaxError, tokenize.TokenError) as error:
+            raise ValueError(f"{path} has no header of NumPy: {error}") from None
     return loaded
 
 

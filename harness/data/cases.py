@@ -155,7 +155,7 @@ def _round(path: Path, voxels: NDArray[Any]) -> tuple[NDArray[Any], tuple[str, .
         bad = np.unique(voxels[~(np.abs(voxels - whole) <= ROUNDING)])
         raise UserError(
             f"{path}: label values {', '.join(f'{value:g}' for value in bad[:5])} are no whole numbers: was the label map "
-            "interpolated? Resample it again by nearest neighbour"
+            "interpolated, or saved with a scale (scl_slope)? Resample it by nearest neighbour, or save it as whole numbers"
         )
     return whole, (f"{path}: label values up to {distance:.1g} from whole numbers, rounded",) if distance else ()
 

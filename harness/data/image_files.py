@@ -1,5 +1,6 @@
 """Reads and writes NIfTI, NRRD and MetaImage files. The header is checked before a voxel is read."""
 
+import gzip
 import re
 from dataclasses import dataclass
 from itertools import product
@@ -140,6 +141,10 @@ def _nifti_header(path: Path) -> Header:
 def _nifti_voxels(path: Path) -> NDArray[Any]:
     """Voxels of a NIfTI file, in the file's own type, or in float32 if they need scaling."""
     image: Any = nib.load(path)
+    if path.name.lower().endswith(".gz"):
+        # To the end of the file, where its checksum is: nibabel stops after the last voxel, and does not compare it.
+        with gzip.open(path) as file:
+            image = type(image).from_bytes(file.read())
     proxy = image.dataobj
     if (proxy.slope, proxy.inter) == (1, 0):
         return np.asarray(proxy.get_unscaled())

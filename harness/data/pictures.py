@@ -1,5 +1,6 @@
 """Pictures of scans: image, reference and predictions side by side; inputs and outputs of a restoring method."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +77,7 @@ def segmentation(task: Task, panels: Sequence[Panel], path: Path, title: str) ->
         axis.set_title(heading)
     figure.suptitle(_escape(title))
     _add_legend(figure, list(task.targets))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def grid(rows: Sequence[Row], headings: Sequence[str], targets: Sequence[str], path: Path, title: str) -> None:
@@ -95,8 +95,7 @@ def grid(rows: Sequence[Row], headings: Sequence[str], targets: Sequence[str], p
         axis.set_title(_escape(heading), fontsize=9)
     figure.suptitle(_escape(title))
     _add_legend(figure, targets)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def restoration(images: Mapping[str, NDArray[np.float32]], path: Path, title: str) -> None:
@@ -116,14 +115,21 @@ def restoration(images: Mapping[str, NDArray[np.float32]], path: Path, title: st
             axis.set_xticks([])
             axis.set_yticks([])
     figure.suptitle(_escape(title), fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def _add_legend(figure: Figure, targets: Sequence[str]) -> None:
     """A legend below the figure with the colour of each target."""
     handles = [Patch(color=colour, label=name) for colour, name in zip(colours(len(targets)), targets, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a picture. Letters that the font lacks, as of a case named in Chinese, become boxes without a warning."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        figure.savefig(path, dpi=110)
 
 
 def _escape(text: str) -> str:

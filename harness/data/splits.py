@@ -256,6 +256,8 @@ def read_fold(fold: Fold) -> tuple[list[str], list[str]]:
     content = _read(path)
     if not isinstance(content, list) or not all(_is_fold(each) for each in content):
         raise UserError(f"--split: {path} is not a list of tables with lists `train` and `val`, as nnU-Net writes it")
+    if len(content) < 2:
+        raise UserError(f"--split: {path} has one fold: give a file of two folds or more")
     if len(content) != fold.total:
         raise UserError(f"--split: {path} has {len(content)} folds: give K/{len(content)}@{path}")
     train, test = (list(dict.fromkeys(content[fold.number - 1][side])) for side in ("train", "val"))

@@ -318,9 +318,9 @@ def _candidates(paths: Iterable[Path]) -> list[Written]:
 
 def _read_header(path: Path) -> _Header | None:
     """The lineage in the metadata of a safetensors file; None if there is none that can be read."""
-    if not path.is_file():  # a pipe would never end
-        return None
     try:
+        if not path.is_file():  # a pipe would never end
+            return None
         with safe_open(path, "numpy") as file:
             text = (file.metadata() or {}).get(KEY)
         return None if text is None else _Header.model_validate_json(text)

@@ -6,7 +6,7 @@ import pytest
 
 from leaderboards import compare, records
 from leaderboards.board import NotComparableError
-from tests.leaderboards.made import called, tables, three_fractions, write_run
+from tests.leaderboards.made import called, sign, tables, three_fractions, write_run
 
 
 @pytest.fixture
@@ -55,6 +55,7 @@ def noisy(folder, method, seeds, dice, cases=12):
         frame.loc[scored, "dice"] = (frame["dice"] + rng.normal(0, 0.03, len(frame)))[scored].clip(0, 0.99).round(6)
         frame.loc[scored, "hd95_mm"] = rng.uniform(1, 9, len(frame)).round(4)[scored]
         frame.to_csv(place / "cases.csv", index=False)
+        sign(place)
 
 
 def read(folder, method, seeds):
@@ -138,6 +139,7 @@ def test_ties_are_counted_apart_and_nan_is_none_of_the_three(tmp_path):
         frame = pd.read_csv(place / "cases.csv")
         frame.loc[frame["target"] == "a", "dice"] = dice
         frame.to_csv(place / "cases.csv", index=False)
+        sign(place)
     (found,) = compare.compare_methods(tables(tmp_path), "better", "scratch")
     summary = found.summary.set_index("target")
     assert summary.loc["a", ["wins", "ties", "losses"]].tolist() == [3, 4, 1]

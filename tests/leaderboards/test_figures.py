@@ -14,11 +14,14 @@ from tests.leaderboards.made import tables, write_run
 def test_figures_are_drawn_for_any_name_and_number(tmp_path):
     for number in range(30):
         write_run(tmp_path / "runs", f"m{number} $x_{{", dice=0.5 + number / 100)
+        write_run(tmp_path / "runs", f"m{number} $x_{{", seed=1, dice=0.5 + number / 100)
+    for seed in (0, 1):
+        write_run(tmp_path / "runs", "scratch", seed)
     write_run(tmp_path / "runs", "m29 $x_{", dice=0.9, overrides={"method.mask_ratio": "0.6"})
     for fraction in (0.1, 0.5):
         write_run(tmp_path / "runs", "m29 $x_{", label_fraction=fraction)
     found = {path.name for each in tables(tmp_path / "runs") for path in _drawn(each, tmp_path / "figures")}
-    names = ("dice", "pareto", "ranks", "step_time", "training", "settings")
+    names = ("difference", "dice", "pareto", "ranks", "step_time", "training", "settings")
     assert found == {f"{name}.{ending}" for name in names for ending in ("png", "svg")}
     (curve,) = curves.find(tables(tmp_path / "runs"))
     assert "area" in figures.efficiency(curve, tmp_path / "figures" / "curve")
@@ -36,6 +39,10 @@ def test_a_damaged_history_draws_what_can_be_read(tmp_path):
     lines = ['{"stage": "finetune", "loss": 1}', "{", "[]", '{"stage": "finetune", "loss": "x"}', '{"loss": NaN}']
     path.write_text("\n".join([*lines, json.dumps({"stage": "finetune", "loss": 0.5})]))
     assert figures.read_losses(path) == {"finetune": [1.0, 0.5]}
+
+
+GAINS = {"scratch": 0.7, "worse": 0.6, "better": 0.75, "supervised": 0.8}
+CONTROLS = {"supervised": {"uses_labels": True}}
 
 
 def timed(folder, method, dice, hours, seed=0):
@@ -69,20 +76,41 @@ def test_a_stacked_bar_begins_where_the_one_before_it_ends():
     assert axes.yaxis_inverted()  # the first name stands above
 
 
-def test_bars_of_dice_have_the_means_and_the_ends_of_their_intervals(tmp_path, monkeypatch):
+def test_points_of_dice_are_the_means_with_the_ends_of_their_intervals(tmp_path, monkeypatch):
     for seed in (0, 1):
         write_run(tmp_path / "runs", "m", seed, dice=0.8)
         write_run(tmp_path / "runs", "n", seed, dice=0.6)
     (each,) = tables(tmp_path / "runs")
     axes = Figure().subplots()
     monkeypatch.setattr(figures, "save", lambda path, size, title, draw: draw(axes))
-    figures.dice_bars(each, each.groups, tmp_path / "dice")
-    bars = [container for container in axes.containers if hasattr(container, "patches")]
-    for container, group in zip(bars, each.groups, strict=True):
-        assert [bar.get_height() for bar in container] == pytest.approx(group.dice.mean)
-        (segments,) = (lines.get_segments() for lines in container.errorbar.lines[2])
+    figures.dice_points(each, each.groups, tmp_path / "dice")
+    for container, group in zip(axes.containers, each.groups, strict=True):
+        assert list(container.lines[0].get_ydata()) == pytest.approx(list(group.dice.mean))
+        (segments,) = (lines.get_segments() for lines in container.lines[2])
         ends = np.array(segments)[:, :, 1]
         np.testing.assert_allclose(ends, np.stack([group.dice.low, group.dice.high], axis=1), atol=1e-12)
+
+
+def test_the_forest_has_every_difference_its_interval_and_the_headroom(tmp_path, monkeypatch):
+    for seed, name, dice in ((s, n, d) for s in (0, 1, 2) for n, d in GAINS.items()):
+        write_run(tmp_path / "runs", name, seed, dice=dice + 0.001 * seed, rules=2, **CONTROLS.get(name, {}))
+    (each,) = tables(tmp_path / "runs")
+    axes = Figure().subplots()
+    monkeypatch.setattr(figures, "save", lambda path, size, title, draw: draw(axes))
+    said = figures.forest(each, each.groups, tmp_path / "forest")
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "worse (unet)",
+        "better (unet)",
+        "supervised (unet)",
+    ]
+    drawn = [float(container.lines[0].get_xdata()[0]) for container in axes.containers]
+    assert drawn == pytest.approx([-0.05, 0.025, 0.05], abs=0.001)
+    assert said.index("supervised") < said.index("better") < said.index("worse")
+    assert "headroom on unet +0.05" in said
+    by_name = {group.method: group for group in each.groups}
+    (segments,) = (lines.get_segments() for lines in axes.containers[1].lines[2])
+    delta = by_name["better"].delta
+    np.testing.assert_allclose(segments[0][:, 0], [delta.low[-1], delta.high[-1]], atol=1e-9)
 
 
 def test_step_times_are_medians_over_the_seeds(tmp_path):
@@ -116,7 +144,8 @@ def test_of_many_rows_the_best_are_drawn(tmp_path):
 
 def test_who_is_always_first_is_so_in_all_resamples(tmp_path):
     for method, dice in (("best", 0.9), ("second", 0.6), ("third", 0.3)):
-        write_run(tmp_path / "runs", method, dice=dice)
+        for seed in (0, 1):
+            write_run(tmp_path / "runs", method, seed, dice=dice)
     (each,) = tables(tmp_path / "runs")
     said = figures.rank_stability(each, each.groups, tmp_path / "ranks")
     assert said.endswith("best (unet) 100% at rank 1, second (unet) 100% at rank 2, third (unet) 100% at rank 3")

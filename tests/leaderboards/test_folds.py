@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from leaderboards import board, folds, records, table, validate
-from tests.leaderboards.made import built, digest_cases, summary, tables, write_run
+from tests.leaderboards.made import built, digest_cases, sign, summary, tables, write_run
 
 
 def write_fold(folder, method, fold, seed=0, total=3, dice=0.8, **changes):
@@ -103,6 +103,7 @@ def test_folds_that_do_not_belong_together_are_not_pooled(what, tmp_path):
     if what == "a case twice":
         frame = pd.read_csv(place / "cases.csv").replace("f1c0", "f3c0")
         frame.to_csv(place / "cases.csv", index=False)
+        sign(place)
     runs, problems = records.load_runs([tmp_path])
     assert not problems
     assert len(folds.pool(runs)) == 3
@@ -173,6 +174,7 @@ def test_imported_results_without_folds_are_in_a_table_of_their_own(tmp_path):
     names = dict(zip(frame["case"].unique(), cases, strict=True))
     frame["case"] = frame["case"].map(names)
     frame.to_csv(place / "cases.csv", index=False)
+    sign(place)
     after = {tuple(group.method for group in each.groups): each for each in tables(tmp_path)}
     assert set(after) == {("AAA (imported)",), ("better", "scratch")}
     for old, new in zip(before.groups, after["better", "scratch"].groups, strict=True):

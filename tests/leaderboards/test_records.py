@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from leaderboards import records
-from tests.leaderboards.made import called, write_run
+from tests.leaderboards.made import called, sign, write_run
 
 
 def test_broken_records_are_named(tmp_path):
@@ -84,6 +84,7 @@ def test_names_with_commas_and_quotes_are_read(tmp_path):
     place = write_run(tmp_path)
     text = (place / "cases.csv").read_text()
     (place / "cases.csv").write_text(text.replace("c1,", '"c,""1",'))
+    sign(place)
     assert 'c,"1' in records.load_run(place).cases
 
 
@@ -125,6 +126,7 @@ def test_values_are_those_of_the_table_of_cases_in_whatever_order_it_has(tmp_pat
     frame.loc[(frame["case"] == "c3") & (frame["target"] == "a"), ["status", "dice", "hd95_mm"]] = ["missed", 0.0, 50.0]
     frame.loc[(frame["case"] == "c3") & (frame["target"] == "a"), "surface_dice"] = np.nan
     frame.sample(frac=1, random_state=0).to_csv(place / "cases.csv", index=False)
+    sign(place)
     run = records.load_run(place)
     assert run.cases == tuple(sorted(set(frame["case"])))
     assert run.targets == ("a", "b")

@@ -263,3 +263,20 @@ def test_a_key_of_many_prefixes_is_not_there(tmp_path):
     weights = published_genesis()
     weights["module." * 200_000 + "x"] = torch.zeros(1)
     assert load(genesis(), weights, tmp_path).skipped == ["out_tr.final_conv.bias", "out_tr.final_conv.weight"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_quantised_weights_are_refused_since_their_scale_is_elsewhere(dtype, tmp_path):
+    weights = published_genesis()
+    weights["module.down_tr64.ops.0.conv1.weight"] = weights["module.down_tr64.ops.0.conv1.weight"].to(dtype)
+    said = rf"conv1\.weight is {str(dtype)[6:]} \(1 tensors\), which is quantised: give weights in float32"
+    with pytest.raises(UserError, match=said):
+        load(genesis(), weights, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_precisions_are_loaded(dtype, tmp_path):
+    weights = {
+        key: value.to(dtype) if value.is_floating_point() else value for key, value in published_genesis().items()
+    }
+    assert not load(genesis(), weights, tmp_path).reinitialised

@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from harness import Percentiles, UserError, Window
+from harness import Percentiles, UserError, Window, say_once
 from harness.api.registry import Registry
 from harness.data.cases import load_case
 from harness.data.splits import split_cases
@@ -405,3 +405,24 @@ def test_labelled_validation_cases_are_cases(hippocampus_phantom, tmp_path):
     whole = task.cases(hippocampus_phantom)
     folder = written(shutil.copytree(hippocampus_phantom, tmp_path / "Task04_Hippocampus"), change)
     assert [case.id for case in task.cases(folder)] == [case.id for case in whole]
+
+
+def test_a_number_of_cases_that_is_not_there_is_said(hippocampus_phantom, tmp_path, capsys):
+    def change(described, folder):
+        described["numTraining"] = 99
+
+    say_once.cache_clear()
+    folder = written(shutil.copytree(hippocampus_phantom, tmp_path / "Task04_Hippocampus"), change)
+    Registry().task("msd_hippocampus").cases(folder)
+    assert "dataset.json says numTraining 99, 4 labelled cases are there" in capsys.readouterr().err
+
+
+def test_a_name_that_occurs_twice_is_refused(tmp_path):
+    """Readers take the last of the two without a word."""
+    text = (
+        '{"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "a"}, "labels": {"0": "background", "1": "b"}}'
+    )
+    (tmp_path / "dataset.json").write_text(text)
+    task = Registry().task("msd_hippocampus")
+    with pytest.raises(UserError, match="'labels' occurs twice in one object: keep one"):
+        task.cases(tmp_path)

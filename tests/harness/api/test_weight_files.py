@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from harness import UserError, read_state_dict
 
@@ -119,3 +120,10 @@ def test_a_file_that_is_something_else_is_called_what_it_is(name, content, said,
     path.write_bytes(content)
     with pytest.raises(UserError, match=rf"is a .*{said}"):
         read_state_dict(path)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt"])
+def test_names_of_a_compiled_network_are_plain_in_every_format(name, tmp_path):
+    content = {"_orig_mod.conv.weight": torch.ones(2), "block._orig_mod.bias": torch.zeros(2)}
+    (save_file if name.endswith("safetensors") else torch.save)(content, tmp_path / name)
+    assert set(read_state_dict(tmp_path / name)) == {"conv.weight", "block.bias"}

@@ -1,6 +1,7 @@
 """Wrong words: one line, and status 2. Help and lists: at once."""
 
 import errno
+import getpass
 import os
 import subprocess
 import sys
@@ -103,3 +104,15 @@ def _with_command(parser, command):
 
     parser.parse_args = changed
     return parser
+
+
+def test_a_user_whom_the_system_does_not_know_has_a_name(monkeypatch):
+    """`docker --user 12345`: MONAI asks for the name when it is imported."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    assert main_module.main(["list", "presets"]) == 0
+    assert getpass.getuser() == "unknown"
+    monkeypatch.setenv("LOGNAME", "me")
+    main_module.main(["list", "presets"])
+    assert getpass.getuser() == "me"

@@ -12,6 +12,7 @@ from torch import nn
 
 from backbones.swinunetr import SwinUNETR
 from backbones.unet import UNet
+from harness import UserError
 from harness.compute import memory
 from harness.compute.memory import is_out_of_memory, is_too_large, peak_memory, weights_bytes
 
@@ -123,3 +124,14 @@ def test_no_more_loader_processes_than_the_shared_memory_holds(free_mib, wanted,
     said = capsys.readouterr().err
     assert bool(said) is (fitting < wanted)
     assert not said or f"{free_mib} MiB free: {fitting} instead of {wanted} loader processes" in said
+
+
+def test_a_folder_for_temporary_files_that_is_too_deep_for_sockets_is_refused(monkeypatch):
+    """A loader process that cannot make its socket says nothing: the run waited for it without end."""
+    monkeypatch.setattr(memory.tempfile, "gettempdir", lambda: "/tmp/" + "x" * 90)
+    sample = {"image": np.zeros(8, np.float32)}
+    with pytest.raises(UserError, match=r"TMPDIR=/tmp/xxx.* has 95 bytes, 75 is the most .*workers=0"):
+        memory.workers_that_fit(sample, 1, 2)
+    assert memory.workers_that_fit(sample, 1, 0) == 0
+    monkeypatch.setattr(memory.tempfile, "gettempdir", lambda: "/tmp/" + "x" * 70)
+    assert memory.workers_that_fit(sample, 1, 2) == 2

@@ -77,3 +77,17 @@ def test_an_image_that_is_something_else_is_called_what_it_is(name, content, sai
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said):
         read_header(tmp_path / name)
+
+
+def test_a_compressed_file_whose_checksum_is_wrong_is_refused(tmp_path):
+    """A flipped bit changes half of the voxels; nibabel stops before the checksum and tells nobody."""
+    path = tmp_path / "a.nii.gz"
+    voxels = np.random.default_rng(0).integers(0, 900, (20, 20, 20)).astype(np.int16)
+    nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
+    assert np.array_equal(read_image(path)[0], voxels)
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1  # of the checksum itself, so that the voxels can be read
+    path.write_bytes(content)
+    assert np.array_equal(np.asarray(nib.load(path).dataobj), voxels)
+    with pytest.raises(UserError, match=r"CRC check failed.*restore the file"):
+        read_image(path)

@@ -54,7 +54,7 @@ def test_a_patient_whom_a_file_tests_does_not_train(tmp_path):
         ("{}", "not a list of tables"),
         ('[{"train": ["a"], "val": []}]', "not a list of tables"),
         ('[{"train": ["a"], "val": [1]}]', "not a list of tables"),
-        ('[{"train": ["a"], "val": ["b"]}]', "has 1 folds: give K/1@"),
+        ('[{"train": ["a"], "val": ["b"]}]', "has one fold: give a file of two folds or more"),
         ('[{"train": ["a", "b"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}]', "trains and tests on b in fold 1"),
     ],
 )

@@ -291,3 +291,10 @@ def test_weights_without_a_telling_tensor_are_foreign(tmp_path):
 def test_a_generation_in_words():
     assert str(generation(num_scans=3)) == "pre-training simmim on 3 scans of a, without labels"
     assert str(generation("finetune", labels=True)) == "fine-tuning after simmim on 1 scan of a, with labels"
+
+
+def test_a_file_with_a_name_as_long_as_can_be_has_no_sidecar(tmp_path):
+    path = tmp_path / f"{'n' * 246}.pt"
+    torch.save(weights(), path)
+    assert lineage_of(path, tmp_path / "cache") is None
+    assert not read(path, tmp_path / "cache").is_complete
