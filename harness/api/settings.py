@@ -53,6 +53,51 @@ class Settings(BaseModel):
         return parsed
 
 
+def describe_settings(settings: type[Settings], section: str) -> list[dict[str, str]]:
+    """One row per setting, as the user writes it: `setting`, `default`, `allowed`, `description` (what it is, and its source)."""
+    fields: Mapping[str, Any] = settings.model_json_schema()["properties"] if settings.model_fields else {}
+    return [
+        {
+            "setting": f"{section}.{name}",
+            "default": as_written(fields[name]["default"]) if "default" in fields[name] else "must be given",
+            "allowed": " or ".join(dict.fromkeys(map(_allowed, fields[name].get("anyOf", [fields[name]])))),
+            "description": fields[name].get("description", ""),
+        }
+        for name in fields
+    ]
+
+
+def as_written(value: Any) -> str:
+    """A value as it is written after `--set`."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    return ",".join(map(as_written, value)) if isinstance(value, list | tuple) else f"{value}"
+
+
+def _allowed(field: Mapping[str, Any]) -> str:
+    """The values that a field of a JSON schema allows, in words."""
+    if "enum" in field or "const" in field:
+        return " or ".join(map(as_written, field.get("enum", [field.get("const")])))
+    if field.get("type") == "array":
+        inner = field.get("items") or (field.get("prefixItems") or [{}])[0]
+        each = " or ".join(map(_allowed, inner.get("anyOf", [inner])))
+        number = field.get("minItems") if field.get("minItems") == field.get("maxItems") else None
+        return f"{number} values, each {each}" if number else f"values, each {each}"
+    kinds = {
+        "number": "number",
+        "integer": "whole number",
+        "boolean": "true or false",
+        "null": "none",
+        "string": "text",
+    }
+    ends = [
+        f"{sign} {field[key]:g}"
+        for key, sign in (("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<="))
+        if key in field
+    ]
+    return " ".join([kinds.get(str(field.get("type")), "text"), *([f"({', '.join(ends)})"] if ends else [])])
+
+
 def size_text(size: Sequence[int]) -> str:
     """A size as a setting is written: `32,64,32`."""
     return ",".join(map(str, size))

@@ -7,6 +7,8 @@ import pytest
 from harness.api.registry import PLURAL, Registry
 from harness.cli.main import main
 from harness.config.presets import preset_names
+from harness.config.schema import Evaluate, Finetune, Pretrain, TaskSettings
+from tests.harness.commands import fails
 
 
 def listed(capsys, *words):
@@ -41,3 +43,53 @@ def test_a_plugin_in_a_file_is_listed(tmp_path, capsys):
     )
     (row,) = [row for row in listed(capsys, "methods", "--plugin", str(path))["methods"] if row["name"] == "mine"]
     assert (row["description"], row["origin"]) == ("A method of mine.", f"--plugin {path}")
+
+
+def test_a_named_method_has_every_setting_with_its_source(capsys):
+    (row,) = listed(capsys, "methods", "hybridmim")["methods"]
+    rows = {each["setting"]: each for each in row["every_setting"]}
+    assert rows["method.mask_ratio"] == {
+        "setting": "method.mask_ratio",
+        "default": "0.4",
+        "allowed": "number (> 0, < 1)",
+        "description": "share of patches masked; section IV-C",
+    }
+    assert rows["method.region"]["allowed"].endswith("or whole or none")
+    assert main(["list", "methods", "hybridmim"]) == 0
+    assert "method.mask_ratio = 0.4    [number (> 0, < 1)]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["methods", "backbones", "tasks", "presets", "settings"])
+def test_every_setting_that_is_listed_is_one_that_can_be_given(kind, capsys):
+    registry = Registry()
+    for name in {"methods": registry.names("method"), "backbones": registry.names("backbone")}.get(
+        kind, [row["name"] for row in listed(capsys, kind)[kind]]
+    ):
+        (row,) = listed(capsys, kind, name)[kind]
+        for each in row["every_setting"]:
+            assert each["description"], each
+            assert each["allowed"], each
+            section, _, field = each["setting"].partition(".")
+            classes = {"pretrain": Pretrain, "finetune": Finetune, "evaluate": Evaluate, "task": TaskSettings}
+            owner = classes.get(section) or registry.load(section, name).Config
+            assert field in owner.model_fields
+
+
+def test_a_presets_values_stand_for_the_defaults(capsys):
+    (row,) = listed(capsys, "presets", "demo")["presets"]
+    rows = {each["setting"]: each["default"] for each in row["every_setting"]}
+    assert rows["finetune.crop"] == "64,64,64"
+    assert rows["finetune.lr"] == "0.003"
+    (section,) = listed(capsys, "settings", "finetune")["settings"]
+    assert {each["setting"]: each["default"] for each in section["every_setting"]}["finetune.crop"] == "by the preset"
+
+
+def test_a_name_that_is_none_is_refused_with_near_ones(capsys):
+    assert "did you mean 'hybridmim'" in fails(capsys, "list", "methods", "hybridmm")
+    assert "known: evaluate, finetune, pretrain, task" in fails(capsys, "list", "settings", "x")
+
+
+def test_protocols_and_weights_are_listed_by_name(capsys):
+    assert listed(capsys, "protocols", "linear")["protocols"][0]["description"].startswith("one 1x1x1 convolution")
+    weights = listed(capsys, "weights")["weights"][0]
+    assert listed(capsys, "weights", weights["name"])["weights"] == [weights | {"every_setting": []}]
