@@ -34,7 +34,11 @@ class Comparison:
         seeds = ", ".join(map(str, self.seeds))
         average = self.cases[self.cases["target"] == "average"].sort_values("difference")
         rows = average if len(average) <= 10 else pd.concat([average.head(5), average.tail(5)])
-        heading = "cases" if len(average) <= 10 else "the five cases that lose most, and the five that win most"
+        heading = (
+            "cases"
+            if len(average) <= 10
+            else "the five cases with the lowest differences, and the five with the highest"
+        )
         blocks = [
             f"{printable(self.title)}\nA = {first}\nB = {second}\nseeds {seeds}",
             self.summary.to_string(index=False, na_rep="-", float_format="%.4f"),

@@ -359,7 +359,7 @@ def _read_cases(path: Path, targets: tuple[str, ...]) -> tuple[tuple[str, ...], 
     counts = np.bincount(positions, minlength=len(cases) * len(targets))
     if not targets or not cases or (counts != 1).any():
         raise RecordError(
-            f"{path}: due is one row per case and target, it has {len(names)} for {shape[0]} x {shape[1]}"
+            f"{path}: each case and target needs one row, it has {len(names)} for {shape[0]} x {shape[1]}"
         )
     values = {}
     for name in MEASURED:
@@ -393,7 +393,7 @@ def _columns(path: Path) -> dict[str, list[str]]:
         raise RecordError(f"{path}: rows of {', '.join(map(str, sorted(widths)))} cells: is it truncated?")
     lacking = [name for name in ("case", "target", "status", "dice", "hd95_mm") if name not in header]
     if lacking or len(set(header)) < len(header):
-        raise RecordError(f"{path}: its header is {','.join(header)[:120]!r}, due are case,target,status,dice,hd95_mm")
+        raise RecordError(f"{path}: its header is {','.join(header)[:120]!r}, it needs case,target,status,dice,hd95_mm")
     return {name: texts[number :: len(header)] for number, name in enumerate(header)}
 
 

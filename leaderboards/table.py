@@ -44,7 +44,7 @@ def write(frame: pd.DataFrame, path: Path) -> None:
     """Write CSV, Markdown or LaTeX, by the ending of the name, atomically. Raises EndingError for another ending."""
     writers: dict[str, Callable[[pd.DataFrame], str]] = {".csv": _csv, ".md": markdown, ".tex": latex}
     if path.suffix not in writers:
-        raise EndingError(f"{path.name} ends in {path.suffix or 'nothing'}, due is {', '.join(writers)}")
+        raise EndingError(f"{path.name} ends in {path.suffix or 'nothing'}, give one of {', '.join(writers)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     # Write into a new folder: a partial file with a name that can be guessed might be a link to another file.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as partial:

@@ -35,6 +35,11 @@ def align(lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str
     ]
 
 
+def counted(number: int, thing: str) -> str:
+    """A number of things in words: `1 run`, `2 runs`."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def printable(text: str) -> str:
     """One line without control characters, so that no name moves a terminal's cursor or breaks a comment."""
     return "".join(character if character.isprintable() else " " for character in text)

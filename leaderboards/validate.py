@@ -244,7 +244,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
     first_line = text.partition("\n")[0].strip()
     for separator, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
         if first_line.count(separator) >= len(COLUMNS) // 2:
-            raise ValueError(f"separated by {name}, due are commas and a decimal point: save it as plain CSV")
+            raise ValueError(f"separated by {name}, give commas and a decimal point: save it as plain CSV")
     rows = list(csv.reader(io.StringIO(text), strict=True))
     header = rows[0] if rows else []
     if len(set(header)) < len(header):
@@ -275,14 +275,14 @@ def _check_cells(frame: pd.DataFrame) -> list[str]:
             value = None if not cell else float(cell) if PLAIN.fullmatch(cell) else math.nan
             if value is not None and not (math.isfinite(value) and low <= value <= high):
                 problems.append(
-                    f"line {line}: {column} is {cell[:40]!r}, due is a number in {low:g}..{high:g}, or nothing"
+                    f"line {line}: {column} is {cell[:40]!r}, give a number in {low:g}..{high:g}, or nothing"
                 )
     for line, cell in enumerate(frame["n_test_seen"], 2):
         if cell not in ("", UNKNOWN) and not (cell.isascii() and cell.isdecimal()):
-            problems.append(f"line {line}: n_test_seen is {cell[:40]!r}, due is a number, {UNKNOWN} or nothing")
+            problems.append(f"line {line}: n_test_seen is {cell[:40]!r}, give a number, {UNKNOWN} or nothing")
     for line, cell in enumerate(frame["source"], 2):
         if cell not in (*FROM_RUNS, "reported"):
-            problems.append(f"line {line}: source is {cell[:40]!r}, due is measured, imported or reported")
+            problems.append(f"line {line}: source is {cell[:40]!r}, give measured, imported or reported")
     return problems
 
 

@@ -25,7 +25,7 @@ def wrong_images(value: Any) -> str:
         return f"show must return a dict of named images, it returned {type(value).__name__}"
     for name, image in value.items():
         if not isinstance(name, str) or not isinstance(image, Tensor):
-            return f"show gives {name!r}: {type(image).__name__}: due are names and tensors"
+            return f"show gives {name!r}: {type(image).__name__}: give tensors by name"
         if image.ndim != 5:
-            return f"show gives {name!r} of shape {tuple(image.shape)}: due are (N, C, x, y, z)"
+            return f"show gives {name!r} of shape {tuple(image.shape)}: give (N, C, x, y, z)"
     return ""

@@ -139,6 +139,7 @@ def build(arguments: argparse.Namespace) -> int:
     import pandas as pd
 
     from leaderboards import board, table
+    from leaderboards.text import counted
 
     runs, problems = load(arguments)
     tables = board.gather(runs)
@@ -155,7 +156,7 @@ def build(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(frame.to_json(orient="records", indent=1))
     else:
-        print(f"{table.render(tables, reported_rows)}\n\n{len(runs)} runs, {len(frame)} rows:")
+        print(f"{table.render(tables, reported_rows)}\n\n{counted(len(runs), 'run')}, {counted(len(frame), 'row')}:")
         print(*(f"  {path}" for path in paths), sep="\n")
     return _finish(problems)
 
@@ -250,7 +251,7 @@ def efficiency(arguments: argparse.Namespace) -> int:
 def check(arguments: argparse.Namespace) -> int:
     """Validate records, CSVs and sites from anywhere; print what is wrong. Returns the exit status."""
     from leaderboards import records, validate
-    from leaderboards.text import printable
+    from leaderboards.text import counted, printable
 
     problems: list[str] = []
     files = [file for path in arguments.files for file in _files_to_check(path)]
@@ -267,7 +268,8 @@ def check(arguments: argparse.Namespace) -> int:
             file_problems += (
                 [] if path_folders else [f"{path}: no record.json in it: an unfinished run, or no folder of runs"]
             )
-            print(f"{path}: {len(path_folders)} runs, {f'{len(file_problems)} problems' if file_problems else 'valid'}")
+            state = counted(len(file_problems), "problem") if file_problems else "valid"
+            print(f"{path}: {counted(len(path_folders), 'run')}, {state}")
         problems += file_problems
     for problem in problems:
         print(f"harness: error: {printable(problem)}", file=sys.stderr)
@@ -320,6 +322,7 @@ def import_results(arguments: argparse.Namespace) -> None:
 def publish(arguments: argparse.Namespace) -> int:
     """Write the static site. Returns the exit status."""
     from leaderboards import website
+    from leaderboards.text import counted
 
     runs, problems = load(arguments)
     reported_rows = _reported(runs) if arguments.with_reported else None
@@ -334,7 +337,7 @@ def publish(arguments: argparse.Namespace) -> int:
         )
     except website.PublishError as error:
         raise UserError(str(error)) from None
-    print(f"{len(runs)} runs, {pages} pages:\n  {arguments.out / 'index.html'}")
+    print(f"{counted(len(runs), 'run')}, {counted(pages, 'page')}:\n  {arguments.out / 'index.html'}")
     return _finish(problems)
 
 

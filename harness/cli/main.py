@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 from harness.cli import (
     check_method,
@@ -135,6 +136,14 @@ def _carry_out(arguments: argparse.Namespace) -> int | None:
     return status
 
 
+def _version() -> str:
+    """The version of the installed package."""
+    try:
+        return version("ssl-seg-harness")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
 def _name_user() -> None:
     """Give a user without an entry in the list of users a name: MONAI asks for it when it is imported (`docker --user`)."""
     try:
@@ -166,6 +175,7 @@ def _parser() -> Parser:
         epilog=f"{TRACEBACK}, anywhere: show the whole traceback of an error in a plugin",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"harness {_version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
     for command in COMMANDS:
         command.add_parser(commands)

@@ -1,20 +1,36 @@
 """Options that several commands share, made from the fields of a request."""
 
 import argparse
+import difflib
 import os
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any, NoReturn
 
 from harness.config.request import Execution, Option, Request, field_of, options
-from harness.system.errors import UserError
+from harness.system.errors import UserError, unknown
 
 EXECUTION = tuple(name for name, _ in options(Execution) if name != "until")
 REQUEST = tuple(name for name, _ in options(Request) if name != "save_predictions")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises UserError instead of printing the usage."""
+    """A parser that raises UserError instead of printing the usage, and offers near matches."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in argparse, but the parser of the verb itself refuses what it does not know, so that its own help is named."""
+        parsed, extra = super().parse_known_args(args, namespace)
+        if extra and not self._subparsers:
+            near = difflib.get_close_matches(extra[0], self._option_string_actions, n=1)
+            self.error(f"unrecognized arguments: {' '.join(extra)}" + (f" (did you mean {near[0]}?)" if near else ""))
+        return parsed, extra
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Raises UserError for a value that is none of the choices."""
+        if action.choices is not None and value not in action.choices:
+            names = {"COMMAND": "command", "VERB": f"verb of {self.prog}"}
+            what = names.get(str(action.metavar), f"value of {'/'.join(action.option_strings)}")
+            raise UserError(f"{unknown(what, str(value), map(str, action.choices))}; `{self.prog} --help` shows more")
 
     def error(self, message: str) -> NoReturn:
         """Raises UserError, which the command prints as one line on stderr."""

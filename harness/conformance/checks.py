@@ -261,7 +261,7 @@ def check_picture(fixture: MethodFixture) -> str:
         raise CheckError(wrong)
     for name, image in images.items():
         if image.shape[2:] != batch["image"].shape[2:] or not image.float().isfinite().all():
-            raise CheckError(f"show gives {name!r} of shape {tuple(image.shape)}: due are finite (N, C, x, y, z)")
+            raise CheckError(f"show gives {name!r} of shape {tuple(image.shape)}: give finite (N, C, x, y, z)")
     return ", ".join(images) or "nothing to show"
 
 

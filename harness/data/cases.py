@@ -236,7 +236,7 @@ def group_images(folder: Path, images: ImageSet) -> list[Case]:
         if -1 not in channels and set(channels) != set(range(len(images.channels))):
             present = ", ".join(path.name for path in channels.values())
             raise UserError(
-                f"{folder / name}: there is {present}, due are the channels {', '.join(images.channels)}: add what is missing"
+                f"{folder / name}: there is {present}, it needs the channels {', '.join(images.channels)}: add what is missing"
             )
         cases.append(Case(id=name, images=tuple(channels[channel] for channel in sorted(channels)), label=None))
     return cases

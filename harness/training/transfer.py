@@ -42,6 +42,8 @@ class Transfer:
         return names | {"loaded": len(self.loaded), "num_tensors": len(self.loaded) + len(self.reinitialised)}
 
     def __str__(self) -> str:
+        if not self.loaded and not self.skipped:
+            return "transfer: nothing, all weights are random"
         inflated = f" ({_named(self.inflated)} repeated from one channel)" if self.inflated else ""
         # Rounded down: 100.0% means all of them.
         percent = floor(1000 * self.encoder_fraction) / 10

@@ -87,7 +87,7 @@ def test_the_csv_says_imported_and_is_recomputed(runs, tmp_path):
     assert "recomputed from 7 runs" in said
     text = (tmp_path / "board.csv").read_text()
     (tmp_path / "board.csv").write_text(text.replace(",imported,", ",borrowed,"))
-    assert "due is measured, imported or reported" in check_csv(tmp_path / "board.csv", read(runs))[0][0]
+    assert "give measured, imported or reported" in check_csv(tmp_path / "board.csv", read(runs))[0][0]
     assert "nnU-Net (imported)" in table.markdown(frame)
     assert table.markdown(frame).count("###") == 1
 

@@ -128,7 +128,7 @@ def test_of_many_cases_the_five_that_lose_most_and_that_win_most_are_shown(tmp_p
     noisy(tmp_path, "scratch", (0, 1), 0.8)
     (found,) = compare.compare_methods(tables(tmp_path), "better", "scratch")
     average = found.cases[found.cases["target"] == "average"].set_index("case")["difference"].sort_values()
-    shown = str(found).partition("win most:\n")[2].partition("\n\n")[0].splitlines()[1:]
+    shown = str(found).partition("with the highest:\n")[2].partition("\n\n")[0].splitlines()[1:]
     assert [line.split()[0] for line in shown] == [*average.index[:5], *average.index[-5:]]
 
 

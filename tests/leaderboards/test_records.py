@@ -48,7 +48,7 @@ def test_the_same_run_from_two_labs_is_one(tmp_path):
     [
         ("c1,a,scored,0.8", "c1,a,scored,nan#", "could not convert|not finite"),
         ("hd95_mm", "hd95_mm;", "header"),
-        ("c1,a,scored", "c2,a,scored", "one row per case"),
+        ("c1,a,scored", "c2,a,scored", "needs one row"),
         ("c1,a,scored", "c1,z,scored", "no target"),
         ("c1,a,scored", "c1,a,fine", "no target of the record or no status"),
         ("c1,a,scored,", "c1,a,scored,1", "leaves 0..1"),

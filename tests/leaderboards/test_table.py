@@ -33,7 +33,7 @@ def test_markdown_and_latex_escape_what_they_would_take_for_markup(tmp_path):
     table.write(frame, tmp_path / "board.tex")
     assert r"&lt;script&gt;a\|b\_c&amp;d%\{x\}\\" in (tmp_path / "board.md").read_text()
     assert r"<script>a|b\_c\&d\%\{x\}\textbackslash{}" in (tmp_path / "board.tex").read_text()
-    with pytest.raises(table.EndingError, match="due is"):
+    with pytest.raises(table.EndingError, match="give one of"):
         table.write(frame, tmp_path / "board.xlsx")
 
 
@@ -61,7 +61,7 @@ def test_build_writes_every_format(runs, capsys, tmp_path):
     said = called(capsys, "leaderboard", "build", "--runs", runs, *(w for place in places for w in ("--out", place)))
     assert "18 runs, 18 rows" in said
     assert all(place.stat().st_size > 500 for place in places)
-    assert "due is .csv, .md, .tex" in called(
+    assert "give one of .csv, .md, .tex" in called(
         capsys, "leaderboard", "build", "--runs", runs, "--out", tmp_path / "x.xls", status=2
     )
 

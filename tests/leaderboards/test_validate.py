@@ -87,7 +87,7 @@ def test_a_case_that_was_improved_by_hand_is_found_twice(tmp_path):
 
 
 CELLS = [
-    ("dice", "1.2", "dice is '1.2', due is a number in 0..1"),
+    ("dice", "1.2", "dice is '1.2', give a number in 0..1"),
     ("dice", "nan", "dice is 'nan'"),
     ("hd95_mm", "inf", "hd95_mm is 'inf'"),
     ("hd95_mm", "-1", "hd95_mm is '-1'"),

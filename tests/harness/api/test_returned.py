@@ -32,9 +32,9 @@ def test_loss_terms_are_named_scalars(value, says):
         ({}, ""),
         ({"masked": IMAGE}, ""),
         ([IMAGE], "it returned list"),
-        ({"masked": IMAGE.numpy()}, "ndarray: due are names and tensors"),
+        ({"masked": IMAGE.numpy()}, "ndarray: give tensors by name"),
         ({3: IMAGE}, "show gives 3"),
-        ({"masked": IMAGE[0]}, "of shape (1, 4, 4, 4): due are (N, C, x, y, z)"),
+        ({"masked": IMAGE[0]}, "of shape (1, 4, 4, 4): give (N, C, x, y, z)"),
     ],
 )
 def test_pictures_are_named_volumes(value, says):

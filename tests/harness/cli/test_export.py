@@ -32,7 +32,7 @@ def test_weights_go_to_a_folder_named_after_the_run_and_the_form(finished_simmim
     ("words", "says"),
     [
         (["--run", "simmim-nowhere", "--format", "monai"], "unknown run in"),
-        (["--run", "x", "--format", "pickle"], "invalid choice: 'pickle'"),
+        (["--run", "x", "--format", "pickle"], "unknown value of --format 'pickle'"),
         (["--run", "x"], "--format"),
         (["--format", "monai"], "--run"),
     ],

@@ -101,8 +101,8 @@ def test_validation_tells_a_changed_score_from_a_valid_run(tmp_path, capsys):
     run = write_run(tmp_path / "runs", "good")
     harness("leaderboard", "validate", tmp_path / "runs", run / "record.json", "--runs", tmp_path / "runs")
     assert capsys.readouterr().out.splitlines() == [
-        f"{tmp_path}/runs: 1 runs, valid",
-        f"{run}/record.json: 1 runs, valid",
+        f"{tmp_path}/runs: 1 run, valid",
+        f"{run}/record.json: 1 run, valid",
     ]
     text = (run / "cases.csv").read_text()
     (run / "cases.csv").write_text(text.replace("0.5,4.0", "0.9,4.0"))

@@ -33,7 +33,7 @@ def test_help_and_list_import_no_torch(words):
         ((*HYBRIDMIM, "--preset", "papr"), "did you mean 'paper'"),
         ((*HYBRIDMIM, "--task", "./nowhere"), "does not exist"),
         (("run", "--task", "brats"), "--method"),
-        (("runn",), "invalid choice"),
+        (("runn",), "unknown command 'runn': did you mean 'run'"),
         (("list", "method"), "did you mean 'methods'"),
         ((*HYBRIDMIM, "--seed", "-1"), "not a whole number"),
         (("data", "phantom", "brats", "--out", "x", "--seed", "-1"), "not a whole number"),

@@ -219,8 +219,8 @@ def test_a_runs_folder_that_cannot_be_written(capsys, tmp_path):
     [
         (["--checkpoint-minutes", "-1"], "is not a number of minutes"),
         (["--micro-batches", "0"], "is not a whole number of 1 or more"),
-        (["--on-nonfinite", "ignore"], "invalid choice: 'ignore'"),
-        (["--tracker", "carrier-pigeon"], "invalid choice: 'carrier-pigeon'"),
+        (["--on-nonfinite", "ignore"], "unknown value of --on-nonfinite 'ignore'"),
+        (["--tracker", "carrier-pigeon"], "unknown value of --tracker 'carrier-pigeon'"),
         (["--micro-batches", "3"], "cannot be dealt out evenly over 1 processes with 3 micro-batches"),
     ],
 )
@@ -240,7 +240,7 @@ def test_wrong_ways_to_carry_out_a_run(more, says, sixteen_cases, tmp_path, caps
         (["--mode", "generic", "--corpus", "luna16=400,-900"], "give its lower end first"),
         (["--mode", "generic", "--corpus", f"luna16=0,0.{'0' * 44}1"], "is empty or too wide"),
         (["--mode", "generic", "--corpus", "a" * 5000], "unknown corpus"),
-        (["--mode", "special"], "invalid choice"),
+        (["--mode", "special"], "unknown value of --mode 'special'"),
         (["--split", "6/5"], "give fixed (80/20), K/N"),
         (["--split", "1/9"], "at most as many folds"),
         (["--set", "task.window=3,1"], "lower end of the window first"),

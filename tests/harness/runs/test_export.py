@@ -154,7 +154,7 @@ def test_export_refuses_in_words(predicted_runs, tmp_path, capsys):
     assert main(["export", "--run", str(folder), "--format", "monai", "--out", str(tmp_path)]) == 2
     assert "is there already" in capsys.readouterr().err
     assert main(["export", "--run", str(folder), "--format", "pickle"]) == 2
-    assert "invalid choice: 'pickle'" in capsys.readouterr().err
+    assert "unknown value of --format 'pickle'" in capsys.readouterr().err
 
 
 FOREIGN = {
