@@ -7,6 +7,7 @@ from threading import Lock
 from typing import Any, Literal
 
 import numpy as np
+from numpy.lib.format import MAGIC_PREFIX
 from numpy.typing import NDArray
 
 _READING = Lock()
@@ -18,6 +19,9 @@ def load_array(path: Path, mmap_mode: Literal["r"] | None = None) -> NDArray[Any
     Raises:
         OSError, ValueError, EOFError: the file cannot be read, or is damaged.
     """
+    with path.open("rb") as file:
+        if file.read(len(MAGIC_PREFIX)) != MAGIC_PREFIX:  # else NumPy takes it for an archive or a pickle
+            raise ValueError(f"{path} is no array of NumPy")
     with _READING:
         try:
             loaded: NDArray[Any] = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)

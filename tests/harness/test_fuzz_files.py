@@ -37,7 +37,7 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-NUMBER_OF_TESTS = 8
+NUMBER_OF_TESTS = 7
 # The head of a file has the sizes, offsets and types, so that most changes are made there.
 WHERE = st.one_of(st.integers(0, 64), st.integers(0, 400), st.integers(0, 10**6))
 CHANGES = st.lists(
@@ -47,7 +47,7 @@ CHANGES = st.lists(
 
 def fuzz(per_second):
     still = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-    examples = max(10, int(per_second * float(SECONDS or 8) / NUMBER_OF_TESTS))
+    examples = max(10, int(per_second * float(SECONDS or 3.5) / NUMBER_OF_TESTS))
     return settings(max_examples=examples, derandomize=SECONDS is None, **still)
 
 
@@ -82,7 +82,7 @@ def images(tmp_path_factory):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@fuzz(per_second=60)
+@fuzz(per_second=120)
 @given(name=st.sampled_from(["image.nii", "image.nii.gz", "image.mha", "image.nrrd", "two.nii"]), changes=CHANGES)
 def test_images_of_any_bytes_are_read_or_refused(tmp_path, images, name, changes):
     path = tmp_path / name
@@ -97,7 +97,7 @@ def test_images_of_any_bytes_are_read_or_refused(tmp_path, images, name, changes
         take_inventory(TASK, [case], tmp_path / "cache")
 
 
-@fuzz(per_second=60)
+@fuzz(per_second=130)
 @given(name=st.sampled_from(["digests.json", "signature"]), changes=CHANGES)
 def test_a_cache_of_any_bytes_is_read_or_made_again(tmp_path, images, name, changes):
     path, cache = tmp_path / "image.nii", tmp_path / "cache"
@@ -131,7 +131,7 @@ def weight_files(tmp_path_factory):
 FILES = ["plain.safetensors", "own.safetensors", "torch.pt", "old.pt", "nnssl.pth"]
 
 
-@fuzz(per_second=80)
+@fuzz(per_second=250)
 @given(name=st.sampled_from(FILES), changes=CHANGES)
 def test_weights_of_any_bytes_are_read_or_refused(tmp_path, weight_files, name, changes):
     path = tmp_path / name
@@ -143,7 +143,7 @@ def test_weights_of_any_bytes_are_read_or_refused(tmp_path, weight_files, name, 
             from_nnssl(file, plan, KNOWN.load("backbone", "resenc")(1))
 
 
-@fuzz(per_second=80)
+@fuzz(per_second=160)
 @given(edits=EDITS)
 def test_plans_of_anything_are_read_or_refused(tmp_path, edits):
     content = {"encoder.stages.0.weight": torch.zeros(4, 1, 3, 3, 3)}
@@ -162,7 +162,7 @@ def test_plans_of_anything_are_read_or_refused(tmp_path, edits):
             from_nnssl(file, read, KNOWN.load("backbone", "resenc")(1))
 
 
-@fuzz(per_second=120)
+@fuzz(per_second=260)
 @given(changes=CHANGES, which=st.booleans())
 def test_sidecars_of_any_bytes_are_read_or_left_out(tmp_path, weight_files, changes, which):
     path = tmp_path / "own.safetensors"
@@ -178,7 +178,7 @@ def test_sidecars_of_any_bytes_are_read_or_left_out(tmp_path, weight_files, chan
         assert found is not None, "the weights themselves say what they were trained on"
 
 
-@fuzz(per_second=150)
+@fuzz(per_second=260)
 @given(edits=EDITS, changes=CHANGES, text=st.text(max_size=30))
 def test_folds_summaries_and_grids_of_anything_are_read_or_refused(tmp_path, edits, changes, text):
     folds = [{"train": ["a", "b"], "val": ["c"]}, {"train": ["c"], "val": ["a", "b"]}]
@@ -203,7 +203,7 @@ def table(tmp_path):
     return path, path.read_bytes()
 
 
-@fuzz(per_second=80)
+@fuzz(per_second=200)
 @given(changes=CHANGES, row=st.lists(LEAVES, max_size=8))
 def test_case_tables_of_anything_are_read_or_left_out(table, changes, row):
     path, content = table
