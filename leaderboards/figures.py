@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ Draw = Callable[[Axes], None]
 
 def table_figures(table: Table, folder: Path) -> dict[str, str]:
     """Draw all figures of a table into `folder`. Returns file name without ending -> description of the figure."""
+    table = _with_short_names(table)
     groups = _best(table)
     descriptions = {}
     kinds: tuple[tuple[str, bool, Callable[[Table, list[Group], Path], str]], ...] = (
@@ -51,6 +53,32 @@ def table_figures(table: Table, folder: Path) -> dict[str, str]:
     return descriptions
 
 
+def _with_short_names(table: Table) -> Table:
+    """The table without the settings that all rows with settings share: they take room and tell nothing apart."""
+    shortened = {}
+    for field in ("method", "backbone"):
+        split = [_settings_of(getattr(group, field)) for group in table.groups]
+        given = [set(settings) for _, settings in split if settings]
+        shared = set.intersection(*given) if given else set()
+        rest = [(name, [each for each in settings if each not in shared]) for name, settings in split]
+        shortened[field] = [f"{name}{{{', '.join(own)}}}" if own else name for name, own in rest]
+    names = list(zip(shortened["method"], shortened["backbone"], strict=True))
+    if len(set(names)) < len(names):
+        return table
+    groups = [replace(group, method=m, backbone=b) for group, (m, b) in zip(table.groups, names, strict=True)]
+    calibrations = [
+        replace(each, backbone=_settings_of(each.backbone)[0], positive=_settings_of(each.positive)[0])
+        for each in table.calibrations
+    ]
+    return replace(table, groups=groups, calibrations=calibrations)
+
+
+def _settings_of(name: str) -> tuple[str, list[str]]:
+    """A row's name of a method or backbone: the plugin, and its changed settings, each as `section.field=value`."""
+    plugin, _, settings = name.partition("{")
+    return plugin, settings.removesuffix("}").split(", ") if settings else []
+
+
 def forest(table: Table, groups: list[Group], path: Path) -> str:
     """Draw each row's Dice minus that of scratch with its 95 % interval, over the headroom. Returns a description."""
     rows = sorted(_compared(groups), key=lambda row: row[1])
@@ -60,8 +88,8 @@ def forest(table: Table, groups: list[Group], path: Path) -> str:
         """Draw into the axes."""
         if len(headrooms) == 1 and headrooms[0].headroom is not None:
             value, *_ = headrooms[0].headroom
-            axes.axvspan(0, value, color="0.9", zorder=0, label=f"headroom ({headrooms[0].positive} minus scratch)")
-            legend(axes, outside=True)
+            axes.axvspan(0, value, color="0.9", zorder=0)
+            axes.text(value, len(rows) - 0.45, f"headroom {value:+.3f} ", ha="right", va="bottom", fontsize="x-small")
         axes.axvline(0, color="0.4", linewidth=0.8, zorder=1)
         for position, (group, mean, low, high) in enumerate(rows):
             axes.errorbar(
@@ -201,7 +229,8 @@ def pareto(table: Table, groups: list[Group], path: Path) -> str:
                 capsize=2,
                 label=plain(group.name),
             )
-        if least := min(filter(None, cost), default=0):
+        least = min(filter(None, cost), default=0)
+        if max(cost) > 20 * least > 0:
             axes.set_xscale("symlog", linthresh=least)  # a row without pre-training is at 0
             axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(f"{unit} of pre-training (with the method's own preparation)")

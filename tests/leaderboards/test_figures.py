@@ -113,6 +113,17 @@ def test_the_forest_has_every_difference_its_interval_and_the_headroom(tmp_path,
     np.testing.assert_allclose(segments[0][:, 0], [delta.low[-1], delta.high[-1]], atol=1e-9)
 
 
+def test_names_in_figures_leave_out_what_all_rows_share(tmp_path):
+    shared = {"pretrain.steps": "9"}
+    for name, more in (("a", {}), ("b", {"method.x": "1"}), ("b", {"method.x": "2"})):
+        write_run(tmp_path / "runs", name, overrides=shared | more, rules=2)
+    write_run(tmp_path / "runs", "scratch", rules=2)
+    (each,) = tables(tmp_path / "runs")
+    short = figures._with_short_names(each)
+    assert {group.method for group in short.groups} == {"a", "b{x=1}", "b{x=2}", "scratch"}
+    assert [group.runs for group in short.groups] == [group.runs for group in each.groups]
+
+
 def test_step_times_are_medians_over_the_seeds(tmp_path):
     for seed, step in enumerate((10.0, 70.0, 20.0)):
         write_run(tmp_path / "runs", "m", seed, timing={"pretrain_step": {"step": {"p50_ms": step}}})
