@@ -1,0 +1,77 @@
+"""README and docs: their table is the published one, their links lead somewhere, and their commands are commands."""
+
+import csv
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from harness.cli.main import _parser
+from harness.conformance.suite import check_method
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BOARD = ROOT / "leaderboards" / "published" / "msd_hippocampus_fewshot" / "leaderboard.csv"
+BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+# Variables and words that stand for something of the reader's.
+STANDS_FOR = {"RUN": "run", "$m": "scratch", "FILE": "file", "DIR": "folder"}
+
+
+def rows_of_the_readme():
+    text = (ROOT / "README.md").read_text()
+    table = text.partition("| minutes of pre-training |\n|---|---|---|---|---|\n")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_the_table_is_the_published_one():
+    with BOARD.open(newline="") as file:
+        published = {row["method"].partition("{")[0]: row for row in csv.DictReader(file) if row["target"] == "average"}
+    rows = rows_of_the_readme()
+    assert {row[0].removesuffix(" (control)") for row in rows} == set(published)
+    for name, dice, delta, hd95, minutes in rows:
+        row = published[name.removesuffix(" (control)")]
+        assert dice == f"{float(row['dice']):.4f} [{float(row['dice_ci_low']):.4f}, {float(row['dice_ci_high']):.4f}]"
+        difference = [float(row[key] or 0) for key in ("delta_dice_vs_scratch", "delta_ci_low", "delta_ci_high")]
+        assert delta == ("-" if name == "scratch" else "{:+.4f} [{:+.4f}, {:+.4f}]".format(*difference))
+        assert hd95 == f"{float(row['hd95_mm']):.2f}"
+        assert minutes == (f"{float(row['pretrain_seconds']) / 60:.0f}" if row["pretrain_seconds"] else "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(page.read_text()):
+        if "://" not in target and not target.startswith("#"):
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def commands(page):
+    """Every `harness` command in the blocks of a page, as words."""
+    for block in BLOCK.findall(page.read_text()):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&|;|\||>|\bdo\b", line.partition(" #")[0]):
+                words = shlex.split(part)
+                starts = [n for n, word in enumerate(words) if word.rpartition("/")[2] == "harness"]
+                if starts and words[starts[0] - 1 : starts[0]] != ["-m"]:
+                    yield [STANDS_FOR.get(word, word) for word in words[starts[0] + 1 :]]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_are_commands(page):
+    """Their names and options exist; a word that is wrong raises UserError."""
+    for words in commands(page):
+        _parser().parse_args(words)
+
+
+def test_the_method_in_the_docs_is_one(tmp_path):
+    (code,) = re.findall(
+        r"^```python\n(# denoise\.py\n.*?)^```", (ROOT / "docs/write_a_method.md").read_text(), re.M | re.S
+    )
+    (tmp_path / "denoise.py").write_text(code)
+    results = check_method("denoise", [str(tmp_path / "denoise.py")], ["unet"], checks=["finite losses", "gradients"])
+    assert [result.status for result in results] == ["pass", "pass"], results
+
+
+def test_there_are_commands_to_look_at():
+    assert sum(len(list(commands(page))) for page in PAGES) > 40
