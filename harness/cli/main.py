@@ -28,7 +28,7 @@ from harness.cli import (
 )
 from harness.cli import list as listing
 from harness.cli.options import Parser
-from harness.system.console import escape_control, unbreakable
+from harness.system.console import escape_control, say, unbreakable
 from harness.system.errors import UserError
 from harness.system.signals import STOPPED, Interrupted, catching
 from harness.system.status_file import write_ending
@@ -53,6 +53,8 @@ COMMANDS = (
     doctor,
 )
 TRACEBACK = "--traceback"
+SLOW = {each.__name__ for each in (run, sweep, tune, check_method, profile, estimate, predict, export, reproduce)}
+"""Commands that say something on a terminal at once, since their imports take seconds."""
 # Errors of the file system that the user can mend: no permission, read-only, full, a file where a folder is needed, a name
 # that is too long, or a link to itself.
 MENDABLE = {
@@ -125,6 +127,8 @@ def _run(words: Sequence[str], whole_traceback: bool) -> tuple[int, str]:
 
 def _carry_out(arguments: argparse.Namespace) -> int | None:
     """The exit status of the command. Raises UserError if something that it called, such as a plugin, ended the process."""
+    if sys.stderr.isatty() and arguments.command.__module__ in SLOW:
+        say("loading PyTorch and MONAI ...")
     try:
         status: int | None = arguments.command(arguments)
     except SystemExit as error:

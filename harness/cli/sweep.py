@@ -43,7 +43,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--preset", default="", metavar="P", help="instead of the presets that the file names")
     parser.add_argument("--retry", action="store_true", help="run again what failed in an earlier sweep of this file")
     add_options(parser, *EXECUTION, "data", "runs", "plugins")
-    parser.add_argument("--dry-run", action="store_true", help="list the cells, with what each takes; run none")
+    parser.add_argument("--dry-run", action="store_true", help="list the cells; run none")
+    parser.add_argument(
+        "--estimate",
+        action="store_true",
+        help="with --dry-run, measure what each cell takes, by a few steps of each stage",
+    )
     parser.set_defaults(command=sweep)
 
 
@@ -52,6 +57,8 @@ def sweep(arguments: argparse.Namespace) -> int:
     from harness.sweeps import cells
     from harness.sweeps.live_table import watch
 
+    if arguments.estimate and not arguments.dry_run:
+        raise UserError("--estimate is for --dry-run: add it, or leave --estimate out")
     execution = execution_of(arguments)
     if execution.trackers:
         from harness.training.trackers import check_trackers
@@ -68,7 +75,9 @@ def sweep(arguments: argparse.Namespace) -> int:
     _print_sorted(len(sweep_cells), todo, outcomes)
     if launcher is None:
         print(*(f"  to run: {planned.cell}" for planned in todo), sep="\n", flush=True)
-        status = print_estimates([planned.cell.request for planned in todo], arguments.jobs)
+        status = (
+            print_estimates([planned.cell.request for planned in todo], arguments.jobs) if arguments.estimate else 0
+        )
         return 2 if any(outcome.folder is None for outcome in outcomes) else status
     try:
         outcomes += watch(todo, launcher) if todo else []

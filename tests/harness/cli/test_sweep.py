@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from harness.cli import sweep
 from harness.cli.main import main
 from tests.harness.sweep_files import TINY_SWEEP
 
@@ -41,6 +42,7 @@ def test_a_sweep_runs_shares_pretraining_lists_failures_and_skips_what_is_finish
     ("more", "says"),
     [
         (["--slurm", "partition=gpu"], "is for --launcher slurm"),
+        (["--estimate"], "is for --dry-run"),
         (["--launcher", "slurm", "--slurm", "partition"], "is not of the form KEY=VALUE"),
     ],
 )
@@ -50,6 +52,16 @@ def test_wrong_launchers_are_answered_in_words(more, says, tmp_path, hippocampus
     words = ["sweep", path, "--data", hippocampus_phantom, "--runs", tmp_path / "runs", *more]
     assert main([str(word) for word in words]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_dry_run_measures_only_where_it_is_asked_to(asked, tmp_path, hippocampus_phantom, monkeypatch):
+    path, measured = tmp_path / "mine.toml", []
+    path.write_text(TINY_SWEEP + '[[matrix]]\nmethod = "scratch"\n')
+    monkeypatch.setattr(sweep, "print_estimates", lambda requests, jobs: measured.append(len(requests)) or 0)
+    words = ["sweep", path, "--data", hippocampus_phantom, "--runs", tmp_path / "runs", "--dry-run"]
+    assert main([str(word) for word in words] + ["--estimate"] * asked) == 0
+    assert measured == [1] * asked
 
 
 def test_a_misspelt_preset_is_one_line(tmp_path, capsys):
