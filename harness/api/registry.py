@@ -187,8 +187,8 @@ class Registry:
 
     def sources(self) -> set[Path]:
         """The files that define the plugins."""
-        found = {plugin.source for plugins in self._plugins.values() for plugin in plugins.values()}
-        return {source for source in found if source is not None}
+        sources = {plugin.source for plugins in self._plugins.values() for plugin in plugins.values()}
+        return {source for source in sources if source is not None}
 
     def digest_sources(self) -> str:
         """Digest of the source files of all plugins.

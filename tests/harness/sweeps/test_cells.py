@@ -122,7 +122,7 @@ def runs(tmp_path_factory):
 TRIED_AS_DEMO = ("hybridmim_table1", "hybridmim_table2", "hybridmim_table3", "hybridmim_table4", "hybridmim_figure4")
 TRIED_AS_DEMO = (*TRIED_AS_DEMO, "hippocampus_small", "nnunet_hippocampus")
 # Table 4 has cells of the same kinds.
-SLOW = ("hybridmim_table1", "hybridmim_table2", "hybridmim_table3", "hybridmim_figure4")
+SLOW = ("hybridmim_table1", "hybridmim_table2", "hybridmim_table3", "hybridmim_table4", "hybridmim_figure4")
 PROFILED = ("hybridmim_figure5", "hybridmim_figure6")  # their cells are steps to profile, of sizes that no phantom has
 
 

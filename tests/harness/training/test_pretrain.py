@@ -31,9 +31,12 @@ def test_a_picture_that_does_not_fit_the_memory_is_left_out(tmp_path, capsys):
     assert not path.exists()
 
 
-def test_another_fault_in_a_picture_is_not_hidden(tmp_path):
-    with pytest.raises(RuntimeError, match="shapes"):
-        _draw_restoration(Shower(RuntimeError("shapes")), DATA, CONFIG, torch.device("cpu"), tmp_path / "a.png", "")
+@pytest.mark.parametrize("error", [RuntimeError("shapes"), KeyError("shapes")])
+def test_another_fault_in_a_picture_is_said_and_costs_no_training(error, tmp_path, capsys):
+    _draw_restoration(Shower(error), DATA, CONFIG, torch.device("cpu"), tmp_path / "a.png", "")
+    said = capsys.readouterr().err
+    assert f"no a.png: {type(error).__name__}: " in said
+    assert "shapes" in said
 
 
 def test_a_run_has_a_picture_of_what_its_method_sees(predicted_runs):
