@@ -203,6 +203,25 @@ class Table:
         """The fold of each case, where folds are pooled."""
         return next((group.runs[0].folds for group in self.groups if not group.imported), ())
 
+    def with_short_names(self) -> "Table":
+        """The table without the settings that all rows with settings share: they take room and tell nothing apart."""
+        shortened = {}
+        for field in ("method", "backbone"):
+            split = [_settings_of(getattr(group, field)) for group in self.groups]
+            given = [set(settings) for _, settings in split if settings]
+            shared = set.intersection(*given) if given else set()
+            rest = [(name, [each for each in settings if each not in shared]) for name, settings in split]
+            shortened[field] = [f"{name}{{{', '.join(own)}}}" if own else name for name, own in rest]
+        names = list(zip(shortened["method"], shortened["backbone"], strict=True))
+        if len(set(names)) < len(names):
+            return self
+        groups = [replace(group, method=m, backbone=b) for group, (m, b) in zip(self.groups, names, strict=True)]
+        calibrations = [
+            replace(each, backbone=_settings_of(each.backbone)[0], positive=_settings_of(each.positive)[0])
+            for each in self.calibrations
+        ]
+        return replace(self, groups=groups, calibrations=calibrations)
+
     @property
     def title(self) -> str:
         """One line that names what the rows share, with warnings first."""
@@ -214,6 +233,12 @@ class Table:
         number, drawn = first.runs[0].record["data"].get("n_train"), drawn_text(self.shared("label_subset"))
         cases = f" ({number} cases{drawn})" if fraction < 1 and isinstance(number, int) else ""
         return f"{marks}{task}, {data}, preset {preset}, {mode}, {protocol}, {fraction:.0%} of the labels{cases}"
+
+
+def _settings_of(name: str) -> tuple[str, list[str]]:
+    """A row's name of a method or backbone: the plugin, and its changed settings, each as `section.field=value`."""
+    plugin, _, settings = name.partition("{")
+    return plugin, settings.removesuffix("}").split(", ") if settings else []
 
 
 def most_seen(runs: Iterable[Run]) -> int | None:

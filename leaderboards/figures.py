@@ -3,7 +3,6 @@
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ Draw = Callable[[Axes], None]
 
 def table_figures(table: Table, folder: Path) -> dict[str, str]:
     """Draw all figures of a table into `folder`. Returns file name without ending -> description of the figure."""
-    table = _with_short_names(table)
+    table = table.with_short_names()
     groups = _best(table)
     descriptions = {}
     kinds: tuple[tuple[str, bool, Callable[[Table, list[Group], Path], str]], ...] = (
@@ -51,32 +50,6 @@ def table_figures(table: Table, folder: Path) -> dict[str, str]:
         if drawable:
             descriptions[name] = draw(table, groups, folder / name)
     return descriptions
-
-
-def _with_short_names(table: Table) -> Table:
-    """The table without the settings that all rows with settings share: they take room and tell nothing apart."""
-    shortened = {}
-    for field in ("method", "backbone"):
-        split = [_settings_of(getattr(group, field)) for group in table.groups]
-        given = [set(settings) for _, settings in split if settings]
-        shared = set.intersection(*given) if given else set()
-        rest = [(name, [each for each in settings if each not in shared]) for name, settings in split]
-        shortened[field] = [f"{name}{{{', '.join(own)}}}" if own else name for name, own in rest]
-    names = list(zip(shortened["method"], shortened["backbone"], strict=True))
-    if len(set(names)) < len(names):
-        return table
-    groups = [replace(group, method=m, backbone=b) for group, (m, b) in zip(table.groups, names, strict=True)]
-    calibrations = [
-        replace(each, backbone=_settings_of(each.backbone)[0], positive=_settings_of(each.positive)[0])
-        for each in table.calibrations
-    ]
-    return replace(table, groups=groups, calibrations=calibrations)
-
-
-def _settings_of(name: str) -> tuple[str, list[str]]:
-    """A row's name of a method or backbone: the plugin, and its changed settings, each as `section.field=value`."""
-    plugin, _, settings = name.partition("{")
-    return plugin, settings.removesuffix("}").split(", ") if settings else []
 
 
 def forest(table: Table, groups: list[Group], path: Path) -> str:

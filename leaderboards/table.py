@@ -1,17 +1,19 @@
 """The leaderboard as CSV, Markdown, LaTeX, and text for the terminal. The columns of the CSV are a contract."""
 
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from rich.cells import cell_len
 
 from leaderboards.board import Group, Table, drawn_text
 from leaderboards.calibration import share_text
 from leaderboards.statistics import Estimate
-from leaderboards.text import UNKNOWN, align, escape_cell, escape_latex, escape_markdown, printable, seen_text
+from leaderboards.text import UNKNOWN, align, escape_cell, escape_latex, escape_markdown, fit, printable, seen_text
 
 COLUMNS = [
     *("task", "data", "preset", "mode", "protocol", "label_fraction", "method", "backbone", "n_seeds", "target"),
@@ -53,15 +55,24 @@ def write(frame: pd.DataFrame, path: Path) -> None:
         written.replace(path)
 
 
-def render(tables: Sequence[Table], reported: pd.DataFrame | None = None) -> str:
-    """The tables as text, rows by rank, with notes. `reported`: results of papers, which are shown below them."""
+def render(tables: Sequence[Table], reported: pd.DataFrame | None = None, width: int | None = None) -> str:
+    """The tables as text, rows by rank, with notes.
+
+    Args:
+        reported: results of papers, which are shown below them.
+        width: of the terminal. A wider table is shown without the settings that all rows share, then without columns.
+    """
     blocks = []
-    for table in tables:
-        rows = _grid(table)
-        lines = align(rows)
-        notes = dict.fromkeys(f"  {group.name}: {group.note}" for group in table.groups if _worth_saying(group))
-        said = [f"  {sentence}" for sentence in table.sentences]
-        blocks.append("\n".join([printable(table.title), *map(printable, [*lines, *said, *list(notes)[:20]])]))
+    for whole in tables:
+        table, rows, said = whole, _grid(whole), []
+        if width is not None and max(map(cell_len, align(rows))) > width:
+            table = whole.with_short_names()
+            rows, gone = fit(_grid(table), _leave_out(table), width)
+            why = "left out, as the terminal is narrow (harness leaderboard build --wide shows all)"
+            said = [f"{why}: {', '.join(gone)}"] if gone else []
+        notes = dict.fromkeys(f"{group.name}: {group.note}" for group in table.groups if _worth_saying(group))
+        said += [*table.sentences, *list(notes)[:20]]
+        blocks.append("\n".join([*_wrapped(table.title, width), *map(printable, align(rows)), *_indented(said, width)]))
     if reported is not None and not reported.empty:
         averages = reported[reported["target"] == "average"][
             ["task", "mode", "method", "backbone", "dice", "hd95_mm", "note"]
@@ -234,6 +245,25 @@ def _grid(table: Table) -> list[list[str]]:
             ]
         )
     return [heading, *sorted(lines, key=lambda line: (float(line[0]) if line[0] != "-" else np.inf, line[1], line[2]))]
+
+
+def _wrapped(text: str, width: int | None) -> list[str]:
+    """A text as lines of at most `width` characters; one line for None."""
+    return [printable(text)] if width is None else textwrap.wrap(printable(text), max(20, width))
+
+
+def _indented(sentences: Sequence[str], width: int | None) -> list[str]:
+    """Sentences as indented lines."""
+    return [f"  {line}" for sentence in sentences for line in _wrapped(sentence, None if width is None else width - 2)]
+
+
+def _leave_out(table: Table) -> list[str]:
+    """Columns of `_grid` that a narrow terminal does without, the least missed first."""
+    backbones = ["backbone"] if len({group.backbone for group in table.groups}) == 1 else []
+    return [
+        *("ms/step", *reversed(table.targets), "missed", "cases", "of headroom [95 % CI]", "pretrain s", "seeds"),
+        *(*backbones, "HD95 mm", "p (Holm)"),
+    ]
 
 
 def _worth_saying(group: Group) -> bool:

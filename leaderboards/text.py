@@ -35,6 +35,25 @@ def align(lines: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str
     ]
 
 
+def fit(rows: Sequence[Sequence[str]], leave_out: Sequence[str], width: int) -> tuple[list[list[str]], list[str]]:
+    """Rows that fit a width once aligned, as far as columns may be left out; and the headings that are left out.
+
+    Args:
+        rows: equally many texts each; the first row has the headings.
+        leave_out: headings of the columns that may be left out, the first one first.
+        width: characters.
+    """
+    fitted, gone = [list(row) for row in rows], []
+    for heading in leave_out:
+        if max(map(cell_len, align(fitted))) <= width:
+            break
+        if heading in fitted[0]:
+            gone.append(heading)
+            at = fitted[0].index(heading)
+            fitted = [row[:at] + row[at + 1 :] for row in fitted]
+    return fitted, gone
+
+
 def counted(number: int, thing: str) -> str:
     """A number of things in words: `1 run`, `2 runs`."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.cli.options import Parser, add_options
+from harness.cli.output import terminal_width
 from harness.system.console import say
 from harness.system.errors import UserError, unknown
 
@@ -34,6 +35,7 @@ def add_parser(commands: Any) -> None:
         help=".csv, .md or .tex, also several (default: leaderboard.csv in the runs folder)",
     )
     table.add_argument("--json", action="store_true")
+    table.add_argument("--wide", action="store_true", help="every column, however wide the terminal is")
     _add_reported_option(table)
     pair = verbs.add_parser("compare", help="two methods, or two runs, case by case", allow_abbrev=False)
     pair.add_argument("first", metavar="A", help="a method as the tables name it, or a run id")
@@ -156,7 +158,10 @@ def build(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(frame.to_json(orient="records", indent=1))
     else:
-        print(f"{table.render(tables, reported_rows)}\n\n{counted(len(runs), 'run')}, {counted(len(frame), 'row')}:")
+        width = None if arguments.wide else terminal_width()
+        print(
+            f"{table.render(tables, reported_rows, width)}\n\n{counted(len(runs), 'run')}, {counted(len(frame), 'row')}:"
+        )
         print(*(f"  {path}" for path in paths), sep="\n")
     return _finish(problems)
 
@@ -315,7 +320,7 @@ def import_results(arguments: argparse.Namespace) -> None:
     origin = imported.Origin(arguments.method, arguments.backbone, arguments.seed, arguments.note)
     folder = imported.import_results(arguments.source, data, request.split, settings, origin, request.runs)
     run = records.load_run(folder)
-    print(table.render(board.gather([run])))
+    print(table.render(board.gather([run]), width=terminal_width()))
     print("\nfiles:", *(f"  {folder / name}" for name in ("cases.csv", "record.json")), sep="\n")
 
 

@@ -1,5 +1,7 @@
-"""Nested values as lines of text."""
+"""Nested values as lines of text, and the width of the terminal."""
 
+import shutil
+import sys
 from typing import Any
 
 
@@ -12,6 +14,11 @@ def as_lines(values: dict[str, Any], indent: int = 0) -> str:
         else:
             lines.append(f"{pad}{key}: {inline(item)}")
     return "\n".join(lines)
+
+
+def terminal_width() -> int | None:
+    """Characters in a line of the terminal; None where the output goes to a file or a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def inline(value: Any) -> str:

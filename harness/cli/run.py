@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.cli.options import EXECUTION, add_options, add_request_options, request_of
-from harness.cli.output import as_lines
+from harness.cli.output import as_lines, terminal_width
 from harness.system.console import is_first_process
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def table_of(tables: "list[Table]", run_folder: Path) -> str:
         for each in tables
         if any(member.folder.name == run_folder.name for group in each.groups for member in group.members)
     }
-    return table.render([each for each in tables if board.without_mode(each.key) in own])
+    return table.render([each for each in tables if board.without_mode(each.key) in own], width=terminal_width())
 
 
 def _dry_run(request: "Request", as_json: bool) -> None:

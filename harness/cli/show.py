@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from harness.cli.options import add_options
-from harness.cli.output import as_lines
+from harness.cli.output import as_lines, terminal_width
 from harness.system.errors import UserError
 
 SECTIONS = (
@@ -43,6 +43,6 @@ def show(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(run.record, indent=1))
         return
-    print(table.render(board.gather([run])))
+    print(table.render(board.gather([run]), width=terminal_width()))
     lines = as_lines({name: run.record.get(name) for name in SECTIONS}).splitlines()
     print(*map(printable, lines), sep="\n")

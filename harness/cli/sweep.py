@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.cli.estimate import print_estimates
 from harness.cli.options import EXECUTION, add_options, argument, execution_of
+from harness.cli.output import terminal_width
 from harness.config.presets import read_preset
 from harness.config.request import Request, positive
 from harness.system.console import say
@@ -124,7 +125,7 @@ def _report(outcomes: "Sequence[Outcome]", csv: Path) -> int:
     runs = [records.load_run(outcome.folder) for outcome in outcomes if outcome.folder is not None]
     tables = board.gather(runs)
     table.write(table.build(tables), csv)
-    print(f"\n{table.render(tables)}\n\nleaderboard of this sweep:\n  {csv}")
+    print(f"\n{table.render(tables, width=terminal_width())}\n\nleaderboard of this sweep:\n  {csv}")
     failed = [outcome for outcome in outcomes if outcome.folder is None]
     for outcome in failed:
         print(f"harness: error: no record of {outcome.cell}: {outcome.problem}", file=sys.stderr)

@@ -119,7 +119,7 @@ def test_names_in_figures_leave_out_what_all_rows_share(tmp_path):
         write_run(tmp_path / "runs", name, overrides=shared | more, rules=2)
     write_run(tmp_path / "runs", "scratch", rules=2)
     (each,) = tables(tmp_path / "runs")
-    short = figures._with_short_names(each)
+    short = each.with_short_names()
     assert {group.method for group in short.groups} == {"a", "b{x=1}", "b{x=2}", "scratch"}
     assert [group.runs for group in short.groups] == [group.runs for group in each.groups]
 

@@ -146,3 +146,25 @@ def test_a_column_tells_of_test_cases_that_were_trained_on(tmp_path):
     assert ["seen" in heading for heading in headings] == [False, True]
     assert built(tmp_path / "other")["n_test_seen"].tolist() == [2, 2, 2]
     assert "TEST CASES WERE TRAINED OR PRE-TRAINED ON" in table.latex(built(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 400])
+def test_a_table_fits_the_terminal(width, tmp_path):
+    """Settings that all rows share go first, then columns; what is left out is said."""
+    for seed in (0, 1, 2):
+        for name, dice in (("scratch", 0.7), ("hybridmim", 0.75), ("volume_fusion", 0.8)):
+            more = {} if name == "scratch" else {"pretrain.steps": "3000", "pretrain.precision": "bf16"}
+            write_run(tmp_path, name, seed, dice=dice, overrides=more, rules=2)
+    gathered = tables(tmp_path)
+    whole, text = (table.render(gathered, width=each) for each in (None, width))
+    rows = [line for line in text.splitlines() if line[:1].isdigit() or line.startswith("rank")]
+    assert len(rows) == 4
+    assert max(map(len, rows)) <= width
+    assert "vs scratch" in text
+    assert max(map(len, text.splitlines())) <= width
+    if width == 400:
+        assert text == whole
+    else:
+        said = " ".join(text.split())
+        assert "left out, as the terminal is narrow (harness leaderboard build --wide shows all): ms/step" in said
+        assert "3000" not in "".join(rows)
