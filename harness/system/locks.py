@@ -5,6 +5,7 @@ seconds. It works on network file systems, where `flock` may not. If the holder 
 lock over at once; a process on another host takes it over after it has seen the file untouched for `LEASE` seconds.
 """
 
+import os
 import shutil
 import tempfile
 import time
@@ -21,6 +22,7 @@ from harness.system.files import find_below
 
 HEARTBEAT = 10.0  # seconds between the heartbeats of a holder
 LEASE = 120.0  # seconds without a heartbeat after which a holder on another host counts as gone; all processes must agree on it
+UNWRITTEN = 20.0  # seconds after which the owner of a lock file without content counts as killed while it made the file
 POLL = 0.5  # seconds between attempts to take a lock that another process holds
 
 
@@ -100,7 +102,10 @@ def acquire(path: Path, lease: SoftFileLease | None = None) -> tuple[Lock | None
     try:
         lease.acquire(blocking=False)
     except Timeout:
-        return None, owner_of(_file(path))
+        owner = owner_of(_file(path))
+        if owner is None:
+            _remove_unwritten(_file(path))
+        return None, owner
     return Lock(path, lease), None
 
 
@@ -151,6 +156,39 @@ def remove_dead(file: Path) -> None:
     except Timeout:
         return
     lease.release()
+
+
+_seen_unwritten: dict[Path, tuple[tuple[int, int, int], float]] = {}
+"""Lock files that name no owner: number, size and time of the file, and since when this process has seen it so."""
+
+
+def _remove_unwritten(file: Path) -> None:
+    """Remove a lock file that has named no owner for `UNWRITTEN` seconds.
+
+    A process that is killed between making the file and writing its name leaves such a file, and filelock waits for its content
+    without end.
+    """
+    try:
+        state = file.stat()
+    except OSError:
+        return  # released meanwhile
+    mark = state.st_ino, state.st_size, state.st_mtime_ns
+    seen, since = _seen_unwritten.get(file, (None, 0.0))
+    if seen != mark:
+        _seen_unwritten[file] = mark, time.monotonic()
+        return
+    if time.monotonic() - since < UNWRITTEN:
+        return
+    # By a rename, so that of several processes that wait one removes it, and none removes the next owner's file.
+    aside = file.with_name(f"{file.name}.{os.getpid()}.unwritten")
+    try:
+        file.rename(aside)
+        if aside.stat().st_ino == state.st_ino:
+            aside.unlink()
+        else:
+            aside.rename(file)
+    except OSError:
+        return  # another process was first
 
 
 def _lease(file: Path) -> SoftFileLease:

@@ -99,6 +99,32 @@ def test_a_lock_file_cut_short_is_not_taken_at_once(tmp_path):
     assert not dead_locks(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["", "filelock/2\npid=1\nho"])
+def test_the_lock_of_a_process_that_was_killed_while_it_made_the_file_is_taken(content, tmp_path, monkeypatch):
+    """Between making and writing: the next process waited without end."""
+    monkeypatch.setattr(locks, "UNWRITTEN", 0.4)
+    monkeypatch.setattr(locks, "POLL", 0.02)
+    (tmp_path / "stage.lock").write_text(content)
+    began = time.monotonic()
+    with held(tmp_path / "stage", "the stage"):
+        assert time.monotonic() - began > 0.4
+        assert owner_of(tmp_path / "stage.lock").pid == os.getpid()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_file_that_is_written_late_is_its_owners(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "UNWRITTEN", 0.1)
+    file = tmp_path / "stage.lock"
+    file.write_text("")
+    assert acquire(tmp_path / "stage") == (None, None)
+    time.sleep(0.15)
+    elsewhere(file)
+    lock, owner = acquire(tmp_path / "stage")
+    assert lock is None
+    assert owner.host == "another-host"
+    assert file.exists()
+
+
 def hold(path, ready, seconds):
     locks.HEARTBEAT, locks.LEASE = 0.1, 0.5
     lock, _ = acquire(path)
