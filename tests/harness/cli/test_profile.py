@@ -106,6 +106,7 @@ def test_the_paper_suite_is_the_papers_shapes():
     assert (len(cells), len(whole)) == (40, 8)
 
 
+@pytest.mark.slow
 def test_a_suite_is_profiled(tmp_path, monkeypatch, capsys):
     (tmp_path / "tiny.toml").write_text(
         '[defaults]\ntask = "msd_hippocampus"\nmethod = "simmim"\n'

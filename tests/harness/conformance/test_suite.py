@@ -85,6 +85,7 @@ def test_needs_that_nothing_meets_are_refused(tmp_path, capsys):
 EXAMPLE = Path(__file__).parents[3] / "examples" / "denoise"
 
 
+@pytest.mark.slow
 def test_the_example_package_keeps_the_contract_and_declares_its_method():
     project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())
     module, name = project["project"]["entry-points"]["harness.methods"]["denoise"].split(":")

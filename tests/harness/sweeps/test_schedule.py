@@ -13,6 +13,7 @@ def outcomes_of(todo, folder, jobs=2):
     return {o.cell.request.method: o for o in execute(todo, Local(folder, 1, jobs)) if o is not None}
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_by_itself_takes_only_its_own_cell(tmp_path, hippocampus_phantom):
     text = '[[matrix]]\nmethod = ["dying", "scratch"]\n'
     todo, known = planned(tmp_path, hippocampus_phantom, text, DYING)
