@@ -205,19 +205,19 @@ class Table:
 
     def with_short_names(self) -> "Table":
         """The table without the settings that all rows with settings share: they take room and tell nothing apart."""
-        shortened = {}
-        for field in ("method", "backbone"):
-            split = [_settings_of(getattr(group, field)) for group in self.groups]
-            given = [set(settings) for _, settings in split if settings]
-            shared = set.intersection(*given) if given else set()
-            rest = [(name, [each for each in settings if each not in shared]) for name, settings in split]
-            shortened[field] = [f"{name}{{{', '.join(own)}}}" if own else name for name, own in rest]
-        names = list(zip(shortened["method"], shortened["backbone"], strict=True))
-        if len(set(names)) < len(names):
+        methods = _short_names([group.method for group in self.groups])
+        backbones = _short_names([group.backbone for group in self.groups])
+        groups = [replace(each, method=methods[each.method], backbone=backbones[each.backbone]) for each in self.groups]
+        if len({group.name for group in groups}) < len(groups):
             return self
-        groups = [replace(group, method=m, backbone=b) for group, (m, b) in zip(self.groups, names, strict=True)]
         calibrations = [
-            replace(each, backbone=_settings_of(each.backbone)[0], positive=_settings_of(each.positive)[0])
+            replace(
+                each,
+                backbone=backbones[each.backbone],
+                positive=methods.get(each.positive, ""),
+                luck={methods[method]: interval for method, interval in each.luck.items()},
+                shares={methods[method]: interval for method, interval in each.shares.items()},
+            )
             for each in self.calibrations
         ]
         return replace(self, groups=groups, calibrations=calibrations)
@@ -235,10 +235,14 @@ class Table:
         return f"{marks}{task}, {data}, preset {preset}, {mode}, {protocol}, {fraction:.0%} of the labels{cases}"
 
 
-def _settings_of(name: str) -> tuple[str, list[str]]:
-    """A row's name of a method or backbone: the plugin, and its changed settings, each as `section.field=value`."""
-    plugin, _, settings = name.partition("{")
-    return plugin, settings.removesuffix("}").split(", ") if settings else []
+def _short_names(names: Sequence[str]) -> dict[str, str]:
+    """Name of a method or backbone with its changed settings -> the same without those that all names with settings share."""
+    split = {name: name.removesuffix("}").partition("{") for name in names}
+    settings = {name: rest.split(", ") if rest else [] for name, (_, _, rest) in split.items()}
+    given = [set(each) for each in settings.values() if each]
+    shared = set.intersection(*given) if given else set()
+    own = {name: [each for each in settings[name] if each not in shared] for name in split}
+    return {name: f"{split[name][0]}{{{', '.join(own[name])}}}" if own[name] else split[name][0] for name in split}
 
 
 def most_seen(runs: Iterable[Run]) -> int | None:

@@ -12,22 +12,33 @@ def code_digest(source: Path) -> str:
 
     Comments, docstrings and formatting do not count. Other packages are not followed: the record has their versions.
     """
-    seen: dict[str, str] = {}
+    root, _ = _root(source.resolve())
+    digests: dict[str, str] = {}
+    for path, tree in code_files(source).items():
+        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+        if tree is None:
+            digests[name] = digest([path.read_bytes().hex()]) if path.is_file() else ""
+        else:
+            digests[name] = digest(ast.dump(_without_docstrings(tree)))
+    return digest(digests)
+
+
+def code_files(source: Path) -> dict[Path, ast.Module | None]:
+    """The files of a plugin's code, as in `code_digest`, each with its syntax tree; None for one that cannot be parsed."""
+    trees: dict[Path, ast.Module | None] = {}
     waiting = [source.resolve()]
     root, package = _root(waiting[0])
     while waiting:
         path = waiting.pop()
-        name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
-        if name in seen:
+        if path in trees:
             continue
         try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
+            trees[path] = tree = ast.parse(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, SyntaxError, RecursionError):
-            seen[name] = digest([path.read_bytes().hex()]) if path.is_file() else ""
+            trees[path] = None
             continue
-        seen[name] = digest(ast.dump(_without_docstrings(tree)))
-        waiting += [found for found in _imported(tree, path, root, package) if found.is_file()]
-    return digest(seen)
+        waiting += [file for file in _imported(tree, path, root, package) if file.is_file()]
+    return trees
 
 
 def _root(source: Path) -> tuple[Path, str]:

@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
+from harness.api.plugin_code import code_files
 from harness.api.registry import Registry
 from harness.system.files import ENGINE
 
@@ -23,6 +24,8 @@ CONTRACT = {
     "cases": "cases(root) returns the labelled cases below the folder, or raises UserError",
 }
 """What the harness expects of each function of a plugin that it calls."""
+PLUGIN_FOLDERS = ("methods", "backbones", "tasks", "weights")
+"""Where the harness has its own plugins, beside the engine."""
 IN_WORKER = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\w+)')
 
 
@@ -35,8 +38,8 @@ def explain_plugin_fault(error: BaseException, plugins: Iterable[str]) -> str | 
     """
     frames = [(frame.filename, frame.lineno or 0, frame.name) for frame in traceback.extract_tb(error.__traceback__)]
     frames += [(match["file"], int(match["line"]), match["name"]) for match in IN_WORKER.finditer(str(error))]
-    roots = _foreign_code(plugins)
-    own = [frame for frame in frames if any(_is_part(Path(frame[0]), root) for root in roots)]
+    files = _foreign_code(plugins)
+    own = [frame for frame in frames if Path(frame[0]).resolve() in files]
     if not own:
         return None
     file, line, name = own[-1]
@@ -52,20 +55,7 @@ def explain_plugin_fault(error: BaseException, plugins: Iterable[str]) -> str | 
 
 
 def _foreign_code(plugins: Iterable[str]) -> set[Path]:
-    """Files and package folders of all plugins that are not the harness's own."""
-    roots = set()
-    for source in Registry(list(plugins)).sources():
-        source = source.resolve()
-        if ENGINE.parent in source.parents and source.parent.name in ("methods", "backbones", "tasks", "weights"):
-            continue
-        package = source.parent
-        while (package.parent / "__init__.py").is_file():
-            package = package.parent
-        roots.add(package if (package / "__init__.py").is_file() else source)
-    return roots
-
-
-def _is_part(file: Path, root: Path) -> bool:
-    """Whether a file is in a package, or is a loose file or lies beside it."""
-    file = file.resolve()
-    return file.is_relative_to(root) if root.is_dir() else file.parent == root.parent
+    """The files of all plugins that are not the harness's own."""
+    sources = [source.resolve() for source in Registry(list(plugins)).sources()]
+    own = {ENGINE.parent / name for name in PLUGIN_FOLDERS}
+    return {file for source in sources if source.parent not in own for file in code_files(source)}

@@ -48,7 +48,7 @@ def list_plugins(arguments: argparse.Namespace) -> None:
     if arguments.name is not None:
         names = {row["name"]: row for row in rows_of[arguments.kind]}
         if arguments.name not in names:
-            raise unknown(arguments.kind, arguments.name, names)
+            raise unknown(_singular(arguments.kind), arguments.name, names)
         row = names[arguments.name]
         rows_of = {arguments.kind: [row | {EVERY: row.get(EVERY, _settings(registry, arguments.kind, row))}]}
     if arguments.json:
@@ -62,7 +62,6 @@ def list_plugins(arguments: argparse.Namespace) -> None:
 
 def _rows(registry: Any, kind: str) -> list[dict[str, Any]]:
     """The rows of one kind: `name`, `description` and properties."""
-    from harness.api.registry import PLURAL
     from harness.config.presets import preset_names, read_preset
 
     if kind == "presets":
@@ -71,8 +70,15 @@ def _rows(registry: Any, kind: str) -> list[dict[str, Any]]:
         return [{"name": name, "description": text} for name, text in PROTOCOLS]
     if kind == "settings":
         return [{"name": section, "description": "", EVERY: _of_section(section, {})} for section in SECTIONS]
-    described: list[dict[str, Any]] = registry.describe(next(one for one, many in PLURAL.items() if many == kind))
+    described: list[dict[str, Any]] = registry.describe(_singular(kind))
     return described
+
+
+def _singular(kind: str) -> str:
+    """One of a kind: `methods` -> `method`."""
+    from harness.api.registry import PLURAL
+
+    return next((one for one, many in PLURAL.items() if many == kind), kind.removesuffix("s"))
 
 
 def _settings(registry: Any, kind: str, row: dict[str, Any]) -> list[dict[str, str]]:
@@ -80,8 +86,7 @@ def _settings(registry: Any, kind: str, row: dict[str, Any]) -> list[dict[str, s
     from harness.api.settings import describe_settings
 
     if kind in ("methods", "backbones"):
-        one = kind.removesuffix("s")
-        return describe_settings(registry.load(one, row["name"]).Config, one)
+        return describe_settings(registry.load(_singular(kind), row["name"]).Config, _singular(kind))
     if kind == "presets":
         return [each for section in SECTIONS[:3] for each in _of_section(section, row.get(section, {}))]
     return _of_section("task", {}) if kind == "tasks" else []

@@ -1,20 +1,19 @@
 """The data of a run: the task's cases and their split, the corpora, and the check that they share no scans."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 
 from harness.api.registry import Registry
 from harness.api.task import Case, Normalisation, Task, ZScore
 from harness.data.corpus import Corpus, folder_corpus, parse_spec, with_normalisation
-from harness.data.duplicates import duplicate_pairs, same_scans
+from harness.data.duplicates import duplicate_pairs, named_pairs
 from harness.data.inventory import Inventory, fingerprint, take_inventory
 from harness.data.phantom import CORPUS_CASES, PHANTOM, is_phantom, write_phantom
 from harness.data.splits import SAME, VALIDATION_SHARE, Split, split_cases
 from harness.system.console import say, say_once
-from harness.system.errors import UserError, unknown
+from harness.system.errors import UserError, listing, unknown
 from harness.system.files import check_name, digest, expand, is_folder
 from harness.system.locks import held
 
@@ -211,11 +210,7 @@ def overlap(data: TaskData, corpora: Sequence[CorpusData]) -> dict[tuple[str, st
         for signature in corpus.inventory.signatures[case.id]
     ]
     tested = [(case.id, signature) for case in data.split.test for signature in data.inventory.signatures[case.id]]
-    highest: dict[tuple[str, str], float] = {}
-    for i, j, value in same_scans([signature for _, signature in scans], [signature for _, signature in tested]):
-        pair = scans[i][0], tested[j][0]
-        highest[pair] = max(highest.get(pair, 0.0), value)
-    return dict(sorted(highest.items()))
+    return named_pairs(scans, tested)
 
 
 def check_overlap(data: TaskData, corpora: Sequence[CorpusData], allow: bool) -> list[tuple[str, str]]:
@@ -231,12 +226,6 @@ def check_overlap(data: TaskData, corpora: Sequence[CorpusData], allow: bool) ->
         )
     say(f"OVERLAP: {len(pairs)} scans of the corpora look like test cases ({listed}); every table says so")
     return list(pairs)
-
-
-def listing(entries: Iterable[str]) -> str:
-    """The first three entries, and whether there are more."""
-    first = list(islice(entries, 4))
-    return "; ".join(first[:3]) + ("; ..." if len(first) > 3 else "")
 
 
 def _phantom(images: Task | Corpus, runs: Path, number: int) -> Path:

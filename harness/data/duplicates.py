@@ -7,8 +7,8 @@ compared in two steps:
 2. In the orientation of step 1, the details of one cube (a difference of Gaussians) are fitted to those of the other, with a
    scale and a small shift and stretch along each axis. Two scans are alike if the fit correlates by at least `ALIKE`.
 
-Heads that were registered to one template correlate by more than 0.99 in step 1, because what they share is coarse. What tells
-two people apart is in the details. The shift and the stretch are for copies that were cropped by about a hundredth of an edge.
+Heads that were registered to one template correlate by almost 0.99 in step 1, because what they share is coarse. What tells two
+people apart is in the details. The shift and the stretch are for copies that were cropped by about a hundredth of an edge.
 
 The comparison is robust to re-saving, to other voxel types, to rescaled, rounded, inverted or bent intensities, to wide
 windows, to single bright voxels, to mirrored or turned arrays, to header edits, to resampling, to noise, and to a crop of about
@@ -71,6 +71,21 @@ def same_scans(first: Sequence[Signature], second: Sequence[Signature]) -> list[
             for j, correlation in zip(others, fitted, strict=True):
                 highest[i, j] = max(highest.get((i, j), 0.0), float(correlation))
     return [Match(i, j, value) for (i, j), value in sorted(highest.items()) if value >= ALIKE]
+
+
+def named_pairs(
+    first: Sequence[tuple[str, Signature]], second: Sequence[tuple[str, Signature]]
+) -> dict[tuple[str, str], float]:
+    """The names of scans of `first` and `second` that are alike, sorted; a scan with several channels has several entries.
+
+    Returns:
+        pair of names -> the highest correlation over their channels.
+    """
+    highest: dict[tuple[str, str], float] = {}
+    for i, j, correlation in same_scans([cube for _, cube in first], [cube for _, cube in second]):
+        pair = first[i][0], second[j][0]
+        highest[pair] = max(highest.get(pair, 0.0), correlation)
+    return dict(sorted(highest.items()))
 
 
 def duplicate_pairs(signatures: Sequence[Signature]) -> list[Match]:

@@ -14,11 +14,11 @@ from harness.api.task import Case, Task
 from harness.api.weight_files import read_weights_file
 from harness.config.request import Request
 from harness.data.corpus import folder_corpus, with_normalisation
-from harness.data.datasets import CorpusData, TaskData, listing, open_corpora, read_spec
+from harness.data.datasets import CorpusData, TaskData, open_corpora, read_spec
 from harness.data.duplicates import Signature
 from harness.data.inventory import Inventory
 from harness.system.console import say
-from harness.system.errors import UserError
+from harness.system.errors import UserError, listing
 from harness.system.files import printable
 from harness.training.lineage import Foreign, Lineage, cache_lineage, read_lineage, say_what_is_lost
 from harness.training.models import Plugins

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from itertools import islice
 
 
 class UserError(Exception):
@@ -9,6 +10,12 @@ class UserError(Exception):
 
     The message says what was given, what is allowed and what to do.
     """
+
+
+def listing(entries: Iterable[str]) -> str:
+    """The first three entries of a message's list, and whether there are more."""
+    first = list(islice(entries, 4))
+    return "; ".join(first[:3]) + ("; ..." if len(first) > 3 else "")
 
 
 def unknown(what: str, name: str, allowed: Iterable[str]) -> UserError:

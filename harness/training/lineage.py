@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from harness.data.duplicates import GRID, Signature, same_scans
+from harness.data.duplicates import GRID, Signature, named_pairs
 from harness.system.console import say
 from harness.system.files import LINEAGE, digest, printable, write_atomic
 
@@ -134,12 +134,10 @@ class Lineage:
         Args:
             cases: case id -> digest of its files, and its signatures (channels, GRID, GRID, GRID).
         """
-        highest = {(name, case): 1.0 for case, (name, _) in cases.items() if name in self.scans}
+        same_files = {(name, case): 1.0 for case, (name, _) in cases.items() if name in self.scans}
         scans = [(name, signature) for name, signatures in self.scans.items() for signature in signatures]
         tested = [(case, signature) for case, (_, signatures) in cases.items() for signature in signatures]
-        for i, j, correlation in same_scans([scan for _, scan in scans], [scan for _, scan in tested]):
-            pair = scans[i][0], tested[j][0]
-            highest[pair] = max(highest.get(pair, 0.0), correlation)
+        highest = named_pairs(scans, tested) | same_files
         return sorted((scan, case, correlation) for (scan, case), correlation in highest.items())
 
     @property

@@ -148,6 +148,21 @@ def test_a_column_tells_of_test_cases_that_were_trained_on(tmp_path):
     assert "TEST CASES WERE TRAINED OR PRE-TRAINED ON" in table.latex(built(tmp_path / "other"))
 
 
+def test_a_share_of_the_headroom_stays_under_a_short_name(tmp_path):
+    for seed in (0, 1, 2):
+        for name, dice in (("scratch", 0.7), ("m", 0.75), ("supervised", 0.8)):
+            more = {} if name == "scratch" else {"pretrain.steps": "3000", "pretrain.precision": "bf16"}
+            more |= {"pretrain.lr": "0.1"} if name == "supervised" else {}
+            write_run(tmp_path, name, seed, dice=dice, overrides=more, rules=2, uses_labels=name == "supervised")
+    gathered = tables(tmp_path)
+    whole, short = (table.render(gathered, width=width) for width in (None, 200))
+    (share,) = {line for line in whole.splitlines() if " m{" in line}
+    assert " 50% [" in share
+    (share,) = {line for line in short.splitlines() if line.split()[1:2] == ["m"]}
+    assert " 50% [" in share
+    assert "(supervised{pretrain.lr=0.1} minus scratch)" in " ".join(short.split())
+
+
 @pytest.mark.parametrize("width", [80, 100, 120, 400])
 def test_a_table_fits_the_terminal(width, tmp_path):
     """Settings that all rows share go first, then columns; what is left out is said."""

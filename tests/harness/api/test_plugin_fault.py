@@ -100,9 +100,11 @@ def test_a_picture_that_fails_costs_no_run(show, hippocampus_phantom, tmp_path, 
     assert record_of(tmp_path / "runs", "broken")["run_id"]
 
 
-def test_a_module_beside_the_plugin_is_the_plugins_and_the_harness_is_not(tmp_path):
+def test_a_module_that_the_plugin_imports_is_the_plugins_and_the_harness_is_not(tmp_path, monkeypatch):
     path, helper = write(tmp_path), tmp_path / "helper.py"
+    path.write_text("from helper import encode\n" + PLUGIN.format(**FINE))
     helper.write_text("def encode(image):\n    return image[1]\n")
+    monkeypatch.syspath_prepend(tmp_path)
     space = {}
     exec(compile(helper.read_text(), helper, "exec"), space)
     with pytest.raises(IndexError) as caught:

@@ -1,12 +1,14 @@
 """`harness list`: every plugin and preset, in words and as JSON."""
 
 import json
+from typing import get_args
 
 import pytest
 
 from harness.api.registry import PLURAL, Registry
 from harness.cli.main import main
 from harness.config.presets import preset_names
+from harness.config.request import FinetuneProtocol
 from harness.config.schema import Evaluate, Finetune, Pretrain, TaskSettings
 from tests.harness.commands import fails
 
@@ -85,11 +87,13 @@ def test_a_presets_values_stand_for_the_defaults(capsys):
 
 
 def test_a_name_that_is_none_is_refused_with_near_ones(capsys):
-    assert "did you mean 'hybridmim'" in fails(capsys, "list", "methods", "hybridmm")
+    assert "unknown method 'hybridmm': did you mean 'hybridmim'" in fails(capsys, "list", "methods", "hybridmm")
+    assert "unknown corpus 'flare'" in fails(capsys, "list", "corpora", "flare")
     assert "known: evaluate, finetune, pretrain, task" in fails(capsys, "list", "settings", "x")
 
 
 def test_protocols_and_weights_are_listed_by_name(capsys):
+    assert [row["name"] for row in listed(capsys, "protocols")["protocols"]] == list(get_args(FinetuneProtocol))
     assert listed(capsys, "protocols", "linear")["protocols"][0]["description"].startswith("one 1x1x1 convolution")
     weights = listed(capsys, "weights")["weights"][0]
     assert listed(capsys, "weights", weights["name"])["weights"] == [weights | {"every_setting": []}]
