@@ -12,6 +12,7 @@ from leaderboards import statistics
 from leaderboards.calibration import Calibration, Interval, calibrate
 from leaderboards.convergence import Curve, curve, unconverged
 from leaderboards.folds import fold_note, pool
+from leaderboards.ranks import Ranks, least_freedom, rank_stability
 from leaderboards.records import SHARED, SUMMARY, Run
 from leaderboards.statistics import Estimate, Values
 
@@ -98,6 +99,11 @@ class Group:
         return curve(self.runs)
 
     @property
+    def seconds(self) -> float:
+        """Seconds of all stages of all runs; pre-training that runs share counts for each of them."""
+        return float(sum(sum(run.record["timing"]["seconds"].values()) for run in self.members))
+
+    @property
     def step_ms(self) -> float | None:
         """Median time of a pre-training step in ms, over the seeds; None where nothing was pre-trained."""
         timing = [run.record["timing"] for run in self.members]
@@ -172,17 +178,17 @@ class Table:
         return [None if np.isnan(mean) else scored.index(mean) + 1 for mean in means]
 
     @cached_property
-    def stability(self) -> statistics.Ranks | None:
+    def stability(self) -> Ranks | None:
         """Rank stability of the average Dice over the resamples; None where fewer than two rows can be compared.
 
         A row that has fewer than two seeds in common with the best one has no share: the luck of its seed is not known.
         """
-        ranked = [group for group in self.groups if group.is_ranked and self._is_tested(group.runs)]
+        ranked = [group for group in self.groups if group.is_ranked and self.is_tested(group.runs)]
         best = max(ranked, key=lambda group: np.nan_to_num(group.dice.mean[-1]), default=None)
         if best is None:
             return None
         pairs = {group.name: paired(best.runs, group.runs) for group in ranked if group is not best}
-        pairs = {name: pair for name, pair in pairs.items() if self._is_tested(pair[0])}
+        pairs = {name: pair for name, pair in pairs.items() if self.is_tested(pair[0])}
         if not pairs:
             return None
         without = np.full_like(best.dice.mean, np.nan)
@@ -192,11 +198,16 @@ class Table:
             for group in self.groups
         ]
         stacked = [(stack(first, "dice"), stack(second, "dice")) for first, second in pairs.values()]
-        return statistics.ranks(estimates, statistics.least_freedom(stacked))
+        return rank_stability(estimates, least_freedom(stacked))
 
-    def _is_tested(self, runs: Sequence[Run]) -> bool:
+    def is_tested(self, runs: Sequence[Run]) -> bool:
         """Whether runs are enough for a test of significance."""
         return bool(runs) and not statistics.why_no_test(len(runs), len(runs[0].cases), self.folds)
+
+    @cached_property
+    def luck(self) -> statistics.Luck:
+        """The variance of a mean that the seed alone causes, pooled over the measured rows."""
+        return statistics.luck([stack(group.runs, "dice") for group in self.groups if not group.imported], self.folds)
 
     @property
     def folds(self) -> statistics.Folds:
@@ -205,8 +216,8 @@ class Table:
 
     def with_short_names(self) -> "Table":
         """The table without the settings that all rows with settings share: they take room and tell nothing apart."""
-        methods = _short_names([group.method for group in self.groups])
-        backbones = _short_names([group.backbone for group in self.groups])
+        methods = short_names([group.method for group in self.groups])
+        backbones = short_names([group.backbone for group in self.groups])
         groups = [replace(each, method=methods[each.method], backbone=backbones[each.backbone]) for each in self.groups]
         if len({group.name for group in groups}) < len(groups):
             return self
@@ -235,7 +246,7 @@ class Table:
         return f"{marks}{task}, {data}, preset {preset}, {mode}, {protocol}, {fraction:.0%} of the labels{cases}"
 
 
-def _short_names(names: Sequence[str]) -> dict[str, str]:
+def short_names(names: Sequence[str]) -> dict[str, str]:
     """Name of a method or backbone with its changed settings -> the same without those that all names with settings share."""
     split = {name: name.removesuffix("}").partition("{") for name in names}
     settings = {name: rest.split(", ") if rest else [] for name, (_, _, rest) in split.items()}

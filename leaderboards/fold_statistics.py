@@ -18,7 +18,7 @@ Values = NDArray[np.float64]
 
 def p_values(contributions: Values, folds: tuple[int, ...]) -> Values:
     """Two-sided p-values of a mean contribution other than 0, (...); 0 where the contributions have no spread at all."""
-    mean, error, freedom = _moments(contributions, folds)
+    mean, error, freedom = moments(contributions, folds)
     with np.errstate(divide="ignore", invalid="ignore"):
         p: Values = 2 * stats.t.sf(abs(mean) / error, freedom)
     return np.where(error == 0, np.where(mean == 0, 1.0, 0.0), p)  # NaN stays NaN
@@ -26,18 +26,18 @@ def p_values(contributions: Values, folds: tuple[int, ...]) -> Values:
 
 def intervals(contributions: Values, folds: tuple[int, ...]) -> tuple[Values, Values]:
     """The ends of the 95 % intervals of the mean contribution, (...) each: all values that the test does not reject."""
-    mean, error, freedom = _moments(contributions, folds)
+    mean, error, freedom = moments(contributions, folds)
     half = stats.t.ppf(0.975, freedom) * error
     return mean - half, mean + half
 
 
 def margin(contributions: Values, folds: tuple[int, ...]) -> float:
     """How far the test is from rejecting a mean contribution of 0 in (seeds, cases); below 0 it does not reject."""
-    mean, error, freedom = _moments(contributions, folds)
+    mean, error, freedom = moments(contributions, folds)
     return float(abs(mean) - stats.t.ppf(0.975, freedom) * error)
 
 
-def _moments(contributions: Values, folds: tuple[int, ...]) -> tuple[Values, Values, Values]:
+def moments(contributions: Values, folds: tuple[int, ...]) -> tuple[Values, Values, Values]:
     """Mean, standard error with the correction, and degrees of freedom."""
     labels = np.array(folds)
     of_folds = np.stack([_nanmean(contributions[..., labels == number]) for number in np.unique(labels)], axis=-1)

@@ -1,4 +1,4 @@
-"""Means with intervals, paired differences, tests, ranks and areas, over cases and seeds. NumPy and SciPy only.
+"""Means with intervals, paired differences, tests and areas, over cases and seeds. NumPy and SciPy only.
 
 Values have the shape (seeds, cases, targets), with NaN where a case has no value for a target. Results have the shape
 (targets + 1): one entry per target, and last the average over targets, which is the mean of the targets' means, also in every
@@ -33,8 +33,6 @@ LEAST = 0.25
 """Share of a target's values that a resample must hold; with fewer values, the resample has no mean for the target."""
 EXACT, PERMUTED = 50, 13
 """Largest numbers of cases for an exact signed-rank test without ties, and with ties (by permutation): SciPy's own limits."""
-MANY = 64
-"""Largest number of methods for which Kendall's tau is computed from every resample; for more, from the first hundred."""
 
 Values = NDArray[np.float64]
 Folds = tuple[int, ...]
@@ -211,19 +209,46 @@ def p_values(pairs: Sequence[tuple[Values, Values]], pooled: Luck) -> list[Value
                 _signed_rank(per_case[tested]), fold_statistics.p_values(columns, pooled.folds)[tested]
             )
         elif tested.any():
-            # Both variances use the degrees of freedom of the pooled one. With the two or three of the pair's own variance the
-            # test could hardly reject, and the simulations in the tests show that such caution is not needed.
-            freedom_of_seeds = max(pooled.freedom, 1)
-            seeds = np.fmax(_nanvar(nanmean(columns, 3)), 2 * pooled.variance) / num_seeds
-            cases = _nanvar(per_case) / np.maximum(num_cases, 1)
+            between = np.fmax(_nanvar(nanmean(columns, 3)), 2 * pooled.variance)
+            mean, variance, freedom = _crossed_moments(columns, pooled, between)
             with np.errstate(divide="ignore", invalid="ignore"):
-                freedom = (seeds + cases) ** 2 / (seeds**2 / freedom_of_seeds + cases**2 / (num_cases - 1))
-                crossed = 2 * stats.t.sf(abs(nanmean(per_case, 2)) / np.sqrt(seeds + cases), freedom)
+                crossed = 2 * stats.t.sf(abs(mean) / np.sqrt(variance), freedom)
             # Differences without any spread: the test rejects.
-            crossed = np.where(seeds + cases == 0, 0.0, crossed)
+            crossed = np.where(variance == 0, 0.0, crossed)
             p[tested] = np.maximum(_signed_rank(per_case[tested]), crossed[tested])
         results |= zip(indices, p, strict=True)
     return [results[index] for index in range(len(pairs))]
+
+
+def moments(first: Values, second: Values, pooled: Luck) -> tuple[float, float, float]:
+    """Mean of first - second in the average over targets, its squared standard error, and the degrees of freedom.
+
+    As in the t test of `p_values`, but with the pooled variance over seeds alone: the larger of two variances makes a test
+    careful, but would make a probability wrong. Both arguments are (seeds, cases, targets) of the same seeds and cases.
+    """
+    columns = _contributions(first[None], second[None])
+    if pooled.folds:
+        mean, error, freedom = fold_statistics.moments(columns, pooled.folds)
+        return float(mean[0, -1]), float(error[0, -1] ** 2), float(freedom[0, -1])
+    mean, variance, freedom = _crossed_moments(columns, pooled, 2 * pooled.variance)
+    return float(mean[0, -1]), float(variance[0, -1]), float(freedom[0, -1])
+
+
+def _crossed_moments(columns: Values, pooled: Luck, between: Values) -> tuple[Values, Values, Values]:
+    """Mean, squared standard error and degrees of freedom of contributions (pairs, targets + 1, seeds, cases).
+
+    `between`: the variance between seeds.
+    """
+    num_seeds, per_case = columns.shape[2], nanmean(columns, 2)
+    num_cases = (~np.isnan(per_case)).sum(axis=2)
+    # Both variances use the degrees of freedom of the pooled one. With the two or three of the pair's own variance the
+    # test could hardly reject, and the simulations in the tests show that such caution is not needed.
+    freedom_of_seeds = max(pooled.freedom, 1)
+    seeds = between / num_seeds
+    cases = _nanvar(per_case) / np.maximum(num_cases, 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        freedom = (seeds + cases) ** 2 / (seeds**2 / freedom_of_seeds + cases**2 / (num_cases - 1))
+    return nanmean(per_case, 2), seeds + cases, freedom
 
 
 def share(method: Values, control: Values, positive: Values, pooled: Luck) -> tuple[float, float, float]:
@@ -319,57 +344,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
         worst = max(worst, min(1.0, p * (len(order) - rank)))
         corrected[index] = worst
     return corrected
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Rank stability of a table.
-
-    Attributes:
-        shares: share of the resamples in which each method holds each rank, (methods, ranks); rank 1 is the best.
-        tau: mean of Kendall's tau between the ranking in a resample and the ranking of the means.
-    """
-
-    shares: Values
-    tau: float
-
-
-def ranks(estimates: Sequence[Estimate], freedom: float = np.inf, target: int = -1) -> Ranks:
-    """Rank stability over the resamples (Wiesenfarth et al. 2021, doi 10.1038/s41598-021-82017-6). Higher means rank first.
-
-    Args:
-        freedom: degrees of freedom of the differences, see `least_freedom`. Draws are moved away from their means by the ratio of
-            the quantiles of the t and the normal distribution, as the ends of the intervals are. Without that, resamples of two
-            seeds make a rank look firm whose p-value is 1.
-    """
-    num_methods, means = len(estimates), np.array([estimate.mean[target] for estimate in estimates])
-    ranked = np.flatnonzero(~np.isnan(means))  # a method without a mean has no rank
-    draws = np.stack([estimate.draws[:, target] for estimate in estimates], axis=1)[:, ranked]
-    draws = draws[~np.isnan(draws).any(axis=1)]
-    draws = means[ranked] + (draws - means[ranked]) * stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975)
-    shares = np.full((num_methods, num_methods), np.nan)
-    if not len(draws):
-        return Ranks(shares, np.nan)
-    rank_indices = stats.rankdata(-draws, method="min", axis=1).astype(int) - 1  # equal means share the better rank
-    flat = (np.arange(len(ranked)) * num_methods + rank_indices).ravel()
-    shares[ranked] = np.bincount(flat, minlength=len(ranked) * num_methods).reshape(-1, num_methods) / len(draws)
-    return Ranks(shares, _tau(draws, means[ranked]) if len(ranked) > 1 else np.nan)
-
-
-def least_freedom(pairs: Sequence[tuple[Values, Values]], target: int = -1) -> float:
-    """The smallest degrees of freedom of the differences (seeds, cases, targets) of the pairs; infinite without pairs."""
-    return min(
-        (float(_freedom(_columns((first - second)[None]))[0, target]) for first, second in pairs), default=np.inf
-    )
-
-
-def _tau(draws: Values, means: Values) -> float:
-    """Mean Kendall's tau between the rows of `draws` and the means."""
-    if len(means) > MANY:
-        return float(np.mean([stats.kendalltau(row, means).statistic for row in draws[:100]]))
-    first, second = np.triu_indices(len(means), 1)
-    agree = np.sign(draws[:, first] - draws[:, second]) * np.sign(means[first] - means[second])
-    return float(agree.mean())
 
 
 def _batches(groups: Sequence[Values]) -> list[list[int]]:
@@ -474,6 +448,12 @@ def _freedom(columns: Values) -> Values:
     freedom: Values = np.divide(
         (seeds + cases) ** 2, denominator, out=cases_freedom.astype(float), where=denominator > 0
     )
+    return freedom
+
+
+def freedom_of_difference(first: Values, second: Values) -> Values:
+    """Satterthwaite's degrees of freedom of the mean of first - second, (targets + 1)."""
+    freedom: Values = _freedom(_columns((first - second)[None]))[0]
     return freedom
 
 

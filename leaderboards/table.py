@@ -72,7 +72,7 @@ def render(tables: Sequence[Table], reported: pd.DataFrame | None = None, width:
             said = [f"{why}: {', '.join(gone)}"] if gone else []
         notes = dict.fromkeys(f"{group.name}: {group.note}" for group in table.groups if _worth_saying(group))
         said += [*table.sentences, *list(notes)[:20]]
-        blocks.append("\n".join([*_wrapped(table.title, width), *map(printable, align(rows)), *_indented(said, width)]))
+        blocks.append("\n".join([*_wrapped(table.title, width), *map(printable, align(rows)), *indented(said, width)]))
     if reported is not None and not reported.empty:
         averages = reported[reported["target"] == "average"][
             ["task", "mode", "method", "backbone", "dice", "hd95_mm", "note"]
@@ -252,7 +252,7 @@ def _wrapped(text: str, width: int | None) -> list[str]:
     return [printable(text)] if width is None else textwrap.wrap(printable(text), max(20, width))
 
 
-def _indented(sentences: Sequence[str], width: int | None) -> list[str]:
+def indented(sentences: Sequence[str], width: int | None) -> list[str]:
     """Sentences as indented lines."""
     return [f"  {line}" for sentence in sentences for line in _wrapped(sentence, None if width is None else width - 2)]
 

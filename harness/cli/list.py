@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
         "kind",
         nargs="?",
         metavar="KIND",
-        help="methods, backbones, tasks, corpora, weights, presets, protocols or settings; all but settings if left out",
+        help="methods, backbones, tasks, corpora, weights, presets, suites, protocols or settings; all but settings if left out",
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="one of them, with every setting")
     add_options(parser, "plugins")
@@ -40,22 +40,24 @@ def list_plugins(arguments: argparse.Namespace) -> None:
     from harness.api.registry import PLURAL, Registry
 
     registry = Registry(arguments.plugins)
-    kinds = [*PLURAL.values(), "presets", "protocols"]
-    if arguments.kind is not None and arguments.kind not in (*kinds, "settings"):
-        raise unknown("kind to list", arguments.kind, [*kinds, "settings"])
-    shown = kinds if arguments.kind is None else [arguments.kind]
+    kinds = [*PLURAL.values(), "presets", "suites", "protocols"]
+    plural = {_singular(kind): kind for kind in kinds}
+    kind = plural.get(arguments.kind, arguments.kind)
+    if kind is not None and kind not in (*kinds, "settings"):
+        raise unknown("kind to list", kind, [*kinds, "settings"])
+    shown = kinds if kind is None else [kind]
     rows_of = {kind: _rows(registry, kind) for kind in shown}
     if arguments.name is not None:
-        names = {row["name"]: row for row in rows_of[arguments.kind]}
+        names = {row["name"]: row for row in rows_of[kind]}
         if arguments.name not in names:
-            raise unknown(_singular(arguments.kind), arguments.name, names)
+            raise unknown(_singular(kind), arguments.name, names)
         row = names[arguments.name]
-        rows_of = {arguments.kind: [row | {EVERY: row.get(EVERY, _settings(registry, arguments.kind, row))}]}
+        rows_of = {kind: [row | {EVERY: row.get(EVERY, _settings(registry, kind, row))}]}
     if arguments.json:
         print(json.dumps(rows_of, indent=1))
         return
-    for kind, rows in rows_of.items():
-        print(f"{kind}:")
+    for heading, rows in rows_of.items():
+        print(f"{heading}:")
         for row in rows:
             _print(row)
 
@@ -63,9 +65,12 @@ def list_plugins(arguments: argparse.Namespace) -> None:
 def _rows(registry: Any, kind: str) -> list[dict[str, Any]]:
     """The rows of one kind: `name`, `description` and properties."""
     from harness.config.presets import preset_names, read_preset
+    from harness.config.suites import describe_suite, suite_names
 
     if kind == "presets":
         return [{"name": name, **read_preset(name)} for name in preset_names()]
+    if kind == "suites":
+        return [{"name": name, "description": describe_suite(name)} for name in suite_names()]
     if kind == "protocols":
         return [{"name": name, "description": text} for name, text in PROTOCOLS]
     if kind == "settings":

@@ -23,6 +23,7 @@ from harness.cli import (
     run,
     runs,
     show,
+    suite,
     sweep,
     tune,
 )
@@ -37,6 +38,7 @@ from harness.system.status_file import write_ending
 COMMANDS = (
     run,
     sweep,
+    suite,
     tune,
     check_method,
     profile,
@@ -53,7 +55,9 @@ COMMANDS = (
     doctor,
 )
 TRACEBACK = "--traceback"
-SLOW = {each.__name__ for each in (run, sweep, tune, check_method, profile, estimate, predict, export, reproduce)}
+SLOW = {
+    each.__name__ for each in (run, sweep, suite, tune, check_method, profile, estimate, predict, export, reproduce)
+}
 """Commands that say something on a terminal at once, since their imports take seconds."""
 # Errors of the file system that the user can mend: no permission, read-only, full, a file where a folder is needed, a name
 # that is too long, or a link to itself.

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +16,23 @@ from harness.system.errors import UserError
 from harness.system.signals import Interrupted
 
 if TYPE_CHECKING:
-    from harness.sweeps.cells import Outcome, PlannedCell
+    from harness.sweeps.cells import Outcome, PlannedCell, SweepCell
     from harness.sweeps.job import Launcher
+    from leaderboards.records import Run
 
 
 def add_parser(commands: Any) -> None:
     """The options of `harness sweep`."""
     parser = commands.add_parser("sweep", help="many runs from one file", allow_abbrev=False)
     parser.add_argument("file", type=Path, metavar="FILE.toml", help="see sweeps/ for examples")
+    add_launcher_options(parser)
+    parser.add_argument("--preset", default="", metavar="P", help="instead of the presets that the file names")
+    add_options(parser, *EXECUTION, "data", "runs", "plugins")
+    parser.set_defaults(command=sweep)
+
+
+def add_launcher_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say where and how many cells run."""
     parser.add_argument("--jobs", type=argument(positive), default=1, metavar="N", help="runs at a time (default: 1)")
     parser.add_argument(
         "--launcher",
@@ -41,35 +50,62 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--processes", type=argument(positive), default=1, metavar="N", help="that share each run (default: 1)"
     )
-    parser.add_argument("--preset", default="", metavar="P", help="instead of the presets that the file names")
-    parser.add_argument("--retry", action="store_true", help="run again what failed in an earlier sweep of this file")
-    add_options(parser, *EXECUTION, "data", "runs", "plugins")
+    parser.add_argument("--retry", action="store_true", help="run again what failed in an earlier run of this file")
     parser.add_argument("--dry-run", action="store_true", help="list the cells; run none")
     parser.add_argument(
         "--estimate",
         action="store_true",
         help="with --dry-run, measure what each cell takes, by a few steps of each stage",
     )
-    parser.set_defaults(command=sweep)
 
 
 def sweep(arguments: argparse.Namespace) -> int:
     """Read a sweep file, run its cells and print their table. Returns exit status 2 where a cell has no record in the end."""
     from harness.sweeps import cells
-    from harness.sweeps.live_table import watch
+    from leaderboards import board, table
 
-    if arguments.estimate and not arguments.dry_run:
-        raise UserError("--estimate is for --dry-run: add it, or leave --estimate out")
+    if arguments.preset:
+        read_preset(arguments.preset)
+    sweep_cells = cells.read(arguments.file, base_request(arguments), arguments.preset)
+    csv = arguments.runs / "sweeps" / f"{arguments.file.stem}.csv"
+
+    def report(runs: "Sequence[Run]") -> None:
+        """Write and print the table of the sweep."""
+        tables = board.gather(runs)
+        table.write(table.build(tables), csv)
+        print(f"\n{table.render(tables, width=terminal_width())}\n\nleaderboard of this sweep:\n  {csv}")
+
+    return run_cells(sweep_cells, arguments, csv.with_suffix(""), report)
+
+
+def base_request(arguments: argparse.Namespace) -> Request:
+    """What a file of cells leaves to the command line. Raises UserError for a tracker that cannot be used."""
     execution = execution_of(arguments)
     if execution.trackers:
         from harness.training.trackers import check_trackers
 
         check_trackers(execution.trackers)
-    base = Request(data=arguments.data, runs=arguments.runs, plugins=tuple(arguments.plugins), execution=execution)
-    if arguments.preset:
-        read_preset(arguments.preset)
-    sweep_cells = cells.read(arguments.file, base, arguments.preset)
-    notes = arguments.runs / "sweeps" / arguments.file.stem
+    return Request(data=arguments.data, runs=arguments.runs, plugins=tuple(arguments.plugins), execution=execution)
+
+
+def run_cells(
+    sweep_cells: "Sequence[SweepCell]",
+    arguments: argparse.Namespace,
+    notes: Path,
+    report: "Callable[[Sequence[Run]], None]",
+) -> int:
+    """Run the cells that have no record, as the launcher options say. Returns exit status 2 where one has none in the end.
+
+    Args:
+        notes: folder for the logs of the jobs and the notes about cells that failed.
+        report: is called with the finished runs, unless it is a dry run.
+    """
+    from harness.sweeps import cells
+    from harness.sweeps.live_table import watch
+    from leaderboards import records
+
+    if arguments.estimate and not arguments.dry_run:
+        raise UserError("--estimate is for --dry-run: add it, or leave --estimate out")
     # Build the launcher first: an error in its options should come before phantoms are written and data is read.
     launcher = None if arguments.dry_run else _launcher(arguments, notes)
     todo, outcomes = cells.select_cells(sweep_cells, notes, arguments.retry)
@@ -84,7 +120,13 @@ def sweep(arguments: argparse.Namespace) -> int:
         outcomes += watch(todo, launcher) if todo else []
     except (Interrupted, KeyboardInterrupt) as error:
         raise Interrupted(f"{error or 'Ctrl-C'}: {launcher.stop()}") from None
-    return _report(outcomes, arguments.runs / "sweeps" / f"{arguments.file.stem}.csv")
+    report([records.load_run(outcome.folder) for outcome in outcomes if outcome.folder is not None])
+    failed = [outcome for outcome in outcomes if outcome.folder is None]
+    for outcome in failed:
+        print(f"harness: error: no record of {outcome.cell}: {outcome.problem}", file=sys.stderr)
+    if failed:
+        say("--retry runs what failed once more")
+    return 2 if failed else 0
 
 
 def _launcher(arguments: argparse.Namespace, notes: Path) -> "Launcher":
@@ -116,19 +158,3 @@ def _print_sorted(number: int, todo: "Sequence[PlannedCell]", outcomes: "Sequenc
     for kind, group in (("failed before", failed), ("cannot run", refused)):
         for outcome in group:
             print(f"  {kind}: {outcome.cell}: {outcome.problem}", flush=True)
-
-
-def _report(outcomes: "Sequence[Outcome]", csv: Path) -> int:
-    """Write and print the table of the sweep, and the cells without a record. Returns the exit status."""
-    from leaderboards import board, records, table
-
-    runs = [records.load_run(outcome.folder) for outcome in outcomes if outcome.folder is not None]
-    tables = board.gather(runs)
-    table.write(table.build(tables), csv)
-    print(f"\n{table.render(tables, width=terminal_width())}\n\nleaderboard of this sweep:\n  {csv}")
-    failed = [outcome for outcome in outcomes if outcome.folder is None]
-    for outcome in failed:
-        print(f"harness: error: no record of {outcome.cell}: {outcome.problem}", file=sys.stderr)
-    if failed:
-        say("harness sweep --retry runs what failed once more")
-    return 2 if failed else 0

@@ -1,0 +1,140 @@
+"""Where the runs of a table come from: the options that say it, and the runs themselves."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.cli.options import add_options
+from harness.system.console import say
+from harness.system.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from leaderboards.records import Run
+
+FIELDS = ("method", "backbone", "task", "preset", "mode", "protocol", "label_fraction", "seed")
+"""What `--filter` may name: fields of the record."""
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def add_records(parser: argparse.ArgumentParser, command: Command) -> None:
+    """The options that say where records come from; `command` is called with them."""
+    add_options(parser, "runs")
+    parser.add_argument(
+        "--from",
+        action="append",
+        type=Path,
+        metavar="DIR",
+        dest="folders",
+        help="a folder of runs to merge, also several, of other labs too (default: the runs folder)",
+    )
+    parser.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        dest="filters",
+        metavar="FIELD=VALUE",
+        help=f"only these runs: {', '.join(FIELDS)}; several values with commas, * for any text; scratch stays",
+    )
+    parser.add_argument(
+        "--only-verified",
+        action="store_true",
+        help="leave out runs that were trained on test cases, and runs of which nobody knows",
+    )
+    parser.set_defaults(command=command)
+
+
+def load(arguments: argparse.Namespace) -> "tuple[list[Run], list[str]]":
+    """The runs of all given folders, and what is wrong with records. Raises UserError where there is no run."""
+    from leaderboards import records
+
+    folders = arguments.folders or [arguments.runs]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder: give the folder that holds the runs, with --runs or by name")
+    runs, problems = records.load_runs(folders)
+    if not runs and not problems:
+        raise UserError(f"no finished run in {', '.join(map(str, folders))}: `harness run` makes one")
+    runs = _filtered(runs, arguments.filters)
+    return (_verified(runs) if arguments.only_verified else runs), problems
+
+
+def _filtered(runs: "list[Run]", filters: Sequence[str]) -> "list[Run]":
+    """The runs that every filter admits. Scratch stays under a filter of methods, since rows are compared with it.
+
+    Raises:
+        UserError: a filter that is not FIELD=VALUE with a known field, or no run that is left.
+    """
+    for text in filters:
+        field, _, values = text.partition("=")
+        if field not in FIELDS:
+            raise unknown("field of --filter", field, FIELDS)
+        if not values:
+            raise UserError(f"--filter {text} has no value: give one, for instance --filter method=hybridmim")
+        admitted = [run for run in runs if _admits(run, field, values.split(","))]
+        if runs and not admitted:
+            present = sorted({str(run.record[field]) for run in runs})
+            raise UserError(f"--filter {text} leaves no run: {field} is one of {', '.join(present[:12])}")
+        runs = admitted
+    return runs
+
+
+def _admits(run: "Run", field: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns fits the field of a run."""
+    value = run.record[field]
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return (field == "method" and run.control == "matched") or any(fnmatchcase(text, each) for each in patterns)
+
+
+def _verified(runs: "list[Run]") -> "list[Run]":
+    """The runs of which it is known that no test case was trained on; the number of the others is printed."""
+    verified = [run for run in runs if run.num_test_seen == 0]
+    unknown = sum(run.num_test_seen is None for run in runs)
+    known = len(runs) - len(verified) - unknown
+    if known or unknown:
+        say(
+            f"--only-verified leaves out {known} runs that were trained on test cases, and {unknown} of which nobody knows"
+        )
+    return verified
+
+
+def named_run(name: str, runs: "Sequence[Run]") -> "Run | None":
+    """The run with this id, this folder, or an id that begins with `name`; None where no run or several runs match."""
+    exact = [run for run in runs if run.run_id == name or run.folder == Path(name).resolve()]
+    matches = exact or [run for run in runs if run.run_id.startswith(name)]
+    return matches[0] if len(matches) == 1 else None
+
+
+def as_text(result: object) -> str:
+    """The text of a result, without characters that would move a terminal's cursor."""
+    from leaderboards.text import printable
+
+    return "\n".join(map(printable, str(result).splitlines()))
+
+
+def finish(problems: Sequence[str]) -> int:
+    """Print what is wrong with records that were left out. Returns the exit status."""
+    from leaderboards.text import printable
+
+    for problem in problems:
+        print(f"harness: error: left out: {printable(problem)}", file=sys.stderr)
+    return 2 if problems else 0
+
+
+def reported_rows(runs: "Sequence[Run]") -> "pd.DataFrame":
+    """The rows that papers report for the tasks of the runs; empty, with a message, where there are none."""
+    from leaderboards import reported
+
+    tasks = sorted({str(run.record["task"]) for run in runs})
+    rows = reported.rows(tasks)
+    if rows.empty:
+        print(
+            f"harness: nothing is reported for {', '.join(tasks)}; there is for {', '.join(reported.known_tasks())}",
+            file=sys.stderr,
+        )
+    return rows
