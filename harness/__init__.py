@@ -1,7 +1,7 @@
 """Does this self-supervised pre-training help my 3D segmentation, by how much, and at what cost?
 
-The names that a plugin needs are re-exported here. They are imported on first use, so that `import harness` (and with
-it `harness --help` and `harness list`) does not pay for torch.
+The names that a plugin needs are re-exported here, and `run`, which makes a run from Python. They are imported on first use,
+so that `import harness` (and with it `harness --help` and `harness list`) does not pay for torch.
 """
 
 import importlib
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from harness.data.corpus import Corpus
     from harness.data.image_files import read_header, write_image
     from harness.data.image_names import IMAGE_ENDINGS, stem
+    from harness.runs.finished import FinishedRun
+    from harness.runs.from_python import run
     from harness.system.console import say_once
     from harness.system.errors import UserError
     from harness.system.files import slug
@@ -36,6 +38,7 @@ _HOME = {
     "Case": "harness.api.task",
     "Corpus": "harness.data.corpus",
     "Dropout": "harness.api.global_batch",
+    "FinishedRun": "harness.runs.finished",
     "ImageSet": "harness.api.task",
     "Method": "harness.api.method",
     "Percentiles": "harness.api.task",
@@ -78,6 +81,7 @@ _HOME = {
     "read_plan": "harness.api.nnssl",
     "read_state_dict": "harness.api.weight_files",
     "read_weights_file": "harness.api.weight_files",
+    "run": "harness.runs.from_python",
     "say_once": "harness.system.console",
     "slug": "harness.system.files",
     "stem": "harness.data.image_names",
@@ -95,6 +99,7 @@ __all__ = [
     "Case",
     "Corpus",
     "Dropout",
+    "FinishedRun",
     "ImageSet",
     "Method",
     "Percentiles",
@@ -135,6 +140,7 @@ __all__ = [
     "read_plan",
     "read_state_dict",
     "read_weights_file",
+    "run",
     "say_once",
     "segmentation_loss",
     "size_text",

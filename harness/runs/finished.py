@@ -37,6 +37,12 @@ class FinishedRun:
     record: dict[str, Any]
     again: bool
 
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Means over the test cases, per target and their average ("average"): Dice, HD95 in mm, surface Dice."""
+        metrics: dict[str, Any] = self.record["metrics"]
+        return metrics
+
 
 def finished_before(request: Request) -> FinishedRun | None:
     """The finished run that answered the same request before; None if there is none, or something it depends on has changed.

@@ -204,11 +204,18 @@ def _cells(frame: pd.DataFrame) -> list[list[str]]:
                 f"{row['borda']:g}",
                 _interval(row, "delta_dice_vs_scratch", "delta", "+.4f") if known else "-",
                 f"{row['wins']:.0f}/{row['losses']:.0f}" if known else "-",
-                "-" if np.isnan(row["probability_not_better"]) else f"{row['probability_not_better']:.1%}",
+                _probability(row["probability_not_better"]),
                 f"{row['hours']:.2f}",
             ]
         )
     return [headings, *rows]
+
+
+def _probability(value: float) -> str:
+    """A probability in percent; a hyphen for NaN. One that is not 0 does not look like 0."""
+    if np.isnan(value):
+        return "-"
+    return "<0.1%" if 0 < value < 0.0005 else f"{value:.1%}"
 
 
 def _interval(row: dict, value: str, ends: str, form: str) -> str:
@@ -223,20 +230,21 @@ def _draw(report: Report, path: Path) -> list[Path]:
     number, cliques = len(ranks.methods), ranks.cliques
 
     def draw(axes: Axes) -> None:
-        """Draw into the axes: a row per method, a bar per clique."""
+        """Draw into the axes: a row per method, and at the right a bar beside the methods of a clique."""
         rows = np.arange(number)
         errors = np.nan_to_num([ranks.mean_rank - ranks.low, ranks.high - ranks.mean_rank]).clip(0)
         axes.errorbar(
             ranks.mean_rank, rows, xerr=errors, marker="o", color="black", linestyle="", capsize=2, linewidth=0.8
         )
-        for start, stop in cliques:
-            # The bar leaves the points free.
-            axes.plot(ranks.mean_rank[[start, stop]], [(start + stop) / 2 + 0.35] * 2, color="0.55", linewidth=4)
+        for column, (start, stop) in enumerate(cliques):
+            axes.plot([number + 0.3 + 0.15 * column] * 2, [start - 0.2, stop + 0.2], color="0.55", linewidth=4)
         axes.set_yticks(rows, [plain(report.names[name]) for name in ranks.methods])
         axes.set_ylim(number - 0.4, -0.6)
-        axes.set_xlim(0.8, number + 0.2)
+        axes.set_xlim(0.8, number + 0.3 + 0.15 * len(cliques))
+        axes.set_xticks(range(1, number + 1))
         axes.set_xlabel(
-            f"mean rank with 95 % interval; grey bars: not told apart (critical difference {ranks.critical_difference:.2f})"
+            "mean rank with 95 % interval; methods beside one grey bar\n"
+            f"are not told apart (critical difference {ranks.critical_difference:.2f})"
         )
 
     save(path, (6.5, 1.6 + 0.3 * number), f"{report.name}: mean rank over {counted(len(report.tables), 'table')}", draw)

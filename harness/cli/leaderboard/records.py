@@ -3,21 +3,17 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.cli.options import add_options
 from harness.system.console import say
-from harness.system.errors import UserError, unknown
+from harness.system.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from leaderboards.records import Run
-
-FIELDS = ("method", "backbone", "task", "preset", "mode", "protocol", "label_fraction", "seed")
-"""What `--filter` may name: fields of the record."""
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -39,7 +35,8 @@ def add_records(parser: argparse.ArgumentParser, command: Command) -> None:
         default=[],
         dest="filters",
         metavar="FIELD=VALUE",
-        help=f"only these runs: {', '.join(FIELDS)}; several values with commas, * for any text; scratch stays",
+        help="only these runs: by method, backbone, task, preset, mode, protocol, label_fraction or seed; A,B for either, * for "
+        "any text",
     )
     parser.add_argument(
         "--only-verified",
@@ -60,35 +57,21 @@ def load(arguments: argparse.Namespace) -> "tuple[list[Run], list[str]]":
     runs, problems = records.load_runs(folders)
     if not runs and not problems:
         raise UserError(f"no finished run in {', '.join(map(str, folders))}: `harness run` makes one")
-    runs = _filtered(runs, arguments.filters)
+    runs = _filtered(runs, arguments.filters) if arguments.filters else runs
     return (_verified(runs) if arguments.only_verified else runs), problems
 
 
-def _filtered(runs: "list[Run]", filters: Sequence[str]) -> "list[Run]":
-    """The runs that every filter admits. Scratch stays under a filter of methods, since rows are compared with it.
+def _filtered(runs: "Sequence[Run]", filters: Sequence[str]) -> "list[Run]":
+    """The runs that every filter admits. Raises UserError for a filter that is not FIELD=VALUE, or leaves no run."""
+    from leaderboards.results import select
 
-    Raises:
-        UserError: a filter that is not FIELD=VALUE with a known field, or no run that is left.
-    """
+    left = list(runs)
     for text in filters:
         field, _, values = text.partition("=")
-        if field not in FIELDS:
-            raise unknown("field of --filter", field, FIELDS)
         if not values:
-            raise UserError(f"--filter {text} has no value: give one, for instance --filter method=hybridmim")
-        admitted = [run for run in runs if _admits(run, field, values.split(","))]
-        if runs and not admitted:
-            present = sorted({str(run.record[field]) for run in runs})
-            raise UserError(f"--filter {text} leaves no run: {field} is one of {', '.join(present[:12])}")
-        runs = admitted
-    return runs
-
-
-def _admits(run: "Run", field: str, patterns: Sequence[str]) -> bool:
-    """Whether one of the patterns fits the field of a run."""
-    value = run.record[field]
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return (field == "method" and run.control == "matched") or any(fnmatchcase(text, each) for each in patterns)
+            raise UserError(f"--filter {text} is not FIELD=VALUE: give for instance --filter method=hybridmim")
+        left = select(left, field, values.split(","))
+    return left
 
 
 def _verified(runs: "list[Run]") -> "list[Run]":

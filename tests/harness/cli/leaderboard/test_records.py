@@ -40,9 +40,9 @@ def test_values_are_alternatives_and_filters_add_up(runs, capsys):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("tsk=t", "unknown field of --filter 'tsk': did you mean 'task'?"),
-        ("task", "--filter task has no value"),
-        ("task=brats", "--filter task=brats leaves no run: task is one of other, t"),
+        ("tsk=t", "unknown field of runs 'tsk': did you mean 'task'?"),
+        ("task", "--filter task is not FIELD=VALUE"),
+        ("task=brats", "task=brats leaves no run: task is one of other, t"),
     ],
 )
 def test_wrong_filters_are_answered_in_words(text, says, runs, capsys):

@@ -72,6 +72,6 @@ def _source_in_paper(table: str) -> str:
 
 def _entries() -> Iterator[dict[str, str]]:
     """The lines of the file with the paper's numbers."""
-    path = resources.files("leaderboards") / "reported" / "hybridmim.csv"
+    path = resources.files("leaderboards.reported") / "hybridmim.csv"
     with path.open(encoding="utf-8") as file:
         yield from csv.DictReader(file)
