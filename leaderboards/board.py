@@ -104,6 +104,22 @@ class Group:
         return float(sum(sum(run.record["timing"]["seconds"].values()) for run in self.members))
 
     @property
+    def gpu_hours(self) -> float | None:
+        """Mean GPU hours of a run; None where a run used no GPU."""
+        return _mean([run.gpu_hours for run in self.members])
+
+    @property
+    def kwh(self) -> float | None:
+        """Mean energy of a run in kWh; None where it is not known of all runs."""
+        return _mean([run.kwh for run in self.members])
+
+    @property
+    def peak_memory(self) -> float | None:
+        """Largest peak memory of the runs in GiB, as `Run.peak_memory`; None where it is not known of all."""
+        peaks = [run.peak_memory for run in self.members if run.peak_memory is not None]
+        return max(peaks) if len(peaks) == len(self.members) else None
+
+    @property
     def step_ms(self) -> float | None:
         """Median time of a pre-training step in ms, over the seeds; None where nothing was pre-trained."""
         timing = [run.record["timing"] for run in self.members]
@@ -254,6 +270,12 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     shared = set.intersection(*given) if given else set()
     own = {name: [each for each in settings[name] if each not in shared] for name in split}
     return {name: f"{split[name][0]}{{{', '.join(own[name])}}}" if own[name] else split[name][0] for name in split}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """The mean; None where a value is missing."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def most_seen(runs: Iterable[Run]) -> int | None:

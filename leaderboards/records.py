@@ -123,8 +123,7 @@ class Run:
     @property
     def missed(self) -> NDArray[np.bool_]:
         """Where the reference has a structure and the prediction does not, (cases, targets)."""
-        missed: NDArray[np.bool_] = self.status == STATUS.index("missed")
-        return missed
+        return np.asarray(self.status == STATUS.index("missed"))
 
     @property
     def control(self) -> str:
@@ -152,6 +151,30 @@ class Run:
             return ""
         settings = self.tuning["trials"][self.tuning["chosen"]]["settings"]
         return ", ".join(f"{key.removeprefix('finetune.')}={value}" for key, value in settings.items())
+
+    @property
+    def kwh(self) -> float | None:
+        """Energy of pre-training and fine-tuning in kWh; None where it is not known for all of it."""
+        stages = ["finetune", *(["pretrain"] if "pretrain" in self.record["timing"]["seconds"] else [])]
+        parts = [self.record.get("energy", {}).get(f"{stage}_kwh") for stage in stages]
+        return None if None in parts else float(sum(parts))
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Hours of pre-training and fine-tuning times the number of GPUs; None where no GPU was used."""
+        seconds, hours = self.record["timing"]["seconds"], []
+        for stage, names in (("pretrain", ("pretrain", "method_prepare")), ("finetune", ("finetune", "tune"))):
+            used = self.record.get("computed_with", {}).get(stage) or {}
+            if str(used.get("device")).startswith("cuda"):
+                hours.append(sum(seconds.get(name, 0.0) for name in names) * used.get("processes", 1) / 3600)
+        return sum(hours) if hours else None
+
+    @property
+    def peak_memory(self) -> float | None:
+        """Peak memory in GiB, of the device if it has memory of its own, else of the process; None if it is not recorded."""
+        stages = [stage or {} for stage in self.record.get("memory", {}).values()]
+        host, device = ([stage.get(f"{owner}_peak_gib") for stage in stages] for owner in ("host", "device"))
+        return max(filter(None, device), default=max(filter(None, host), default=None))
 
     @property
     def phantom(self) -> bool:

@@ -137,6 +137,8 @@ class Results:
                 | {
                     "pretrain_step_ms": ((timing.get("pretrain_step") or {}).get("step") or {}).get("p50_ms"),
                     "finetune_step_ms": ((timing.get("finetune_step") or {}).get("step") or {}).get("p50_ms"),
+                    "gpu_hours": run.gpu_hours,
+                    "kwh": run.kwh,
                     "host_peak_gib": (memory.get("run") or {}).get("host_peak_gib"),
                     "device_peak_gib": (memory.get("run") or {}).get("device_peak_gib"),
                     "parameters": record.get("parameters"),

@@ -55,6 +55,41 @@ class Timing(Part):
     pretrain_step: Step | None = None
 
 
+class Energy(Part):
+    """Energy of the training stages in kWh; None where the machine does not tell."""
+
+    pretrain_kwh: Number | None = None
+    finetune_kwh: Number | None = None
+
+
+class Peak(Part):
+    """Largest memory of a process, and of a device that has memory of its own, in GiB."""
+
+    host_peak_gib: Number | None = None
+    device_peak_gib: Number | None = None
+
+
+class Memory(Part):
+    """Peak memory of pre-training, None without one, and of the rest of the run."""
+
+    pretrain: Peak | None = None
+    run: Peak | None = None
+
+
+class Used(Part):
+    """What a stage was computed with."""
+
+    device: Name | None = None
+    processes: Annotated[int, Field(ge=1, le=100_000)] = 1
+
+
+class ComputedWith(Part):
+    """What each stage was computed with; None for pre-training where there was none."""
+
+    pretrain: Used | None = None
+    finetune: Used | None = None
+
+
 class Corpus(Part):
     """A corpus that was pre-trained on."""
 
@@ -230,6 +265,9 @@ class Record(Part):
     data: Data
     metrics: Annotated[dict[Name, Metric], Field(min_length=1)]
     timing: Timing
+    energy: Energy = Energy()
+    memory: Memory = Memory()
+    computed_with: ComputedWith = ComputedWith()
     metric_definitions: Definitions = Definitions()
     environment: Environment = Environment()
     files: dict[Name, Digest] = {}

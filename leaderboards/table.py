@@ -22,7 +22,7 @@ COLUMNS = [
     *("pretrain_seconds", "source", "run_ids", "n_test_seen"),
     *("surface_dice", "surface_dice_ci_low", "surface_dice_ci_high", "surface_tolerance_mm", "metric_policy", "note"),
     *("label_subset", "control", "headroom_share", "headroom_share_ci_low", "headroom_share_ci_high"),
-    *("steps_to_scratch", "seconds_to_scratch"),
+    *("steps_to_scratch", "seconds_to_scratch", "gpu_hours", "kwh", "peak_memory_gib"),
 ]
 """The columns of the CSV, in an order that is a contract (docs/leaderboards.md); new columns are added only at the end."""
 
@@ -159,6 +159,9 @@ def _measured(group: Group, number: int, average: bool) -> dict[str, Any]:
         "n_missed": int(sum(values.sum() for values in missed)),
         "step_ms_p50": group.step_ms,
         "pretrain_seconds": group.pretrain_seconds,
+        "gpu_hours": group.gpu_hours,
+        "kwh": group.kwh,
+        "peak_memory_gib": group.peak_memory,
         "source": "imported" if group.imported else "measured",
         "run_ids": " ".join(sorted(run.run_id for run in group.members)),
         "n_test_seen": seen_text(group.num_test_seen),

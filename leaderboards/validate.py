@@ -50,10 +50,14 @@ NUMBERS = {
     "headroom_share_ci_high": (-math.inf, math.inf),
     "steps_to_scratch": (1, math.inf),
     "seconds_to_scratch": (0, math.inf),
+    "gpu_hours": (0, math.inf),
+    "kwh": (0, math.inf),
+    "peak_memory_gib": (0, math.inf),
 }
 POLICY = re.compile(r"empty-is-(?P<empty>worst|skipped|perfect)-v1(?:\+hd95-(?P<hd95>pooled|area-weighted))?")
 PLAIN = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?", re.ASCII)
-OLDER = {"label_subset": "first", "control": ""} | dict.fromkeys(COLUMNS[-5:], "")
+LATER = COLUMNS[COLUMNS.index("label_subset") :]
+OLDER = dict.fromkeys(LATER, "") | {"label_subset": "first"}
 """The last columns, which tables of earlier versions lack, and what their rows have in common."""
 FROM_RUNS = ("measured", "imported")
 """Sources of rows that follow from run folders."""
@@ -252,7 +256,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
     needed = [column for column in COLUMNS if column not in OLDER]
     if header[: len(needed)] == needed and len(rows) == 1:
         raise ValueError("has no rows")
-    if header[: len(COLUMNS)] != COLUMNS and header != needed:
+    if header[: len(COLUMNS)] != COLUMNS and not (len(header) >= len(needed) and header == COLUMNS[: len(header)]):
         lacking = [column for column in COLUMNS if column not in header]
         problem = f"lacks the columns {', '.join(lacking)}" if lacking else "has its columns in another order"
         raise ValueError(f"{problem}: a leaderboard begins with {','.join(COLUMNS[:4])}, ...")
@@ -264,6 +268,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
     for column, value in OLDER.items():
         if column not in frame:
             frame[column] = np.where(reported_rows, "", value)
+    frame.attrs["stated"] = header
     return frame
 
 
@@ -355,7 +360,7 @@ def _recompute(frame: pd.DataFrame, runs: Sequence[Run]) -> tuple[list[str], str
                 problems.append(
                     f"line {line}: {column} is {row[column]!r:.80}, its runs give {recomputed[column]!r:.80}"
                 )
-        for column in NUMBERS:
+        for column in NUMBERS.keys() & set(frame.attrs["stated"]):
             stated, value = row[column], recomputed[column]
             value = _or_nan(value)
             if not _equal(float(stated) if stated else None, value, PRINTED):

@@ -28,7 +28,17 @@ FILE = Path(__file__).with_name("golden.json")
 WRITE = "HARNESS_WRITE_GOLDEN"
 PACKAGES = ("torch", "monai", "timm", "accelerate", "numpy", "scipy", "nibabel")
 # What differs between two runs of the same thing, or names the version that computed it.
-VOLATILE = ("citations", "pretrain_folder", "timing", "memory", "environment", "finished", "run_id", "resumed")
+VOLATILE = (
+    "citations",
+    "pretrain_folder",
+    "timing",
+    "memory",
+    "energy",
+    "environment",
+    "finished",
+    "run_id",
+    "resumed",
+)
 UNET = ["backbone.features=4,4,8,8,8"]
 BUDGET = [
     *("pretrain.steps=12", "pretrain.warmup_steps=2", "pretrain.crop=32,32,32"),

@@ -74,6 +74,7 @@ def make_record(
         "skipped_steps": {"pretrain": stage.get("skipped", []), "finetune": trained["skipped"]},
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "memory": {"pretrain": stage.get("memory"), "run": {key: _most(peaks, key) for key in peaks[0]}},
+        "energy": {"pretrain_kwh": _kwh(stage.get("joules")), "finetune_kwh": _kwh(trained.get("joules"))},
         "environment": environment.describe_environment(device),
         "transfer": transfer,
         "final_soft_dice": tuned.get("final_soft_dice"),
@@ -91,6 +92,11 @@ def _numbering(run_plan: RunPlan) -> list[list[int]]:
     """`Case.numbering` of the label files that the run was trained and tested with; empty if it is the task's, or they differ."""
     numberings = {case.numbering for case in (*run_plan.label_cases, *run_plan.test)}
     return [list(pair) for pair in numberings.pop()] if len(numberings) == 1 else []
+
+
+def _kwh(joules: float | None) -> float | None:
+    """Joules in kWh; None stays None."""
+    return None if joules is None else round(joules / 3.6e6, 9)
 
 
 def _most(peaks: list[dict[str, Any]], key: str) -> float | None:

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from harness.compute.energy import EnergyMeter
 from harness.compute.memory import is_out_of_memory
 from harness.compute.processes import Processes, SingleProcess
 from harness.config.request import DEFAULT_EXECUTION, Execution
@@ -133,6 +134,7 @@ class TrainingLoop:
         self.read_every = READ_EVERY if trainer.device.type == "cuda" else 1
         self.step, self.seconds, self.resumed, self.history_bytes = 0, 0.0, 0, 0
         self.skipped: list[int] = []
+        self.energy = EnergyMeter(trainer.device, trainer.parts.processes)
         self.waits_for_loader = False
         self.unread: list[tuple[int, float, Tensor, dict[str, Tensor]]] = []
 
@@ -177,9 +179,11 @@ class TrainingLoop:
                     bar.set_postfix_str(f"loss {self._read(lines):.4f}", refresh=False)
                     clock.read()
                     self.seconds = time.perf_counter() - began
+                    self.energy.sample(now=self.step == self.steps)
                     self._checkpoint_or_stop(lines)
         used = trainer.used()
-        return StageReport(self.seconds, self.steps, clock.summary(), used, self.skipped, self.resumed)
+        joules = self.energy.joules
+        return StageReport(self.seconds, self.steps, clock.summary(), used, self.skipped, self.resumed, joules)
 
     def _next(self, batches: Iterator[Any]) -> list[Any]:
         """The micro-batches of the next step."""
@@ -306,12 +310,14 @@ class TrainingLoop:
             if lines is not None:
                 os.fsync(lines.fileno())
             self.trainer.clock.read()
+            self.energy.sample(now=True)
             state = self.trainer.state() | {
                 "step": self.step,
                 "steps": self.steps,
                 "history": self.history.stat().st_size,
                 "clock": self.trainer.clock.seconds,
                 "seconds": self.seconds,
+                "joules": self.energy.joules,
                 "skipped": self.skipped,
                 "resumed": self.resumed,
                 "threads": torch.get_num_threads(),
@@ -335,6 +341,7 @@ class TrainingLoop:
                 ) from None
             self.step, self.seconds, self.skipped = state["step"], state["seconds"], list(state["skipped"])
             self.resumed, self.history_bytes = state["resumed"] + 1, state["history"]
+            self.energy.go_on(state.get("joules"))
             self.trainer.clock.seconds = {phase: list(values) for phase, values in state["clock"].items()}
             if self.main:
                 say(f"{self.name} goes on after step {self.step} of {self.steps}")

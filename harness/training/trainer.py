@@ -45,6 +45,7 @@ class StageReport:
         used: precision, device and other settings that the stage was computed with.
         skipped: numbers of the steps that were left out because the loss or the gradient was not finite.
         resumed: how often the stage went on from a checkpoint.
+        joules: that the machine used meanwhile; None where it does not tell (`harness.compute.energy`).
     """
 
     seconds: float
@@ -53,6 +54,7 @@ class StageReport:
     used: dict[str, Any] = field(default_factory=dict)
     skipped: list[int] = field(default_factory=list)
     resumed: int = 0
+    joules: float | None = None
 
 
 class Trainer:

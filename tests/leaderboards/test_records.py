@@ -166,3 +166,22 @@ def test_folders_without_a_record_are_no_runs_and_a_dangling_record_is_named(tmp
     assert [run.folder for run in runs] == [place]
     assert len(problems) == 1
     assert str(tmp_path / "moved") in problems[0]
+
+
+def test_costs_of_a_run(tmp_path):
+    on_gpus = {"device": "cuda", "processes": 2}
+    folder = write_run(
+        tmp_path,
+        "better",
+        computed_with={"pretrain": on_gpus, "finetune": {"device": "cpu"}},
+        energy={"pretrain_kwh": 0.5, "finetune_kwh": 0.25},
+        memory={"pretrain": {"host_peak_gib": 9.0, "device_peak_gib": 3.0}, "run": {"host_peak_gib": 2.0}},
+    )
+    run = records.load_run(folder)
+    assert run.gpu_hours == pytest.approx(2 * 103 / 3600)
+    assert run.kwh == 0.75
+    assert run.peak_memory == 3.0  # of the device, whatever the process has
+    plain = records.load_run(write_run(tmp_path, "scratch", energy={"finetune_kwh": None}, memory={"run": {}}))
+    assert (plain.gpu_hours, plain.kwh, plain.peak_memory) == (None, None, None)
+    control = records.load_run(write_run(tmp_path, "scratch", 1, energy={"finetune_kwh": 0.1}))
+    assert control.kwh == 0.1  # it pre-trains nothing, so that nothing is missing

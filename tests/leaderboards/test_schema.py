@@ -140,5 +140,5 @@ def test_further_fields_are_kept_in_the_record_and_in_its_tables():
     """Newer versions add some; a reader of the site is to see them."""
     data = LEAST["data"] | {"scanner": "S"}
     kept = Record.model_validate(LEAST | {"memory": {"peak": 3}, "data": data}).model_dump()
-    assert kept["memory"] == {"peak": 3}
+    assert kept["memory"]["peak"] == 3
     assert kept["data"]["scanner"] == "S"

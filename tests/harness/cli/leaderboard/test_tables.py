@@ -20,7 +20,8 @@ def test_leaderboard_has_the_contracts_columns(finished_runs, capsys):
         "hd95_mm,hd95_ci_low,hd95_ci_high,n_cases,n_missed,delta_dice_vs_scratch,delta_ci_low,delta_ci_high,"
         "p_value_holm,rank,step_ms_p50,pretrain_seconds,source,run_ids,n_test_seen,"
         "surface_dice,surface_dice_ci_low,surface_dice_ci_high,surface_tolerance_mm,metric_policy,note,"
-        "label_subset,control,headroom_share,headroom_share_ci_low,headroom_share_ci_high,steps_to_scratch,seconds_to_scratch"
+        "label_subset,control,headroom_share,headroom_share_ci_low,headroom_share_ci_high,steps_to_scratch,seconds_to_scratch,"
+        "gpu_hours,kwh,peak_memory_gib"
     )
     average = frame[frame["target"] == "average"].set_index("method")
     (method,) = [name for name in average.index if name.startswith("hybridmim{pretrain.")]
