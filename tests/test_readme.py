@@ -5,10 +5,13 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from harness import write_image
 from harness.cli.main import _parser
 from harness.conformance.suite import check_method
+from tests.harness.commands import BUDGET, SMALL, fails, harness, record_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -16,7 +19,7 @@ BOARD = ROOT / "leaderboards" / "published" / "msd_hippocampus_fewshot" / "leade
 BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 # Variables and words that stand for something of the reader's.
-STANDS_FOR = {"RUN": "run", "$m": "scratch", "FILE": "file", "DIR": "folder"}
+STANDS_FOR = {"RUN": "run", "$m": "scratch", "$method": "scratch", "$seed": "0", "FILE": "file", "DIR": "folder"}
 
 
 def rows_of_the_readme():
@@ -71,6 +74,42 @@ def test_the_method_in_the_docs_is_one(tmp_path):
     (tmp_path / "denoise.py").write_text(code)
     results = check_method("denoise", [str(tmp_path / "denoise.py")], ["unet"], checks=["finite losses", "gradients"])
     assert [result.status for result in results] == ["pass", "pass"], results
+
+
+def example(page, name):
+    """The code of a file that a page shows."""
+    text = (ROOT / "docs" / page).read_text()
+    (code,) = re.findall(rf"^```python\n(# {name}\n.*?)^```", text, re.M | re.S)
+    return code
+
+
+def test_the_backbone_in_the_docs_is_one(tmp_path):
+    (tmp_path / "segresnet_ds.py").write_text(example("write_a_backbone.md", "segresnet_ds.py"))
+    checks = ["finite losses", "gradients", "state"]
+    results = check_method("simmim", [str(tmp_path / "segresnet_ds.py")], ["segresnet_ds"], checks=checks)
+    assert [result.status for result in results] == ["pass"] * len(checks), results
+
+
+def test_the_task_in_the_docs_is_one(tmp_path, capsys):
+    (tmp_path / "lesions.py").write_text(example("write_a_task.md", "lesions.py"))
+    rng = np.random.default_rng(0)
+    for number in range(10):
+        label = np.zeros((32, 40, 32), np.uint8)
+        label[8:20, 8:20, 8:20], label[12:16, 12:16, 12:16] = 1, 2
+        image = rng.normal(100, 20, label.shape) + 50 * label + number
+        folder = tmp_path / "patients" / f"p{number}"
+        folder.mkdir(parents=True)
+        write_image(folder / "image.nii.gz", image.astype(np.float32), np.eye(4))
+        write_image(folder / "label.nii.gz", label, np.eye(4))
+    given = ["--plugin", tmp_path / "lesions.py", "--data", tmp_path / "patients"]
+    harness("data", "check", "lesions", *given)
+    assert "10 cases" in capsys.readouterr().out
+    words = ["--method", "scratch", "--task", "lesions", *BUDGET, *SMALL["unet"], "--runs", tmp_path / "runs"]
+    harness("run", *words, *given, "--set", "finetune.crop=32,32,32", "--set", "pretrain.crop=32,32,32")
+    assert record_of(tmp_path / "runs", "scratch")["metrics"].keys() == {"lesion", "core", "average"}
+    assert "describes no phantom: give --data" in fails(
+        capsys, "run", *words, "--plugin", given[1], "--data", "phantom"
+    )
 
 
 def test_there_are_commands_to_look_at():

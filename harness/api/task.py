@@ -201,11 +201,10 @@ class Task(ImageSet, ABC):
             UserError: there are no cases, or files are missing.
         """
 
-    @abstractmethod
     def write_case(
         self, root: Path, number: int, images: NDArray[Any], label: NDArray[np.uint8], affine: NDArray[Any]
     ) -> None:
-        """Write one phantom case in the exact layout of the task.
+        """Write one phantom case in the exact layout of the task. A task without `phantom` needs none.
 
         Args:
             root: the task's own folder, as `find` returns it.
@@ -214,6 +213,9 @@ class Task(ImageSet, ABC):
             label: (x, y, z).
             affine: (4, 4), from voxel indices to mm.
         """
+        raise NotImplementedError(
+            f"{type(self).__name__} has the structures of a phantom and must implement write_case"
+        )
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Task | None":
