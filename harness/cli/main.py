@@ -28,7 +28,7 @@ from harness.cli import (
     tune,
 )
 from harness.cli import list as listing
-from harness.cli.options import Parser
+from harness.cli.options import Parser, complete
 from harness.system.console import escape_control, say, unbreakable
 from harness.system.errors import UserError
 from harness.system.signals import STOPPED, Interrupted, catching
@@ -59,6 +59,8 @@ SLOW = {
     each.__name__ for each in (run, sweep, suite, tune, check_method, profile, estimate, predict, export, reproduce)
 }
 """Commands that say something on a terminal at once, since their imports take seconds."""
+RESUMES = {each.__name__ for each in (run, sweep, suite, tune, reproduce, data)}
+"""Commands that keep what they have computed when they are stopped."""
 # Errors of the file system that the user can mend: no permission, read-only, full, a file where a folder is needed, a name
 # that is too long, or a link to itself.
 MENDABLE = {
@@ -104,14 +106,18 @@ def _run(words: Sequence[str], whole_traceback: bool) -> tuple[int, str]:
     arguments = argparse.Namespace()
     try:
         _check_launcher()
-        arguments = _parser().parse_args(words)
+        parser = _parser()
+        if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
+            complete(parser)
+        arguments = parser.parse_args(words)
         with catching():
             return _carry_out(arguments) or 0, ""
     except UserError as error:
         return _refuse(" ".join(str(error).split()))
     except (Interrupted, KeyboardInterrupt) as error:
         message = f"stopped by {error or 'Ctrl-C'}"
-        print(f"harness: {message}; the same command goes on from there", file=sys.stderr)
+        later = "goes on from there" if _module(arguments) in RESUMES else "begins again"
+        print(f"harness: {message}; the same command {later}", file=sys.stderr)
         return STOPPED, message
     except OSError as error:
         if error.errno not in MENDABLE:
@@ -131,7 +137,7 @@ def _run(words: Sequence[str], whole_traceback: bool) -> tuple[int, str]:
 
 def _carry_out(arguments: argparse.Namespace) -> int | None:
     """The exit status of the command. Raises UserError if something that it called, such as a plugin, ended the process."""
-    if sys.stderr.isatty() and arguments.command.__module__ in SLOW:
+    if sys.stderr.isatty() and _module(arguments) in SLOW:
         say("loading PyTorch and MONAI ...")
     try:
         status: int | None = arguments.command(arguments)
@@ -142,6 +148,11 @@ def _carry_out(arguments: argparse.Namespace) -> int | None:
             "there instead"
         ) from None
     return status
+
+
+def _module(arguments: argparse.Namespace) -> str:
+    """The module of the command; empty where the command line was not understood."""
+    return getattr(getattr(arguments, "command", None), "__module__", "")
 
 
 def _version() -> str:

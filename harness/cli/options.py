@@ -97,3 +97,28 @@ def _default(option: Option, default: Any) -> Any:
     """The field's default, or the value of the environment variable that replaces it."""
     text = os.environ.get(option.environment) if option.environment else None
     return option.parse(text) if text else default
+
+
+NAMED = {"method": "method", "methods": "method", "backbone": "backbone", "backbones": "backbone", "task": "task"}
+"""Destination of an option -> the kind of plugin whose names it takes."""
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Answer a shell that asks for completions (`register-python-argcomplete harness`), and end the process."""
+    import argcomplete
+
+    from harness.api.registry import Registry
+    from harness.config.presets import preset_names
+    from harness.config.suites import suite_names
+
+    registry = Registry()
+    names = {dest: registry.names(kind) for dest, kind in NAMED.items()}
+    names |= {"preset": preset_names(), "suite": suite_names()}
+    parsers = [parser]
+    for each in parsers:  # it grows while it is read
+        for action in each._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+            elif action.dest in names:
+                action.completer = argcomplete.ChoicesCompleter(dict.fromkeys(names[action.dest], ""))  # type: ignore[attr-defined]
+    argcomplete.autocomplete(parser)

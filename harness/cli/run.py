@@ -64,11 +64,18 @@ def carry_out(request: "Request") -> "FinishedRun":
 
 def _print_tables(request: "Request", finished: "FinishedRun") -> None:
     """Write the leaderboard of all runs; print the table of this run, and its files."""
+    from leaderboards.text import counted
+
     tables, csv = write_leaderboard(request.runs)
     print(f"\n{table_of(tables, finished.folder)}\n")
     print("this run was finished before, nothing was computed" if finished.again else "files of this run:")
-    for path in sorted(path for path in finished.folder.rglob("*") if path.is_file()):
+    predictions = finished.folder / "predictions"
+    for path in sorted(
+        path for path in finished.folder.rglob("*") if path.is_file() and predictions not in path.parents
+    ):
         print(f"  {path}")
+    if predictions.is_dir():
+        print(f"  {predictions}: {counted(len(list(predictions.iterdir())), 'label map')}")
     print(f"leaderboard of all runs:\n  {csv}")
 
 

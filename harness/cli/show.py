@@ -5,7 +5,8 @@ import json
 from typing import Any
 
 from harness.cli.options import add_options
-from harness.cli.output import as_lines, terminal_width
+from harness.cli.output import as_lines
+from harness.cli.run import table_of
 from harness.system.errors import UserError
 
 SECTIONS = (
@@ -31,9 +32,9 @@ def add_parser(commands: Any) -> None:
 
 
 def show(arguments: argparse.Namespace) -> None:
-    """Print the table of a finished run, and its record."""
+    """Print the tables of a finished run, with the runs beside it that share them, and its record."""
     from harness.runs.status import find_run
-    from leaderboards import board, records, table
+    from leaderboards import board, records
     from leaderboards.text import printable
 
     try:
@@ -43,6 +44,7 @@ def show(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(run.record, indent=1))
         return
-    print(table.render(board.gather([run]), width=terminal_width()))
+    beside, _ = records.load_runs([run.folder.parent])
+    print(table_of(board.gather(beside if any(each.folder == run.folder for each in beside) else [run]), run.folder))
     lines = as_lines({name: run.record.get(name) for name in SECTIONS}).splitlines()
     print(*map(printable, lines), sep="\n")

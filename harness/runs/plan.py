@@ -216,7 +216,10 @@ class RunPlan:
 
     @property
     def run_id(self) -> str:
-        """Readable name, made unique by a digest of everything that determines the result."""
+        """Readable name, made unique by a digest of everything that determines the result.
+
+        `-n4` in it says that four cases are labelled, which is not all of them.
+        """
         config = self.config
         tested = [case.id for case in self.test]
         # Skipped scans change only the record, which lists them.
@@ -236,7 +239,8 @@ class RunPlan:
         if self.files:  # what is known about their past changes the record
             identity.append([sorted(self.lineage.scans), [each.model_dump() for each in self.lineage.foreign]])
         key = digest(identity)
-        return f"{config.task}-{config.method}-{config.backbone}-{config.preset}-s{config.seed}-{key[:10]}"
+        labels = f"-n{len(self.label_cases)}" if config.label_fraction < 1 else ""
+        return f"{config.task}-{config.method}-{config.backbone}-{config.preset}{labels}-s{config.seed}-{key[:10]}"
 
 
 def plan(

@@ -10,7 +10,7 @@ from harness.cli.main import main
 from harness.config.presets import preset_names
 from harness.config.request import FinetuneProtocol
 from harness.config.schema import Evaluate, Finetune, Pretrain, TaskSettings
-from tests.harness.commands import fails
+from tests.harness.commands import fails, harness
 
 
 def listed(capsys, *words):
@@ -97,3 +97,13 @@ def test_protocols_and_weights_are_listed_by_name(capsys):
     assert listed(capsys, "protocols", "linear")["protocols"][0]["description"].startswith("one 1x1x1 convolution")
     weights = listed(capsys, "weights")["weights"][0]
     assert listed(capsys, "weights", weights["name"])["weights"] == [weights | {"every_setting": []}]
+
+
+def test_one_of_a_kind_means_the_kind(capsys):
+    harness("list", "suite")
+    singular = capsys.readouterr().out
+    harness("list", "suites")
+    assert capsys.readouterr().out == singular
+    assert "phantoms-v1" in singular
+    harness("list", "method", "hybridmim")
+    assert "method.mask_ratio" in capsys.readouterr().out

@@ -34,7 +34,7 @@ def test_help_and_list_import_no_torch(words):
         ((*HYBRIDMIM, "--task", "./nowhere"), "does not exist"),
         (("run", "--task", "brats"), "--method"),
         (("runn",), "unknown command 'runn': did you mean 'run'"),
-        (("list", "method"), "did you mean 'methods'"),
+        (("list", "metods"), "did you mean 'methods'"),
         ((*HYBRIDMIM, "--seed", "-1"), "not a whole number"),
         (("data", "phantom", "brats", "--out", "x", "--seed", "-1"), "not a whole number"),
         (("data", "phantom", "brats", "--out", "x", "--cases", "1"), "at least 2 cases"),

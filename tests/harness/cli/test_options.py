@@ -1,5 +1,9 @@
 """Options are made from a request's fields: under their names, with their defaults, and refused in words."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from harness import UserError
@@ -74,3 +78,33 @@ def test_a_misspelt_command_is_one_line(capsys):
     assert err.startswith("harness: error: ")
     assert "'rnu'" in err
     assert err.count("\n") == 1
+
+
+def completions(line):
+    """What the shell is told for a command line that the cursor is at the end of."""
+    code = "import sys; from harness.cli.main import main; sys.exit(main())"
+    shell = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+    asked = subprocess.run(
+        f'{sys.executable} -c "{code}" 8>&1 9>/dev/null >/dev/null',
+        shell=True,
+        env=os.environ | shell,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {word.strip() for word in asked.stdout.splitlines()}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("harness leader", {"leaderboard"}),
+        ("harness run --method hyb", {"hybridmim"}),
+        ("harness run --backbone swin", {"swinunetr"}),
+        ("harness run --preset few", {"fewshot"}),
+        ("harness suite run ph", {"phantoms-v1"}),
+        ("harness run --label-", {"--label-fraction", "--label-seed"}),
+    ],
+)
+def test_a_shell_is_told_how_a_word_goes_on(line, words):
+    assert completions(line) == words

@@ -1,8 +1,10 @@
 """`harness show`, and what `harness run --dry-run` shows."""
 
 import json
+import re
 
 from tests.harness.commands import harness, record_of
+from tests.leaderboards.made import write_run
 
 
 def test_show_and_dry_run(finished_runs, two_phantoms, capsys):
@@ -14,3 +16,13 @@ def test_show_and_dry_run(finished_runs, two_phantoms, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["config"]["method_settings"]["mask_ratio"] == 0.4
     assert not found["finished"]
+
+
+def test_the_table_has_the_runs_beside_it(tmp_path, capsys):
+    better = write_run(tmp_path, "better", dice=0.85)
+    write_run(tmp_path, "scratch")
+    write_run(tmp_path, "better", task="other")
+    harness("show", better.name, "--runs", tmp_path)
+    out = capsys.readouterr().out
+    assert re.search(r"better +unet +1 .*\+0\.0\d+", out)  # a difference from the scratch run beside it
+    assert "other" not in out

@@ -3,6 +3,7 @@
 import errno
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -217,8 +218,9 @@ def test_a_full_disk(at, sixteen_cases, whole_run, full_disk, monkeypatch, capsy
     assert_same(only_run(runs), whole_run)
 
 
-def test_a_run_that_broke_off_after_its_predictions_can_be_asked_again(hippocampus_phantom, tmp_path):
+def test_a_run_that_broke_off_after_its_predictions_can_be_asked_again(hippocampus_phantom, tmp_path, capsys):
     harness(*short_run("scratch", hippocampus_phantom), "--runs", tmp_path, "--save-predictions")
+    assert re.search(r"/predictions: \d+ label maps\n", capsys.readouterr().out)
     (record,) = tmp_path.glob("*/record.json")
     before = {path.name: path.read_bytes() for path in (record.parent / "predictions").iterdir()}
     record.unlink()

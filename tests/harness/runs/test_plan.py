@@ -68,6 +68,7 @@ def test_shots_are_a_share_of_the_training_cases(request_):
     few = planned(request_, shots=3)
     assert few.config.label_fraction == 3 / 13
     assert few.run_id == planned(request_, label_fraction=3 / 13).run_id
+    assert "-demo-n3-s0-" in few.run_id
     with pytest.raises(UserError, match="there are 13 training cases"):
         planned(request_, shots=14)
 
