@@ -250,6 +250,12 @@ class Table:
         return replace(self, groups=groups, calibrations=calibrations)
 
     @property
+    def shared_settings(self) -> str:
+        """The settings that all rows with settings share, which `with_short_names` leaves out."""
+        names = [name for group in self.groups for name in (group.method, group.backbone)]
+        return ", ".join(sorted({each for kind in (names[::2], names[1::2]) for each in _shared(_settings(kind))}))
+
+    @property
     def title(self) -> str:
         """One line that names what the rows share, with warnings first."""
         task, data, preset, mode, protocol, fraction = self.key[:6]
@@ -264,12 +270,23 @@ class Table:
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
     """Name of a method or backbone with its changed settings -> the same without those that all names with settings share."""
-    split = {name: name.removesuffix("}").partition("{") for name in names}
-    settings = {name: rest.split(", ") if rest else [] for name, (_, _, rest) in split.items()}
+    settings = _settings(names)
+    shared = _shared(settings)
+    own = {name: [each for each in given if each not in shared] for name, given in settings.items()}
+    plain = {name: name.partition("{")[0] for name in names}
+    return {name: f"{plain[name]}{{{', '.join(own[name])}}}" if own[name] else plain[name] for name in names}
+
+
+def _settings(names: Sequence[str]) -> dict[str, list[str]]:
+    """Name of a method or backbone -> its changed settings, as KEY=VALUE."""
+    inner = {name: name.removesuffix("}").partition("{")[2] for name in names}
+    return {name: text.split(", ") if text else [] for name, text in inner.items()}
+
+
+def _shared(settings: dict[str, list[str]]) -> set[str]:
+    """The settings that all names with settings have."""
     given = [set(each) for each in settings.values() if each]
-    shared = set.intersection(*given) if given else set()
-    own = {name: [each for each in settings[name] if each not in shared] for name in split}
-    return {name: f"{split[name][0]}{{{', '.join(own[name])}}}" if own[name] else split[name][0] for name in split}
+    return set.intersection(*given) if given else set()
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

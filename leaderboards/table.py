@@ -85,34 +85,23 @@ def render(tables: Sequence[Table], reported: pd.DataFrame | None = None, width:
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """One Markdown table per group of comparable rows, with the averages over targets."""
+    """One Markdown table per group of comparable rows: averages over targets, and Dice per target."""
     blocks = []
-    for heading, rows in _averages(frame):
-        lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "|".join(["---"] * len(HEADINGS)) + "|"]
-        lines += ["| " + " | ".join(map(escape_markdown, row)) + " |" for row in rows]
+    for heading, columns, rows in _averages(frame):
+        lines = ["| " + " | ".join(map(escape_markdown, line)) + " |" for line in (columns, *rows)]
+        lines.insert(1, "|" + "|".join(["---"] * len(columns)) + "|")
         blocks.append("\n".join([f"### {escape_markdown(heading)}", "", *lines]))
     return "\n\n".join([*blocks, ""])
 
 
 def latex(frame: pd.DataFrame) -> str:
-    """One booktabs tabular per group of comparable rows, with the averages over targets."""
+    """One booktabs tabular per group of comparable rows: averages over targets, and Dice per target."""
     blocks = []
-    for heading, rows in _averages(frame):
-        lines = [" & ".join(map(escape_latex, row)) + r" \\" for row in rows]
-        blocks.append(
-            "\n".join(
-                [
-                    f"% {printable(heading)}",
-                    r"\begin{tabular}{rllrllllr}",
-                    r"\toprule",
-                    " & ".join(map(escape_latex, HEADINGS)) + r" \\",
-                    r"\midrule",
-                    *lines,
-                    r"\bottomrule",
-                    r"\end{tabular}",
-                ]
-            )
-        )
+    for heading, columns, rows in _averages(frame):
+        first, *lines = [" & ".join(map(escape_latex, line)) + r" \\" for line in (columns, *rows)]
+        begin = rf"\begin{{tabular}}{{rll{'r' * (len(columns) - 3)}}}"
+        body = [r"\toprule", first, r"\midrule", *lines, r"\bottomrule", r"\end{tabular}"]
+        blocks.append("\n".join([f"% {printable(heading)}", begin, *body]))
     return "\n\n".join([*blocks, ""])
 
 
@@ -277,38 +266,56 @@ def _worth_saying(group: Group) -> bool:
 HEADINGS = ["rank", "method", "backbone", "seeds", "Dice", "vs scratch", "p (Holm)", "HD95 (mm)", "pre-training (s)"]
 
 
-def _averages(frame: pd.DataFrame) -> Iterable[tuple[str, list[list[str]]]]:
-    """Heading and rows of table cells for each group of rows that share a table."""
-    average = frame[frame["target"] == "average"]
+def _averages(frame: pd.DataFrame) -> Iterable[tuple[str, list[str], list[list[str]]]]:
+    """Heading, names of the columns, and rows of table cells, for each group of rows that share a table."""
     shared = [*COLUMNS[:6], "metric_policy", "source", "label_subset"]
-    imported = average["source"] == "imported"
     # Imported rows are shown beside measured ones; their names say what they are.
-    average = average.assign(imported=imported, source=average["source"].where(~imported, "measured"))
-    for key, rows in average.groupby(shared, sort=False, dropna=False):
-        task, data, preset, mode, protocol, fraction, policy, source, subset = map(str, key)
-        mark = "PHANTOM DATA, says nothing about any method: " if data.startswith("phantom") else ""
-        if rows["n_test_seen"].map(lambda cell: str(cell).isdecimal() and int(cell) > 0).any():
-            mark += "TEST CASES WERE TRAINED OR PRE-TRAINED ON: "
-        if (rows["n_test_seen"] == UNKNOWN)[~rows["imported"]].any():
-            mark += "TEST CASES MAY HAVE BEEN TRAINED ON, NOBODY KNOWS: "
-        share = "" if fraction in ("nan", "") else f", {float(fraction):.0%} of the labels"
-        share += drawn_text(subset.replace("nan", "")) if share and float(fraction) < 1 else ""
-        heading = f"{mark}{task}, {data}, preset {preset}, {mode}, {protocol}{share}, {policy}, {source}"
-        table_cells = [
+    imported = frame["source"] == "imported"
+    frame = frame.assign(imported=imported, source=frame["source"].where(~imported, "measured"))
+    for key, group in frame.groupby(shared, sort=False, dropna=False):
+        average, single = group[group["target"] == "average"], group[group["target"] != "average"]
+        targets = list(dict.fromkeys(single["target"]))
+        targets = targets if len(targets) > 1 else []  # one target is its own average
+        dice = {(*_row_key(row), row["target"]): row["dice"] for row in single.to_dict("records")}
+        reported = (average["source"] == "reported").all()
+        rows = [
             [
                 _number(row["rank"], ".0f"),
                 row["method"],
                 row["backbone"],
                 _number(row["n_seeds"], ".0f"),
                 _interval(row, "dice", "dice", ".4f"),
+                *(_number(dice.get((*_row_key(row), target)), ".4f") for target in targets),
                 _interval(row, "delta_dice_vs_scratch", "delta", "+.4f"),
                 _number(row["p_value_holm"], ".3g"),
                 _interval(row, "hd95_mm", "hd95", ".2f"),
                 _number(row["pretrain_seconds"], ".0f"),
+                # Several tables of a paper have rows of one name.
+                *([row["note"]] if reported else []),
             ]
-            for row in rows.sort_values(["rank", "method", "backbone"]).to_dict("records")
+            for row in average.sort_values(["rank", "method", "backbone"]).to_dict("records")
         ]
-        yield heading, table_cells
+        at = HEADINGS.index("Dice") + 1
+        columns = [*HEADINGS[:at], *targets, *HEADINGS[at:], *(["reported in"] if reported else [])]
+        yield _heading(key, average), columns, rows
+
+
+def _row_key(row: Any) -> tuple[Any, ...]:
+    """What the rows of one method have in common over its targets."""
+    return tuple("" if pd.isna(row[name]) else row[name] for name in ("method", "backbone", "run_ids", "note"))
+
+
+def _heading(key: Any, average: pd.DataFrame) -> str:
+    """The heading of a table: warnings, then what its rows share."""
+    task, data, preset, mode, protocol, fraction, policy, source, subset = map(str, key)
+    mark = "PHANTOM DATA, says nothing about any method: " if data.startswith("phantom") else ""
+    if average["n_test_seen"].map(lambda cell: str(cell).isdecimal() and int(cell) > 0).any():
+        mark += "TEST CASES WERE TRAINED OR PRE-TRAINED ON: "
+    if (average["n_test_seen"] == UNKNOWN)[~average["imported"]].any():
+        mark += "TEST CASES MAY HAVE BEEN TRAINED ON, NOBODY KNOWS: "
+    share = "" if fraction in ("nan", "") else f", {float(fraction):.0%} of the labels"
+    share += drawn_text(subset.replace("nan", "")) if share and float(fraction) < 1 else ""
+    return f"{mark}{task}, {data}, preset {preset}, {mode}, {protocol}{share}, {policy}, {source}"
 
 
 def _interval(row: Any, value: str, ends: str, form: str) -> str:

@@ -114,6 +114,7 @@ class _Site:
 
     def _table(self, number: int, ranked: Table) -> dict[str, Any]:
         """Write the page of one table. Returns the values that the first page shows of it."""
+        whole, ranked = ranked, ranked.with_short_names()
         rows: list[dict[str, Any]] = []
         for rank, group in zip(ranked.ranks(), ranked.groups, strict=True):
             missed = sum(int(run.missed.sum()) for run in group.runs)
@@ -133,6 +134,7 @@ class _Site:
             "to_scratch": any(row["to_scratch"] for row in rows),
             "shares": any(each.shares for each in ranked.calibrations),
             "sentences": ranked.sentences,
+            "settings": whole.shared_settings if whole is not ranked else "",
             "figures": drawn,
             "main_figures": {name: text for name, text in drawn.items() if name in ("difference", "ranks", "pareto")},
         }

@@ -24,7 +24,11 @@ CONTROLS = ("scratch", "supervised", "untrained")
 
 
 def cell(text: str) -> str:
-    return " ".join(str(text).split()).replace("|", r"\|").replace("<", "&lt;").replace("[", r"\[")
+    """Text for a cell: nothing in it is markup but code between backticks, where only a bar has to be escaped."""
+    parts = " ".join(str(text).split()).replace("<", "&lt;").replace("|", "&#124;").split("`")
+    parts[::2] = [re.sub(r"([*\[\]])", r"\\\1", part) for part in parts[::2]]
+    parts[1::2] = [f"<code>{part}</code>" for part in parts[1::2]]
+    return "".join(parts)
 
 
 def verbs(parser: argparse.ArgumentParser) -> dict[str, tuple[argparse.ArgumentParser, str]]:
@@ -53,7 +57,7 @@ def options(parser: argparse.ArgumentParser) -> Iterator[str]:
         shown = f"{name} {value}" if action.option_strings and value else name
         needed = " (required)" if action.required and action.option_strings else ""
         # The defaults of some options come from the environment of whoever writes the page, so the help says them.
-        yield f"| `{shown.replace('|', chr(92) + '|')}` | {cell(action.help or '')}{needed} |"
+        yield f"| {cell(f'`{shown}`')} | {cell(action.help or '')}{needed} |"
 
 
 def commands_page() -> str:

@@ -1,13 +1,17 @@
 """The software versions, the hardware and the source revision that the record of a run states."""
 
+import os
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
+from harness.system.console import say
 from harness.system.files import ENGINE
 
 
@@ -62,3 +66,26 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+BUSY = 0.5
+"""Load per core from which on a training that begins is told of other work."""
+
+
+@cache
+def advise_on_other_work() -> None:
+    """Say what to do if other work uses the cores on which a first training begins. Nothing is said twice.
+
+    The threads of one operation wait for each other. Where cores are shared, they wait for a core at every operation. The number
+    of threads is not changed here: sums would be rounded in another order, and a seed would no longer fix a run.
+    """
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    if torch.cuda.is_available() or threads < 2 or "OMP_NUM_THREADS" in os.environ:
+        return
+    load = psutil.getloadavg()[0]  # of the last minute, in which this process has only been loading
+    if load > BUSY * cores:
+        free = max(1, int(cores - load))
+        say(
+            f"other work keeps this machine's {cores} cores busy (load {load:.1f}); trainings whose threads wait for each other "
+            f"are several times slower: OMP_NUM_THREADS={free} before the command makes all of them faster"
+        )

@@ -1,7 +1,6 @@
 """Peak memory, the errors of too little memory, and the size of a model before it is built."""
 
 import os
-import resource
 import shutil
 import sys
 import tempfile
@@ -10,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from harness.system.console import say_once
 from harness.system.errors import UserError
+
+if sys.platform != "win32":
+    import resource
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -123,5 +126,7 @@ def _host_peak_gib() -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
     except (OSError, StopIteration):
+        if sys.platform == "win32":
+            return float(psutil.Process().memory_info().peak_wset / 2**30)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / (2**30 if sys.platform == "darwin" else 2**20)

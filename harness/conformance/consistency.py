@@ -90,9 +90,12 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
 
 def check_processes(number: int, name: str, plugins: Sequence[str], backbone: str, settings: Mapping[str, str]) -> str:
     """A step in `number` processes (Accelerate with gloo on this machine) equals a step in one process."""
-    context = multiprocessing.get_context("forkserver")
-    # The fork server imports torch and MONAI once, so that its forks start at once; it runs nothing else before them.
-    context.set_forkserver_preload(["harness.conformance.suite", "monai.networks.nets.swin_unetr"])
+    # Windows has no fork server; there each process imports everything anew.
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        # The fork server imports torch and MONAI once, so that its forks start at once; it runs nothing else before them.
+        context.set_forkserver_preload(["harness.conformance.suite", "monai.networks.nets.swin_unetr"])
     queue = context.Queue()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

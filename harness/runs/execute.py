@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from harness.compute.environment import advise_on_other_work
 from harness.compute.processes import Processes
 from harness.config.request import Request
 from harness.data.volumes import Volume, preprocess_cases
@@ -103,6 +104,7 @@ def _compute(run_plan: RunPlan, request: Request, folder: Path, context: StageCo
     """Compute the stages that are not finished yet, evaluate, and write the record."""
     config, task, processes, began = run_plan.config, run_plan.task, context.processes, time.perf_counter()
     say(f"run {run_plan.run_id}")
+    processes.decide(advise_on_other_work)
     processes.decide(lambda: write_atomic(folder / "config.json", config.model_dump_json(indent=1)))
     volumes = processes.first(lambda: _volumes(run_plan, request.runs / "cache"))
     seconds = {"prepare": time.perf_counter() - began}

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 
-from leaderboards import table
+from leaderboards import reported, table
 from tests.leaderboards.made import built, called, tables, three_fractions, write_run
 
 
@@ -120,13 +120,32 @@ def test_markdown_is_read_as_one_table_per_heading_with_its_cells(tmp_path):
         for token, after in pairwise(tokens)
         if token.type == "td_open"
     ]
-    lines = [shown[start : start + 9] for start in range(0, len(shown), 9)]
+    lines = [shown[start : start + 11] for start in range(0, len(shown), 11)]
     assert [line[:4] for line in lines] == [
         ["1", "scratch", "unet", "1"],
         ["1", "a|b", "unet", "1"],
         ["2", "scratch", "unet", "1"],
     ]
-    assert lines[1][8] == "103"  # 100 s of pre-training, 3 s of preparation
+    assert lines[1][10] == "103"  # 100 s of pre-training, 3 s of preparation
+    headings = [
+        "".join(child.content for child in after.children)
+        for token, after in pairwise(tokens)
+        if token.type == "th_open"
+    ]
+    assert headings[4:7] == ["Dice", "a", "b"]
+    dice = built(tmp_path).set_index(["label_fraction", "method", "target"])["dice"]
+    assert lines[1][5:7] == [f"{dice[1.0, 'a|b', target]:.4f}" for target in ("a", "b")]
+
+
+def test_reported_rows_say_where_they_stand_so_that_no_two_are_the_same():
+    frame = reported.rows(["btcv", "brats", "msd_liver"])
+    for text, separator in ((table.markdown(frame), " | "), (table.latex(frame), " & ")):
+        rows = [line for line in text.splitlines() if "hybridmim" in line]
+        assert len(rows) == len(set(rows)) > 5
+        assert all("Xing et al. 2023, HybridMIM" in row for row in rows)
+        assert any("table I;" in row or "table I " in row for row in rows), rows[0]
+        btcv = next(line for line in text.splitlines() if "spleen" in line and "liver" in line)
+        assert btcv.count(separator) == 9 + 13  # ranks to costs, thirteen organs, where it stands
 
 
 def test_the_best_average_stands_first_in_the_terminal(tmp_path):

@@ -3,6 +3,7 @@
 import re
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 
@@ -134,6 +135,68 @@ def test_dark_and_light_are_chosen_and_remembered(site, page):
     page.reload()
     assert page.evaluate(ground) == dark
     page.click("#theme")
+
+
+@pytest.fixture(scope="module")
+def real_site(tmp_path_factory):
+    """The published comparison, whose names and numbers are as long as real ones."""
+    runs = Path(__file__).parents[2] / "leaderboards" / "published" / "msd_hippocampus_controls" / "runs"
+    site = tmp_path_factory.mktemp("real") / "site"
+    assert main(["leaderboard", "publish", "--from", str(runs), "--out", str(site), "--filter", "preset=fewshot"]) == 0
+    return site
+
+
+@pytest.mark.parametrize("width", [390, 768, 1280])
+def test_pages_fit_the_screen(width, real_site, browser):
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    run = next(real_site.glob("runs/*voco*/index.html")).relative_to(real_site)
+    for path in ("index.html", "tables/1.html", run):
+        page.goto((real_site / path).as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+    ready(page, (real_site / "index.html").as_uri())
+    board = "document.querySelector('.board')"
+    if width == 1280:  # no column of the first screen is cut
+        assert page.evaluate(f"{board}.scrollWidth <= {board}.clientWidth")
+    page.evaluate(f"{board}.scrollLeft = 10000")
+    # The name of a row is in sight, however far its columns are scrolled.
+    box = page.locator(".board tbody th").first.bounding_box()
+    assert 0 <= box["x"] < box["x"] + box["width"] <= 0.6 * width
+    page.close()
+
+
+def test_a_name_leads_to_a_run_and_leaves_out_what_all_share(real_site, page):
+    ready(page, (real_site / "index.html").as_uri())
+    assert "pretrain.precision=bf16, pretrain.steps=3000" in page.locator("#t1-text").inner_text()
+    assert column(page, 2, "#t1")[1] == "volume_fusion"
+    page.locator("#t1 tbody th a", has_text="voco").click()
+    assert page.locator("h1").inner_text().startswith("voco")
+    page.go_back()
+    page.click("text=All columns")
+    headings = page.eval_on_selector_all("#t1 thead th", "cells => cells.map(c => c.textContent)")
+    assert {"anterior", "posterior", "memory, GiB", "kWh"} < set(headings)
+
+
+CONTRAST = """() => {
+  const light = text => text.match(/[\\d.]+/g).slice(0, 3).map(Number)
+    .map(c => c / 255).map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, n) => sum + c * [0.2126, 0.7152, 0.0722][n], 0);
+  const ground = light(getComputedStyle(document.body).backgroundColor);
+  return ['body', '.board a', '.ci', 'figcaption', 'footer'].map(name => {
+    const ink = light(getComputedStyle(document.querySelector(name)).color);
+    return [name, (Math.max(ink, ground) + 0.05) / (Math.min(ink, ground) + 0.05)];
+  });
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_contrast_and_figures_suit_the_scheme(scheme, real_site, browser):
+    page = browser.new_page(color_scheme=scheme)
+    ready(page, (real_site / "index.html").as_uri())
+    ratios = dict(page.evaluate(CONTRAST))
+    assert min(ratios.values()) >= 4.5, ratios  # WCAG 2.2, 1.4.3
+    inverted = page.evaluate("getComputedStyle(document.querySelector('.plots img')).filter !== 'none'")
+    assert inverted == (scheme == "dark")
+    page.close()
 
 
 def test_everything_has_a_name_for_a_screen_reader(site, page):

@@ -85,3 +85,28 @@ def test_a_record_holds_the_versions_that_are_installed():
     assert found["harness"] == version("ssl-seg-harness")
     assert (found["cuda"], found["gpu"]) == (None, None)
     assert found["git"] == environment.git_state()
+
+
+@pytest.mark.parametrize(
+    ("load", "threads", "given", "says"),
+    [
+        (2.1, 4, {}, "OMP_NUM_THREADS=1 before the command"),
+        (7.5, 4, {}, "OMP_NUM_THREADS=1 before the command"),
+        (1.9, 4, {}, ""),
+        (7.5, 1, {}, ""),
+        (7.5, 4, {"OMP_NUM_THREADS": "4"}, ""),
+    ],
+)
+def test_a_busy_machine_is_told_once(load, threads, given, says, monkeypatch, capsys):
+    monkeypatch.setattr(environment.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(environment.psutil, "getloadavg", lambda: (load, 0, 0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    environment.advise_on_other_work.cache_clear()
+    for _ in range(2):
+        environment.advise_on_other_work()
+    said = capsys.readouterr().err
+    assert said.count("OMP_NUM_THREADS") == bool(says)
+    assert says in said
