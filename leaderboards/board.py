@@ -273,14 +273,14 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     settings = _settings(names)
     shared = _shared(settings)
     own = {name: [each for each in given if each not in shared] for name, given in settings.items()}
-    plain = {name: name.partition("{")[0] for name in names}
+    plain = {name: name.partition("{")[0] if settings[name] else name for name in names}
     return {name: f"{plain[name]}{{{', '.join(own[name])}}}" if own[name] else plain[name] for name in names}
 
 
 def _settings(names: Sequence[str]) -> dict[str, list[str]]:
-    """Name of a method or backbone -> its changed settings, as KEY=VALUE."""
-    inner = {name: name.removesuffix("}").partition("{")[2] for name in names}
-    return {name: text.split(", ") if text else [] for name, text in inner.items()}
+    """Name of a method or backbone -> its changed settings, as KEY=VALUE. A name that begins with a brace has none."""
+    inner = {name: name.removesuffix("}").partition("{") for name in names}
+    return {name: rest.split(", ") if plain and rest else [] for name, (plain, _, rest) in inner.items()}
 
 
 def _shared(settings: dict[str, list[str]]) -> set[str]:

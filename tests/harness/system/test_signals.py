@@ -119,6 +119,7 @@ def test_ctrl_c_on_a_terminal_into_tee_leaves_a_checkpoint(sixteen_cases, whole_
     script = f"trap true INT; {given} 2>&1 | tee {tmp_path}/log; echo ${{PIPESTATUS[*]}} > {tmp_path}/status"
     shell, terminal = pty.fork()
     if not shell:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # it is ignored where the tests run in the background
         os.execve("/bin/bash", ["bash", "-c", script], os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         shown = threading.Thread(target=_read_until_closed, args=(terminal,), daemon=True)

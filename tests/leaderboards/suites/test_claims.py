@@ -53,7 +53,7 @@ def test_without_spread_a_claim_is_certain_and_without_a_test_unknown():
 def test_claims_are_false_as_often_as_they_say(luck):
     """True differences are drawn from the prior; of the claims that say 10 %, a tenth is false, and so on."""
     rng, said, false = np.random.default_rng(3), [], []
-    for _ in range(800):
+    for _ in range(500):
         truth = rng.normal(0, PRIOR, 3)
         control, *rows = simulated(rng, *truth, seed_spread=luck)
         pooled = statistics.luck([control, *rows])
