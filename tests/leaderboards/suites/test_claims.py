@@ -135,6 +135,14 @@ def test_a_claim_seen_from_the_other_side(tmp_path):
     assert turned.of(claim.first).difference == claim.difference
 
 
+def test_a_claim_is_that_of_the_better_method_whatever_the_order(tmp_path):
+    made = suite_of(tmp_path)
+    for names in (["better (unet)", "worse (unet)"], ["worse (unet)", "better (unet)"]):
+        found = all_claims(made, names)
+        assert {(claim.first, claim.second) for claim in found} == {("better (unet)", "worse (unet)")}
+        assert all(claim.difference > 0 for claim in found)
+
+
 def test_one_seed_makes_no_claim(tmp_path):
     found = all_claims(suite_of(tmp_path, seeds=1), ["better (unet)", "worse (unet)"])
     assert np.isnan([[claim.p, claim.false, claim.low] for claim in found]).all()
