@@ -23,7 +23,7 @@ from leaderboards import board, compare, curves, figures, table, website
 from leaderboards.board import Table
 from leaderboards.compare import Comparison
 from leaderboards.curves import Curves
-from leaderboards.records import STATUS, Run, load_run, load_runs
+from leaderboards.records import STATUS, RecordError, Run, load_run, load_runs
 from leaderboards.text import counted
 
 FIELDS = ("method", "backbone", "task", "preset", "mode", "protocol", "label_fraction", "seed")
@@ -42,7 +42,11 @@ def load(*folders: str | Path) -> "Results":
             raise UserError(f"{path} is not a folder: give a folder of runs")
     single = [path for path in paths if (path / "record.json").exists()]
     runs, problems = load_runs(path for path in paths if path not in single)
-    runs += [load_run(path) for path in single]
+    for path in single:
+        try:
+            runs.append(load_run(path))
+        except RecordError as error:
+            problems.append(str(error))
     if not runs and not problems:
         raise UserError(f"no finished run in {', '.join(map(str, paths))}: `harness run` makes one")
     return Results(tuple(runs), tuple(problems))

@@ -113,7 +113,7 @@ def citing_page() -> str:
 
 
 @pytest.mark.parametrize("name", ["commands", "settings", "citing"])
-def test_the_page_follows_from_the_code(name, monkeypatch):
+def test_the_page_follows_from_the_code(name):
     page = ROOT / "docs" / f"{name}.md"
     text = {"commands": commands_page, "settings": settings_page, "citing": citing_page}[name]()
     if os.environ.get("HARNESS_WRITE_DOCS"):

@@ -14,7 +14,7 @@ import torch
 
 POWERCAP = Path("/sys/class/powercap")
 EVERY = 20.0
-"""Seconds between two reads of the counters. RAPL's counters start again from 0 after half an hour or more."""
+"""Seconds between two reads of the counters. RAPL's counters start again from 0, so that they must be read in between."""
 
 Counter = Callable[[], float]
 """Returns the joules that were used since the counter was made or last called."""

@@ -74,7 +74,11 @@ def make_record(
         "skipped_steps": {"pretrain": stage.get("skipped", []), "finetune": trained["skipped"]},
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "memory": {"pretrain": stage.get("memory"), "run": {key: _most(peaks, key) for key in peaks[0]}},
-        "energy": {"pretrain_kwh": _kwh(stage.get("joules")), "finetune_kwh": _kwh(trained.get("joules"))},
+        "energy": {
+            "pretrain_kwh": _kwh(stage.get("joules")),
+            "finetune_kwh": _kwh(trained.get("joules")),
+            "counted": trained.get("counted", []),
+        },
         "environment": environment.describe_environment(device),
         "transfer": transfer,
         "final_soft_dice": tuned.get("final_soft_dice"),

@@ -182,8 +182,9 @@ class TrainingLoop:
                     self.energy.sample(now=self.step == self.steps)
                     self._checkpoint_or_stop(lines)
         used = trainer.used()
-        joules = self.energy.joules
-        return StageReport(self.seconds, self.steps, clock.summary(), used, self.skipped, self.resumed, joules)
+        energy, phases = self.energy, clock.summary()
+        costs = energy.joules, energy.sources
+        return StageReport(self.seconds, self.steps, phases, used, self.skipped, self.resumed, *costs)
 
     def _next(self, batches: Iterator[Any]) -> list[Any]:
         """The micro-batches of the next step."""

@@ -46,6 +46,7 @@ class StageReport:
         skipped: numbers of the steps that were left out because the loss or the gradient was not finite.
         resumed: how often the stage went on from a checkpoint.
         joules: that the machine used meanwhile; None where it does not tell (`harness.compute.energy`).
+        counted: what these joules are of, as `EnergyMeter.sources`.
     """
 
     seconds: float
@@ -55,6 +56,7 @@ class StageReport:
     skipped: list[int] = field(default_factory=list)
     resumed: int = 0
     joules: float | None = None
+    counted: list[str] = field(default_factory=list)
 
 
 class Trainer:

@@ -141,15 +141,16 @@ class Report:
     def write(self, folder: Path) -> list[Path]:
         """Write the report into a folder: tables.csv, consensus.csv, claims.csv, report.md and the diagram. Returns the paths."""
         folder.mkdir(parents=True, exist_ok=True)
-        tables_as_text.write(tables_as_text.build(self.tables), folder / "tables.csv")
-        frames = {"consensus.csv": self.consensus_frame(), "claims.csv": self.claims_frame()}
+        rows, ranked = tables_as_text.build(self.tables), self.consensus_frame()
+        cells = _cells(ranked)
+        tables_as_text.write(rows, folder / "tables.csv")
+        frames = {"consensus.csv": ranked, "claims.csv": self.claims_frame()}
         for name, frame in frames.items():
             for column in frame.columns[[not pd.api.types.is_numeric_dtype(kind) for kind in frame.dtypes]]:
                 frame[column] = frame[column].map(escape_cell)
             frame.to_csv(folder / name, index=False, float_format="%.6g", lineterminator="\n")
         figure = [] if np.isnan(self.consensus.critical_difference) else _draw(self, folder / "critical_difference")
         picture = f"![{escape_markdown(self._caption())}]({figure[0].name})\n\n" if figure else ""
-        cells = _cells(self.consensus_frame())
         table = [
             _row(cells[0]),
             _row(["---"] * len(cells[0])),
@@ -157,7 +158,7 @@ class Report:
         ]
         said = "".join(f"- {escape_markdown(sentence)}\n" for sentence in self.sentences())
         heading = f"# {escape_markdown(self.name)}\n\n"
-        body = tables_as_text.markdown(tables_as_text.build(self.tables))
+        body = tables_as_text.markdown(rows)
         (folder / "report.md").write_text(
             f"{heading}{picture}" + "\n".join(table) + f"\n\n{said}\n{body}", encoding="utf-8"
         )

@@ -70,6 +70,7 @@ def test_a_record_that_cannot_be_used_is_a_problem(runs):
     assert len(results.runs) == 3
     assert "not a run record" in results.problems[0]
     assert results.only(seed=[0, 1]).problems == results.problems
+    assert lb.load(folder).problems == results.problems
 
 
 def test_comparisons_curves_figures_and_sites(runs, tmp_path):

@@ -99,4 +99,4 @@ def test_a_run_records_the_energy_of_its_stages(tmp_path, hippocampus_phantom, m
     run = make_run(tmp_path / "runs", hippocampus_phantom, "simmim")
     record = json.loads((run / "record.json").read_text())
     # One read when the stage begins, one at its end: 3.6 MJ are 1 kWh.
-    assert record["energy"] == {"pretrain_kwh": 1.0, "finetune_kwh": 1.0}
+    assert record["energy"] == {"pretrain_kwh": 1.0, "finetune_kwh": 1.0, "counted": ["rapl"]}

@@ -9,7 +9,7 @@ from scipy import integrate, stats
 
 from leaderboards import statistics
 from leaderboards.suites.claims import PRIOR, all_claims, claims_against_scratch, probability_false
-from tests.leaderboards.made import simulated, tables
+from tests.leaderboards.made import simulated
 from tests.leaderboards.suites.test_consensus import suite_of
 
 REPORTED = Path(__file__).parents[3] / "leaderboards" / "reported" / "hybridmim.csv"
@@ -146,4 +146,3 @@ def test_a_claim_is_that_of_the_better_method_whatever_the_order(tmp_path):
 def test_one_seed_makes_no_claim(tmp_path):
     found = all_claims(suite_of(tmp_path, seeds=1), ["better (unet)", "worse (unet)"])
     assert np.isnan([[claim.p, claim.false, claim.low] for claim in found]).all()
-    assert tables(tmp_path)
