@@ -39,7 +39,7 @@ def load(*folders: str | Path) -> "Results":
     paths = [Path(folder).expanduser() for folder in folders or ("runs",)]
     for path in paths:
         if not path.is_dir():
-            raise UserError(f"{path} is not a folder: give a folder of runs")
+            raise UserError(f"{path} is not a folder: give the folder that holds the runs")
     single = [path for path in paths if (path / "record.json").exists()]
     runs, problems = load_runs(path for path in paths if path not in single)
     for path in single:

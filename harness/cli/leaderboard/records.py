@@ -47,31 +47,18 @@ def add_records(parser: argparse.ArgumentParser, command: Command) -> None:
 
 
 def load(arguments: argparse.Namespace) -> "tuple[list[Run], list[str]]":
-    """The runs of all given folders, and what is wrong with records. Raises UserError where there is no run."""
-    from leaderboards import records
-
-    folders = arguments.folders or [arguments.runs]
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"{folder} is not a folder: give the folder that holds the runs, with --runs or by name")
-    runs, problems = records.load_runs(folders)
-    if not runs and not problems:
-        raise UserError(f"no finished run in {', '.join(map(str, folders))}: `harness run` makes one")
-    runs = _filtered(runs, arguments.filters) if arguments.filters else runs
-    return (_verified(runs) if arguments.only_verified else runs), problems
-
-
-def _filtered(runs: "Sequence[Run]", filters: Sequence[str]) -> "list[Run]":
-    """The runs that every filter admits. Raises UserError for a filter that is not FIELD=VALUE, or leaves no run."""
+    """The runs of all given folders that the filters admit, and what is wrong with records. Raises UserError without a run."""
+    from leaderboards.results import load as load_results
     from leaderboards.results import select
 
-    left = list(runs)
-    for text in filters:
+    results = load_results(*(arguments.folders or [arguments.runs]))
+    runs = list(results.runs)
+    for text in arguments.filters:
         field, _, values = text.partition("=")
         if not values:
             raise UserError(f"--filter {text} is not FIELD=VALUE: give for instance --filter method=hybridmim")
-        left = select(left, field, values.split(","))
-    return left
+        runs = select(runs, field, values.split(","))
+    return (_verified(runs) if arguments.only_verified else runs), list(results.problems)
 
 
 def _verified(runs: "list[Run]") -> "list[Run]":
