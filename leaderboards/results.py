@@ -63,16 +63,12 @@ def select(runs: Sequence[Run], field: str, patterns: Iterable[Any]) -> list[Run
     if field not in FIELDS:
         raise unknown("field of runs", field, FIELDS)
     texts = [_text(pattern) for pattern in patterns]
-    chosen = [
-        run
-        for run in runs
-        if (field == "method" and run.control == "matched")
-        or any(fnmatchcase(_text(run.record[field]), text) for text in texts)
-    ]
-    if runs and not chosen:
+    fits = [any(fnmatchcase(_text(run.record[field]), text) for text in texts) for run in runs]
+    if runs and not any(fits):
         present = sorted({_text(run.record[field]) for run in runs})
         raise UserError(f"{field}={','.join(texts)} leaves no run: {field} is one of {', '.join(present[:12])}")
-    return chosen
+    is_control = [field == "method" and run.control == "matched" for run in runs]
+    return [run for run, fit, control in zip(runs, fits, is_control, strict=True) if fit or control]
 
 
 @dataclass(frozen=True, repr=False)

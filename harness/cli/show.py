@@ -44,7 +44,9 @@ def show(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(run.record, indent=1))
         return
+    # A run that conflicts with another one of its name is not among those beside it.
     beside, _ = records.load_runs([run.folder.parent])
-    print(table_of(board.gather(beside if any(each.folder == run.folder for each in beside) else [run]), run.folder))
+    is_there = any(each.run_id == run.run_id for each in beside)
+    print(table_of(board.gather(beside if is_there else [run]), run.folder))
     lines = as_lines({name: run.record.get(name) for name in SECTIONS}).splitlines()
     print(*map(printable, lines), sep="\n")

@@ -18,11 +18,12 @@ def test_show_and_dry_run(finished_runs, two_phantoms, capsys):
     assert not found["finished"]
 
 
-def test_the_table_has_the_runs_beside_it(tmp_path, capsys):
+def test_the_table_has_the_runs_beside_it(tmp_path, capsys, monkeypatch):
     better = write_run(tmp_path, "better", dice=0.85)
     write_run(tmp_path, "scratch")
     write_run(tmp_path, "better", task="other")
-    harness("show", better.name, "--runs", tmp_path)
+    monkeypatch.chdir(tmp_path.parent)  # as a user who stands beside the runs folder, and names it from there
+    harness("show", better.name, "--runs", tmp_path.name)
     out = capsys.readouterr().out
     assert re.search(r"better +unet +1 .*\+0\.0\d+", out)  # a difference from the scratch run beside it
     assert "other" not in out

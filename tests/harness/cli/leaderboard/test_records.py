@@ -43,6 +43,7 @@ def test_values_are_alternatives_and_filters_add_up(runs, capsys):
         ("tsk=t", "unknown field of runs 'tsk': did you mean 'task'?"),
         ("task", "--filter task is not FIELD=VALUE"),
         ("task=brats", "task=brats leaves no run: task is one of other, t"),
+        ("method=hybridmin", "method=hybridmin leaves no run: method is one of hybridmim, scratch"),
     ],
 )
 def test_wrong_filters_are_answered_in_words(text, says, runs, capsys):
