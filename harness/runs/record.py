@@ -52,14 +52,7 @@ def make_record(
         "task_version": task.version,
         "overrides": config.overrides,
         "data": _data_record(run_plan),
-        "task_description": {
-            "channels": list(task.channels),
-            "targets": {name: list(values) for name, values in task.targets.items()},
-            "labels": list(task.labels),
-            "overlapping": task.overlapping,
-            "aliases": {name: list(others) for name, others in task.aliases.items()},
-            "numbering": _numbering(run_plan),
-        },
+        "task_description": _task_description(run_plan),
         "config": config.model_dump(mode="json"),
         "metrics": summary,
         "metric_policy": scoring.policy,
@@ -89,6 +82,19 @@ def make_record(
         "lineage": run_plan.lineage.as_record() if run_plan.files else None,
         "citations": run_plan.citations,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _task_description(run_plan: RunPlan) -> dict[str, Any]:
+    """What a reader of the scores must know about the task."""
+    task = run_plan.task
+    return {
+        "channels": list(task.channels),
+        "targets": {name: list(values) for name, values in task.targets.items()},
+        "labels": list(task.labels),
+        "overlapping": task.overlapping,
+        "aliases": {name: list(others) for name, others in task.aliases.items()},
+        "numbering": _numbering(run_plan),
     }
 
 

@@ -146,6 +146,25 @@ def real_site(tmp_path_factory):
     return site
 
 
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_heading_breaks_inside_a_word(width, tmp_path, browser):
+    """Names with settings are long and press on the other columns."""
+    runs = Path(__file__).parents[2] / "leaderboards" / "published" / "msd_hippocampus_budgets" / "runs"
+    assert main(["leaderboard", "publish", "--from", str(runs), "--out", str(tmp_path / "site")]) == 0
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    ready(page, (tmp_path / "site" / "index.html").as_uri())
+    lines = """() => [...document.querySelectorAll('.board thead th')].map(each => {
+        const range = document.createRange();
+        range.selectNodeContents(each.querySelector('.dt-column-title') || each);
+        const text = each.innerText.trim();
+        const tops = [...range.getClientRects()].map(box => Math.round(box.top));
+        return [text, text.split(/[\\s-]+/).length, new Set(tops).size];
+    })"""
+    headings = page.evaluate(lines)
+    assert {"rank", "backbone", "seeds"} <= {text for text, _, _ in headings}
+    assert [each for each in headings if each[2] > each[1]] == []
+
+
 @pytest.mark.parametrize("width", [390, 768, 1280])
 def test_pages_fit_the_screen(width, real_site, browser):
     page = browser.new_page(viewport={"width": width, "height": 900})

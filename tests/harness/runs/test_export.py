@@ -111,8 +111,8 @@ def test_the_card_alone_gives_the_same_prediction(task, kind, more, data_folders
     assert np.allclose(ours.affine, theirs.affine)
     first, second = (np.asarray(image.dataobj) for image in (ours, theirs))
     assert len(np.unique(first)) > 1
-    # The last bit of a resampled probability decides between equal ones, in a voxel or two.
-    assert np.count_nonzero(first != second) <= 1e-4 * first.size
+    # The last bit of a resampled probability decides between equal ones: in a voxel or two, on a processor with AVX-512 in 8 of 30690.
+    assert np.count_nonzero(first != second) <= 5e-4 * first.size
 
 
 def test_the_card_has_every_number_of_the_pipeline(data_folders, corpus_runs, tmp_path):
