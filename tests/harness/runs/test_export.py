@@ -111,7 +111,7 @@ def test_the_card_alone_gives_the_same_prediction(task, kind, more, data_folders
     assert np.allclose(ours.affine, theirs.affine)
     first, second = (np.asarray(image.dataobj) for image in (ours, theirs))
     assert len(np.unique(first)) > 1
-    # The last bit of a resampled probability decides between equal ones: in a voxel or two, on a processor with AVX-512 in 8 of 30690.
+    # The last bit of a resampled probability decides between equal ones: in a voxel or two, on one processor in 8 of 30690.
     assert np.count_nonzero(first != second) <= 5e-4 * first.size
 
 
