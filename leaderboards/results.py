@@ -31,7 +31,7 @@ FIELDS = ("method", "backbone", "task", "preset", "mode", "protocol", "label_fra
 
 
 def load(*folders: str | Path) -> "Results":
-    """The finished runs of folders of runs, or of single run folders.
+    """The finished runs of folders of runs, of published sites, or of single run folders.
 
     Raises:
         UserError: a folder does not exist, or none has a finished run. Records that cannot be used are in `Results.problems`.
@@ -40,6 +40,7 @@ def load(*folders: str | Path) -> "Results":
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path} is not a folder: give the folder that holds the runs")
+    paths = [path / "runs" if website.is_site(path) else path for path in paths]
     single = [path for path in paths if (path / "record.json").exists()]
     runs, problems = load_runs(path for path in paths if path not in single)
     for path in single:

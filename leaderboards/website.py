@@ -36,6 +36,11 @@ class PublishError(Exception):
     """The site cannot be published; the message says why."""
 
 
+def is_site(folder: Path) -> bool:
+    """Whether a folder is a published site, which has its runs in `runs` and its table in `leaderboard.csv`."""
+    return (folder / "runs").is_dir() and (folder / "leaderboard.csv").is_file()
+
+
 def publish(
     runs: Sequence[Run],
     out: Path,

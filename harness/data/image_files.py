@@ -14,7 +14,7 @@ import psutil
 from numpy.typing import NDArray
 
 from harness.api.task import SPACINGS
-from harness.data.image_names import NIFTI
+from harness.data.image_names import IMAGE_ENDINGS, NIFTI
 from harness.system.errors import UserError
 from harness.system.files import disguise, file_size
 
@@ -52,6 +52,8 @@ def read_header(path: Path) -> Header:
     """
     file_size(path)
     try:
+        if not path.name.endswith(IMAGE_ENDINGS):
+            raise UserError(f"{path} has not the name of an image: give one that ends in {', '.join(IMAGE_ENDINGS)}")
         header = _nifti_header(path) if path.name.endswith(NIFTI) else _itk().read_header(path)
     except UserError:
         if kind := disguise(path):

@@ -73,6 +73,11 @@ def test_a_record_that_cannot_be_used_is_a_problem(runs):
     assert lb.load(folder).problems == results.problems
 
 
+def test_a_published_site_is_a_folder_of_its_runs(runs, tmp_path):
+    lb.load(runs).publish(tmp_path / "site")
+    pd.testing.assert_frame_equal(lb.load(tmp_path / "site").rows(), lb.load(runs).rows())
+
+
 def test_comparisons_curves_figures_and_sites(runs, tmp_path):
     results = lb.load(runs)
     (comparison,) = results.compare("better", "scratch")

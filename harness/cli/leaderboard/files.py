@@ -127,8 +127,9 @@ def _files_to_check(path: Path) -> list[Path]:
     """The paths to check: the runs and the table of a published site, else the path itself."""
     if not path.exists():
         raise UserError(f"{path} does not exist: give a record.json, a run folder, a folder of runs, a CSV or a site")
-    site = path.is_dir() and (path / "runs").is_dir() and (path / "leaderboard.csv").is_file()
-    return [path / "runs", path / "leaderboard.csv"] if site else [path]
+    from leaderboards.website import is_site
+
+    return [path / "runs", path / "leaderboard.csv"] if is_site(path) else [path]
 
 
 def _is_board(path: Path) -> bool:

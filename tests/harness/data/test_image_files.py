@@ -91,3 +91,11 @@ def test_a_compressed_file_whose_checksum_is_wrong_is_refused(tmp_path):
     assert np.array_equal(np.asarray(nib.load(path).dataobj), voxels)
     with pytest.raises(UserError, match=r"CRC check failed.*restore the file"):
         read_image(path)
+
+
+def test_a_file_without_the_name_of_an_image_is_said_to_be_none(tmp_path):
+    (tmp_path / "notes.md").write_text("# Notes\n")
+    with pytest.raises(
+        UserError, match=r"notes\.md has not the name of an image: give one that ends in \.nii\.gz, \.nii, "
+    ):
+        read_header(tmp_path / "notes.md")

@@ -98,7 +98,9 @@ def turned(path, folder):
 def test_the_card_alone_gives_the_same_prediction(task, kind, more, data_folders, tmp_path):
     """Percentiles, a window, z-scores, resampled or not, mirrored, softmax or masks, a turned array, four channels."""
     runs, out = tmp_path / "runs", tmp_path / "export"
-    settings = [word for each in ["finetune.lr=0.01", *more] for word in ("--set", each)]
+    # "auto" would be bf16 on some machines. Its rounding depends on the kernels, and decides between nearly equal classes.
+    given = ["finetune.lr=0.01", "finetune.precision=fp32", *more]
+    settings = [word for each in given for word in ("--set", each)]
     harness(*short_run("scratch", data_folders / task, task), *settings, "--runs", runs)
     folder = folder_of(runs, "scratch")
     case = Registry().task(task).cases(data_folders / task)[0]
@@ -111,8 +113,8 @@ def test_the_card_alone_gives_the_same_prediction(task, kind, more, data_folders
     assert np.allclose(ours.affine, theirs.affine)
     first, second = (np.asarray(image.dataobj) for image in (ours, theirs))
     assert len(np.unique(first)) > 1
-    # The last bit of a resampled probability decides between equal ones: in a voxel or two, on one processor in 8 of 30690.
-    assert np.count_nonzero(first != second) <= 5e-4 * first.size
+    # The last bit of a resampled probability decides between equal ones, in a voxel or two.
+    assert np.count_nonzero(first != second) <= 1e-4 * first.size
 
 
 def test_the_card_has_every_number_of_the_pipeline(data_folders, corpus_runs, tmp_path):
