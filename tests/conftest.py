@@ -13,7 +13,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 from harness import Task
 from harness.api.registry import Registry
 from harness.data.phantom import write_phantom
+from tests.harness.processes import compute_alike
 from tests.mutation.engine import pytest_terminal_summary  # noqa: F401  a hook: the table of mutants
+
+compute_alike()
 
 SHARED = Path(os.environ.get("HARNESS_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

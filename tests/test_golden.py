@@ -132,15 +132,37 @@ def test_a_run_gives_the_committed_bytes(name, folders, tmp_path):
     # Another processor or library: the same steps with nearly the same losses, the same cases and settings.
     assert len(made["losses"]) == len(due["losses"])
     for here, there in zip(made["losses"], due["losses"], strict=True):
-        assert set(here) == set(there)
-        for key, value in there.items():
-            if isinstance(value, float):
-                assert math.isclose(here[key], value, rel_tol=0.05, abs_tol=1e-3), (key, here, there)
-            else:
-                assert here[key] == value
+        assert_alike(here, there, f"{here['stage']} {here['step']}")
     computed = ("metrics", "digests", "method_prepare", "data", "parameters", "computed_with")
     assert set(made["record"]) == set(due["record"])
     for key in set(due["record"]) - set(computed):
-        assert made["record"][key] == due["record"][key], key
+        assert_alike(made["record"][key], due["record"][key], key)
     for key in ("train", "test", "n_train", "n_test", "split_by"):
         assert made["record"]["data"][key] == due["record"]["data"][key], key
+
+
+def assert_alike(here, there, where: str) -> None:
+    """Numbers that a training computed agree within a tolerance, everything else is equal, except digests of weights.
+
+    A term of a loss may be off by half a hundredth, which is little of a loss of about 1. Gradient norms need only be there:
+    where the last bit decides the side of a kink, as of a leaky ReLU in a map of 2 x 2 x 2 voxels, a norm differs by a
+    quarter between processors, with a loss that agrees to five digits.
+    """
+    if isinstance(there, dict):
+        assert set(here) == set(there), where
+        for key, value in there.items():
+            assert_alike(here[key], value, f"{where}, {key}")
+    elif isinstance(there, list):
+        assert len(here) == len(there), where
+        for index, (first, second) in enumerate(zip(here, there, strict=True)):
+            assert_alike(first, second, f"{where}, {index}")
+    elif isinstance(there, float) and "gradient_norm" in where:
+        assert math.isfinite(here), where
+        assert here > 0, where
+    elif isinstance(there, float):
+        least = 5e-3 if ", terms, " in where else 1e-3
+        assert math.isclose(here, there, rel_tol=0.05, abs_tol=least), (where, here, there)
+    elif where == "transfer, frozen, digest":
+        assert len(here) == len(there), where
+    else:
+        assert here == there, where

@@ -12,7 +12,14 @@ import pytest
 from tests.harness.processes import finish, only_run, run_words, start
 
 BUDGET = [
-    *("pretrain.steps=6", "pretrain.warmup_steps=2", "pretrain.crop=32,32,32", "pretrain.batch_size=4"),
+    # A low learning rate: AdamW makes of the last bit of a gradient a step of any size up to it, other on each processor.
+    *(
+        "pretrain.steps=6",
+        "pretrain.warmup_steps=2",
+        "pretrain.crop=32,32,32",
+        "pretrain.batch_size=4",
+        "pretrain.lr=1e-4",
+    ),
     *("finetune.steps=6", "finetune.warmup_steps=2", "finetune.crop=32,32,32", "finetune.batch_size=4"),
     *("backbone.features=4,4,8,8,8", "method.sub_volume=32"),
 ]
