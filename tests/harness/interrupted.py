@@ -9,6 +9,8 @@ STEPS = {"pretrain": 12, "finetune": 8}
 BUDGET = [
     *("pretrain.steps=12", "pretrain.warmup_steps=2", "pretrain.crop=32,32,32", "backbone.features=4,4,8,8,8"),
     *("finetune.steps=8", "finetune.warmup_steps=2", "finetune.crop=32,32,32", "method.sub_volume=32"),
+    # In processes that `compute_alike` does not reach, too.
+    *("pretrain.precision=fp32", "finetune.precision=fp32"),
 ]
 
 
