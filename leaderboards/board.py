@@ -10,13 +10,12 @@ import numpy as np
 
 from leaderboards import statistics
 from leaderboards.calibration import Calibration, Interval, calibrate
-from leaderboards.convergence import Curve, curve, unconverged
+from leaderboards.convergence import CONTROL, Curve, curve, flat_in_labels, soft_dice, unconverged
 from leaderboards.folds import fold_note, pool
 from leaderboards.ranks import Ranks, least_freedom, rank_stability
 from leaderboards.records import SHARED, SUMMARY, Run
 from leaderboards.statistics import Estimate, Values
 
-CONTROL = "scratch"
 CALIBRATES = {
     "positive": "positive control: pre-trained with labels, neither ranked nor tested",
     "negative": "negative control: nothing pre-trained, neither ranked nor tested",
@@ -329,7 +328,8 @@ def gather(runs: Sequence[Run]) -> list[Table]:
         same = [key for key, first in measured.items() if not _other_cases(first, run)]
         for key in same or [(*run.table, run.targets)]:
             tables[key][run.method, run.backbone].append(run)
-    return [_table(key, tables[key]) for key in sorted(tables)]
+    flat = flat_in_labels(tables)
+    return [_table(key, tables[key], flat) for key in sorted(tables)]
 
 
 def imported_note(runs: Sequence[Run]) -> str:
@@ -387,8 +387,13 @@ def paired(first: Sequence[Run], second: Sequence[Run]) -> tuple[list[Run], list
     return [first_by_seed[seed] for seed in shared], [second_by_seed[seed] for seed in shared]
 
 
-def _table(key: tuple[Any, ...], members: dict[tuple[str, str], list[Run]]) -> Table:
-    """A table with its rows, and all statistics about them. `members`: the runs of each method and backbone."""
+def _table(key: tuple[Any, ...], members: dict[tuple[str, str], list[Run]], flat: dict[Any, str]) -> Table:
+    """A table with its rows, and all statistics about them.
+
+    Args:
+        members: the runs of each method and backbone.
+        flat: the sentences of `flat_in_labels`, for rows whose records do not have soft Dice.
+    """
     chosen = {name: _one_per_seed(runs) for name, runs in sorted(members.items())}
     runs = {name: seeds for name, (seeds, _) in chosen.items()}
     dice, folds = [stack(seeds, "dice") for seeds in runs.values()], next(iter(runs.values()))[0].folds
@@ -405,7 +410,8 @@ def _table(key: tuple[Any, ...], members: dict[tuple[str, str], list[Run]]) -> T
         dice_of_row, hd95, surface = (column[index] for column in estimates)
         name = method, backbone
         own = [member for run in runs[name] for member in run.members]
-        early, pooling = unconverged(own), fold_note(runs[name])
+        old = not any(run.imported or soft_dice(run) is not None for run in own)
+        early, pooling = flat.get((key, backbone), "") if old else unconverged(own), fold_note(runs[name])
         text = "; ".join(
             note for note in (early, chosen[name][1], notes[name], _tuned(own), _collapsed(own), pooling) if note
         )

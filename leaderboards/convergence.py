@@ -1,11 +1,16 @@
 """How fast fine-tuning learned, and whether it had converged when it ended: a comparison of runs that have not says little."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
 
 import numpy as np
 
-from leaderboards.records import Run
+from leaderboards.records import SHARED, Run
+
+CONTROL = "scratch"
 
 GAP = 0.1
 """A run has not converged if the soft Dice of its last training crops is this much below the Dice of its test cases.
@@ -14,6 +19,14 @@ Soft Dice is 1 minus the Dice loss, averaged over the last tenth of the steps. T
 that in a converged run it is about as high as the test Dice, or higher. Early in a training the network is right more often than
 it is sure, so that soft Dice is far below.
 """
+
+
+MORE_LABELS = 4
+"""How many times as many labelled cases must raise the Dice of scratch."""
+LEAST_GAIN = 0.01
+"""By how much they must raise it. Fine-tuning that gains less ends before it has used the labels."""
+
+LABEL_MARK = "not converged: scratch has "
 
 
 def soft_dice(run: Run) -> float | None:
@@ -36,6 +49,57 @@ def unconverged(runs: Sequence[Run]) -> str:
     seeds = ("seed " if len(early) == 1 else "seeds ") + ", ".join(map(str, early))
     _, soft, dice = max(gaps, key=lambda gap: gap[2] - gap[1])
     return f"not converged ({seeds}): soft Dice {soft:.2f} on the last crops, Dice {dice:.2f} on the test cases"
+
+
+def flat_in_labels(tables: Mapping[tuple[Any, ...], Mapping[tuple[str, str], Sequence[Run]]]) -> dict[Any, str]:
+    """Sentences about tables in which scratch gains nothing from `MORE_LABELS` times as many labelled cases.
+
+    The tables share everything but the labelled cases; scratch is compared over the seeds that both have. The rule is for records
+    without soft Dice: it needs no more than a table does.
+
+    Args:
+        tables: runs by method and backbone, of each key of a table.
+
+    Returns:
+        a sentence for each key and backbone with such a pair.
+    """
+    # The numbers of labelled cases differ, and so may the way in which they were drawn.
+    labels = {SHARED.index("label_fraction"), SHARED.index("label_subset")}
+    curves: dict[Any, dict[Any, dict[int, Run]]] = defaultdict(dict)
+    for key, rows in tables.items():
+        rest = tuple(value for index, value in enumerate(key) if index not in labels)
+        for (method, backbone), runs in rows.items():
+            if method == CONTROL:
+                curves[rest, backbone][key] = {run.seed: run for run in runs}
+    sentences: dict[Any, str] = {}
+    for (_, backbone), points in curves.items():
+        pairs = [(*_gain(few, many), first, second) for (first, few), (second, many) in permutations(points.items(), 2)]
+        # The widest pair comes last, and its sentence stays.
+        for times, gain, sentence, first, second in sorted(pairs, key=lambda pair: pair[:2]):
+            if times >= MORE_LABELS and gain < LEAST_GAIN:
+                sentences.update({(first, backbone): sentence, (second, backbone): sentence})
+    return sentences
+
+
+def _gain(few: Mapping[int, Run], many: Mapping[int, Run]) -> tuple[float, float, str]:
+    """Compare runs with few labelled cases and with many, over the seeds that both have.
+
+    Returns:
+        how many times as many cases there are, 0 where it is not known; by how much the mean Dice is higher; both in words.
+    """
+    pairs = [(few[seed].record, many[seed].record) for seed in sorted(few.keys() & many.keys())]
+    numbers = [[record["data"].get("n_train") for record in pair] for pair in pairs]
+    means = [[record["metrics"].get("average", {}).get("dice") for record in pair] for pair in pairs]
+    if not pairs or any(not value for pair in numbers + means for value in pair):
+        return 0.0, 0.0, ""
+    (least, most), (low, high) = np.mean(numbers, axis=0), np.mean(means, axis=0)
+    sentence = f"Dice {low:.3f} with {least:.0f} labelled cases and {high:.3f} with {most:.0f}"
+    return float(most / least), float(high - low), LABEL_MARK + sentence
+
+
+def without_label_mark(note: str) -> str:
+    """The note of a row without the sentence of `flat_in_labels`, as versions before 0.5.0 wrote it."""
+    return "; ".join(part for part in note.split("; ") if not part.startswith(LABEL_MARK))
 
 
 @dataclass(frozen=True)

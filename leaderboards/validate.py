@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from harness.system.files import digest_file
-from leaderboards import board, reported, statistics, table
+from leaderboards import board, convergence, reported, statistics, table
 from leaderboards.records import STATUS, SUMMARY, RecordError, Run, load_run
 from leaderboards.schema import MOST_TRIALS
 from leaderboards.table import COLUMNS, EXACT
@@ -348,6 +348,9 @@ def _recompute(frame: pd.DataFrame, runs: Sequence[Run]) -> tuple[list[str], str
         fresh[column] = fresh[column].map(escape_cell)
     for column in EXACT:
         fresh[column] = fresh[column].map(_digits)
+    if set(LATER) - set(frame.attrs["stated"]):
+        # The version that made the table did not have this rule either.
+        fresh["note"] = fresh["note"].map(convergence.without_label_mark)
     recomputed_rows = {tuple(row[name] for name in KEY): row for row in fresh.to_dict("records")}
     for line, row in zip(measured.index + 2, measured.to_dict("records"), strict=True):
         row |= {column: _digits(row[column]) for column in EXACT}

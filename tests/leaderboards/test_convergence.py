@@ -1,10 +1,11 @@
 """Runs that ended before fine-tuning had converged are marked; converged runs are not."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from leaderboards import convergence, records
+from leaderboards import board, convergence, records
 from tests.leaderboards.made import built, called, tables, write_run
 
 
@@ -40,6 +41,75 @@ def test_row_and_table_say_it(tmp_path, capsys):
     assert all(note.startswith("not converged (seed 0)") for note in notes["m"])
     assert set(notes["scratch"]) == {"the control"}
     assert "NOT CONVERGED" in called(capsys, "leaderboard", "build", "--runs", tmp_path)
+
+
+def labelled(folder, method, number, dice, seed=0, **changes):
+    own = {"data": {"n_train": number}, "label_fraction": number / 100, "metrics": {"average": {"dice": dice}}}
+    return write_run(folder, method, seed, dice, **own | changes)
+
+
+def test_older_records_are_marked_where_many_more_labels_do_not_help(tmp_path):
+    for seed in (0, 1):
+        for number, dice in ((10, 0.80), (20, 0.79), (45, 0.80), (100, 0.805)):
+            labelled(tmp_path, "scratch", number, dice + 0.02 * seed, seed)
+            labelled(tmp_path, "m", number, 0.6, seed)
+    few, some, more, many = tables(tmp_path)
+    for table in (few, many):
+        assert [group.unconverged for group in table.groups] == [
+            "not converged: scratch has Dice 0.810 with 10 labelled cases and 0.815 with 100"
+        ] * 2
+        assert table.sentences[0].startswith("NOT CONVERGED: the fine-tuning of 2 of 2 rows")
+    # Twenty cases have 0.80 and a hundred 0.815: more labels help there.
+    assert [group.unconverged for group in some.groups] == ["", ""]
+    assert "0.810 with 10 labelled cases and 0.810 with 45" in more.groups[0].unconverged
+
+
+@pytest.mark.parametrize(
+    ("number", "dice", "changes"),
+    [
+        (100, 0.811, {}),  # more labels help
+        (39, 0.80, {}),  # not four times as many
+        (100, 0.80, {"seed": 1}),  # no seed in common
+        (100, 0.80, {"backbone": "swinunetr"}),
+        (100, 0.80, {"overrides": {"finetune.steps": "9"}}),  # other tables than those that differ in labels alone
+        (100, 0.80, {"data": {"n_train": None}}),
+    ],
+)
+def test_other_label_curves_mark_nothing(tmp_path, number, dice, changes):
+    labelled(tmp_path, "scratch", 10, 0.80)
+    labelled(tmp_path, "scratch", number, dice, **changes)
+    for each in (10, 100):
+        labelled(tmp_path, "flat", each, 0.8)
+    assert not any(group.unconverged for table in tables(tmp_path) for group in table.groups)
+
+
+def test_soft_dice_decides_where_a_record_has_it(tmp_path):
+    for number in (10, 100):
+        labelled(tmp_path, "scratch", number, 0.8)
+        labelled(tmp_path, "m", number, 0.8, final_soft_dice=0.9)
+    assert [[bool(group.unconverged) for group in table.groups] for table in tables(tmp_path)] == [[False, True]] * 2
+
+
+def test_a_table_without_the_mark_is_valid_if_it_is_older_than_the_rule(tmp_path, capsys):
+    for number in (10, 100):
+        labelled(tmp_path, "scratch", number, 0.8)
+    frame = built(tmp_path)
+    assert frame["note"].str.startswith("not converged: scratch has Dice 0.800 with 10").all()
+    frame["note"] = "the control"
+    older, forged = tmp_path / "older.csv", tmp_path / "forged.csv"
+    frame.loc[:, :"note"].to_csv(older, index=False)
+    frame.to_csv(forged, index=False)
+    assert "valid, 6 rows recomputed" in called(capsys, "leaderboard", "validate", older, "--runs", tmp_path)
+    assert "note is 'the control'" in called(capsys, "leaderboard", "validate", forged, "--runs", tmp_path, status=2)
+
+
+def test_the_published_records_of_0_3_0_are_marked():
+    folder = Path(__file__).parents[2] / "leaderboards" / "published"
+    old = board.gather(records.load_runs([folder / "msd_hippocampus" / "runs"])[0])
+    marked = [(group.backbone, bool(group.unconverged)) for table in old for group in table.groups]
+    assert set(marked) == {("unet", True), ("swinunetr", False)}, "of SwinUNETR there is no curve over labels"
+    new = board.gather(records.load_runs([folder / "msd_hippocampus_controls" / "runs"])[0])
+    assert not any(group.unconverged for table in new for group in table.groups)
 
 
 def with_curve(folder, method, seed, dice, steps=(1, 2, 4), seconds=None):
