@@ -124,8 +124,10 @@ class _Site:
         for rank, group in zip(ranked.ranks(), ranked.groups, strict=True):
             missed = sum(int(run.missed.sum()) for run in group.runs)
             seen = seen_text(group.num_test_seen)
-            share = share_text(ranked.share(group))
-            rows.append({"rank": rank, "group": group, "missed": missed, "seen": seen, "share": share})
+            share = ranked.share(group)
+            value, _, interval = share_text(share).partition(" ")
+            cell = {"order": share[0] if share else -1e9, "value": value, "interval": interval}
+            rows.append({"rank": rank, "group": group, "missed": missed, "seen": seen, "share": cell})
             rows[-1]["to_scratch"] = ranked.to_scratch(group)
         rows.sort(key=_sort_key)
         drawn = figures.table_figures(ranked, self.folder / "figures" / str(number)) if len(rows) > 1 else {}

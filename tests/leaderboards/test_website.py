@@ -195,6 +195,38 @@ def test_a_name_leads_to_a_run_and_leaves_out_what_all_share(real_site, page):
     assert {"anterior", "posterior", "memory, GiB", "kWh"} < set(headings)
 
 
+TARGETS = """() => {
+  const boxes = [...document.querySelectorAll('thead [role=button], button, select, input')].map(each => each.getBoundingClientRect());
+  const small = boxes.filter(box => box.width < 24 || box.height < 24).length;
+  const over = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+  return [boxes.length, small, boxes.filter((a, n) => boxes.slice(n + 1).some(b => over(a, b))).length];
+}"""
+
+
+@pytest.mark.parametrize("width", [412, 1280])
+def test_what_one_clicks_is_large_enough_and_lies_apart(width, real_site, browser):
+    """WCAG 2.2, 2.5.8: 24 px across."""
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    for path in ["index.html", "tables/1.html", next(real_site.glob("runs/*/index.html")).relative_to(real_site)]:
+        page.goto((real_site / path).as_uri())
+        until(page, "document.querySelector('thead [role=button]') !== null")
+        number, small, overlapping = page.evaluate(TARGETS)
+        assert number > 2
+        assert (small, overlapping) == (0, 0), path
+    page.close()
+
+
+def test_shares_of_the_headroom_are_sorted_as_numbers(real_site, page):
+    ready(page, (real_site / "tables" / "1.html").as_uri())
+    heading = page.locator("#t1 thead th", has_text="of headroom")
+    number = 1 + page.eval_on_selector_all("#t1 thead th", "all => all.findIndex(c => c.innerText === 'of headroom')")
+    for descending in (False, True):
+        heading.click()
+        shares = [int(cell.partition("%")[0]) for cell in column(page, number, "#t1") if cell[0] != "-" or cell[1:]]
+        assert len(shares) == 6
+        assert shares == sorted(shares, reverse=descending)
+
+
 CONTRAST = """() => {
   const light = text => text.match(/[\\d.]+/g).slice(0, 3).map(Number)
     .map(c => c / 255).map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
