@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from harness.system.errors import UserError, unknown
 from leaderboards import board, statistics
 from leaderboards.board import Group, NotComparableError, Table
 from leaderboards.records import Run
@@ -50,9 +51,14 @@ class Comparison:
 def compare_methods(tables: Sequence[Table], first: str, second: str) -> list[Comparison]:
     """Compare two methods in every table and on every backbone that both have.
 
+    Args:
+        first, second: as the rows name them. The settings in braces may be left out where only one row has the name.
+
     Raises:
+        UserError: a name that no row or more than one has.
         NotComparableError: they share no table; the message says which fields differ.
     """
+    first, second = (_named(name, tables) for name in (first, second))
     comparisons = []
     for table in tables:
         for one in (group for group in table.groups if group.method == first):
@@ -63,6 +69,17 @@ def compare_methods(tables: Sequence[Table], first: str, second: str) -> list[Co
     if not comparisons:
         raise NotComparableError(_why_not(tables, first, second))
     return comparisons
+
+
+def _named(name: str, tables: Sequence[Table]) -> str:
+    """The method that a name stands for, with its settings. Raises UserError for none and for several."""
+    methods = {group.method for table in tables for group in table.groups}
+    same = sorted(method for method in methods if method.partition("{")[0] == name)
+    if name in methods or len(same) == 1:
+        return name if name in methods else same[0]
+    if same:
+        raise UserError(f"{name!r} is {len(same)} methods here: give one of {', '.join(map(repr, same))}")
+    raise unknown("method among these runs", name, methods)
 
 
 def compare_runs(first: Run, second: Run) -> Comparison:

@@ -149,9 +149,10 @@ class Results:
         return pd.DataFrame(rows)
 
     def compare(self, first: str, second: str) -> list[Comparison]:
-        """Two methods, as `rows` names them, in every table that has both.
+        """Two methods, as `rows` names them, in every table that has both, see `leaderboards.compare.compare_methods`.
 
         Raises:
+            UserError: a name that no row or more than one has.
             leaderboards.board.NotComparableError: they share no table; the message says which fields differ.
         """
         return compare.compare_methods(self.tables, first, second)

@@ -94,17 +94,21 @@ def test_the_backbone_in_the_docs_is_one(tmp_path):
     assert [result.status for result in results] == ["pass"] * len(checks), results
 
 
-def test_the_task_in_the_docs_is_one(tmp_path, capsys):
-    (tmp_path / "lesions.py").write_text(example("write_a_task.md", "lesions.py"))
-    rng = np.random.default_rng(0)
+def patients(root, rng):
+    """Ten cases of the task that `write_a_task.md` writes."""
     for number in range(10):
         label = np.zeros((32, 40, 32), np.uint8)
         label[8:20, 8:20, 8:20], label[12:16, 12:16, 12:16] = 1, 2
         image = rng.normal(100, 20, label.shape) + 50 * label + number
-        folder = tmp_path / "patients" / f"p{number}"
+        folder = root / f"p{number}"
         folder.mkdir(parents=True)
         write_image(folder / "image.nii.gz", image.astype(np.float32), np.eye(4))
         write_image(folder / "label.nii.gz", label, np.eye(4))
+
+
+def test_the_task_in_the_docs_is_one(tmp_path, capsys):
+    (tmp_path / "lesions.py").write_text(example("write_a_task.md", "lesions.py"))
+    patients(tmp_path / "patients", np.random.default_rng(0))
     given = ["--plugin", tmp_path / "lesions.py", "--data", tmp_path / "patients"]
     harness("data", "check", "lesions", *given)
     assert "10 cases" in capsys.readouterr().out

@@ -38,6 +38,18 @@ def test_compare_refuses_what_differs_and_says_in_which_field(capsys, tmp_path):
     assert "with itself" in called(capsys, "leaderboard", "compare", "a", "a", "--runs", tmp_path, status=2)
 
 
+def test_settings_may_be_left_out_where_one_method_has_the_name(capsys, tmp_path):
+    write_run(tmp_path, "scratch")
+    write_run(tmp_path, "m", rules=2, overrides={"method.ratio": "0.6"})
+    write_run(tmp_path, "scratch", rules=2)
+    assert "A = m{ratio=0.6} (unet)" in called(capsys, "leaderboard", "compare", "m", "scratch", "--runs", tmp_path)
+    write_run(tmp_path, "m", rules=2, overrides={"method.ratio": "0.7"})
+    said = called(capsys, "leaderboard", "compare", "m", "scratch", "--runs", tmp_path, status=2)
+    assert "'m' is 2 methods here: give one of 'm{ratio=0.6}', 'm{ratio=0.7}'" in said
+    write_run(tmp_path, "m", rules=2)
+    assert "A = m (unet)" in called(capsys, "leaderboard", "compare", "m", "scratch", "--runs", tmp_path)
+
+
 def test_compare_two_runs(capsys, tmp_path):
     first, second = write_run(tmp_path, "scratch"), write_run(tmp_path, "better", dice=0.9)
     said = called(capsys, "leaderboard", "compare", second.name, first, "--runs", tmp_path)

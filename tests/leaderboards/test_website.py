@@ -196,7 +196,8 @@ def test_a_name_leads_to_a_run_and_leaves_out_what_all_share(real_site, page):
 
 
 TARGETS = """() => {
-  const boxes = [...document.querySelectorAll('thead [role=button], button, select, input')].map(each => each.getBoundingClientRect());
+  const all = [...document.querySelectorAll('thead [role=button], button, select, input')];
+  const boxes = all.map(each => each.getBoundingClientRect());
   const small = boxes.filter(box => box.width < 24 || box.height < 24).length;
   const over = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
   return [boxes.length, small, boxes.filter((a, n) => boxes.slice(n + 1).some(b => over(a, b))).length];
