@@ -7,7 +7,10 @@ from leaderboards import statistics
 from tests.leaderboards.made import simulated
 
 
-@pytest.mark.parametrize(("share", "headroom"), [(0.5, 0.06), (0.0, 0.06), (1.2, 0.04)])
+@pytest.mark.parametrize(
+    ("share", "headroom"),
+    [(0.5, 0.06), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((0.0, 0.06), (1.2, 0.04)))],
+)
 def test_the_interval_of_a_share_holds_the_true_share_in_95_percent_of_tables(share, headroom):
     rng, covered, number = np.random.default_rng(7), 0, 1000
     for _ in range(number):

@@ -13,6 +13,7 @@ def test_good_data_passes_the_check(two_phantoms, capsys):
     assert "4 cases" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_real_hippocampus_passes_the_check(real_hippocampus, capsys):
     harness("data", "check", "msd_hippocampus", "--data", real_hippocampus.parent)
     assert "220 cases, 176 for training and 44 for testing; 0 with a problem" in capsys.readouterr().out

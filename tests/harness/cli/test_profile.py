@@ -96,6 +96,7 @@ def test_wrong_input_is_one_line(more, said, capsys, tmp_path, monkeypatch):
     assert len([line for line in error.splitlines() if line.startswith("harness")]) == 1
 
 
+@pytest.mark.slow
 def test_the_paper_suite_is_the_papers_shapes():
     assert "paper" in suite_names()
     cells = [resolve_trial(cell.request) for cell in read(suite_path("paper"), Request(method="", task=""))]

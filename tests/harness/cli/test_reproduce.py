@@ -4,6 +4,8 @@ import json
 import shlex
 import shutil
 
+import pytest
+
 from harness.cli import run
 from harness.cli.options import Parser, request_of
 from tests.harness.commands import fails, folder_of, harness, short_run
@@ -49,6 +51,7 @@ def test_what_is_no_record_is_refused(tmp_path, capsys):
     assert "unknown run in" in fails(capsys, "reproduce", "nowhere", "--runs", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_of_a_file_of_folds_asks_for_that_file(tmp_path, capsys):
     """Without data: a phantom that is reproduced is written again, with all of its cases."""
     names = [f"hippocampus_{number:03d}" for number in range(1, 16)]

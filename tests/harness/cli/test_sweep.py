@@ -9,6 +9,7 @@ from harness.cli.main import main
 from tests.harness.sweep_files import TINY_SWEEP
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_shares_pretraining_lists_failures_and_skips_what_is_finished(
     tmp_path, hippocampus_phantom, capsys
 ):

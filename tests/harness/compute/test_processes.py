@@ -55,7 +55,7 @@ def alone(sixteen_cases, tmp_path_factory):
     return only_run(runs)
 
 
-@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("number", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_shared_run_is_the_same_run(number, sixteen_cases, alone, tmp_path):
     assert launch(number, sixteen_cases, tmp_path) == [0] * number, (tmp_path / "log0").read_text()
     run = only_run(tmp_path)
@@ -71,7 +71,7 @@ def test_a_shared_run_is_the_same_run(number, sixteen_cases, alone, tmp_path):
     assert not list(tmp_path.rglob("*.lock"))
 
 
-@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("number", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_same_weights_have_the_same_record(number, sixteen_cases, alone, tmp_path):
     """A run that was interrupted after fine-tuning is evaluated by several processes, each case by one of them."""
     shutil.copytree(alone.parent, tmp_path / "runs")
@@ -101,6 +101,7 @@ def test_what_is_wrong_is_said_once(sixteen_cases, tmp_path):
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_eight_processes_that_ask_at_once_compute_once(sixteen_cases, alone, tmp_path):
     processes = [start(words(sixteen_cases, tmp_path), tmp_path / f"log{number}") for number in range(8)]

@@ -16,8 +16,9 @@ BACKBONES = Registry().names("backbone")
 QUICK = ["finite losses", "gradients", "weights"]
 
 
-# What is left to `-m slow` so that the quick tests stay quick: every check of methods that share most of their code with
-# others, and most methods on networks whose blocks are those of others.
+# What is left to `-m slow` so that the quick tests stay quick: every check of most methods, quick checks of methods that share
+# most of their code with others, and most methods on networks whose blocks are those of others.
+WITH_EVERY_CHECK = ("hybridmim", "spark", "scratch", "official")
 LATER = ("dino", "mae", "simclr", "simmim", "supervised", "swinunetr_ssl", "volume_fusion")
 RELATED = ("plainunet", "mednext", "resenc")
 ON_RELATED = ("hybridmim", "spark", "transvw")
@@ -27,7 +28,7 @@ def quick_or_slow(*values, quick):
     return pytest.param(*values, marks=[] if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("method", [quick_or_slow(name, quick=name not in LATER) for name in METHODS])
+@pytest.mark.parametrize("method", [quick_or_slow(name, quick=name in WITH_EVERY_CHECK) for name in METHODS])
 def test_built_in_methods_pass_every_check_on_unet(method):
     assert_conforms(method, backbones=["unet"], checks=[check for check in CHECKS if check != "step time"])
 
@@ -50,7 +51,7 @@ def test_built_in_methods_serve_every_backbone(method, backbone):
     assert_conforms(method, backbones=[backbone], checks=QUICK)
 
 
-@pytest.mark.parametrize("method", [quick_or_slow(name, quick=name not in LATER) for name in METHODS])
+@pytest.mark.parametrize("method", [quick_or_slow(name, quick=name in WITH_EVERY_CHECK) for name in METHODS])
 def test_built_in_methods_run_in_two_processes(method):
     assert_conforms(method, backbones=["unet"], checks=["weights", TWO])
 
@@ -62,6 +63,7 @@ def test_built_in_methods_pass_every_check_on_every_backbone(method):
     assert_conforms(method)
 
 
+@pytest.mark.slow
 def test_a_good_plugin_passes(tmp_path):
     results = check_method("toy", [write_toy(tmp_path)], ["unet"])
     assert {result.status for result in results} == {"pass"}

@@ -47,6 +47,7 @@ def kill_and_go_on(data, folder, whole, kills, rng):
     return done, went_on
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_kills_in_every_stage_change_nothing(sixteen_cases, whole_run, tmp_path):
     done, went_on = kill_and_go_on(sixteen_cases, tmp_path, whole_run, KILLS, random.Random(0))
@@ -84,7 +85,7 @@ def one_error(capsys) -> str:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_cache_that_is_removed_in_mid_run(workers, sixteen_cases, whole_run, tmp_path, monkeypatch, capsys):
     after_steps(monkeypatch, 4, lambda stage: shutil.rmtree(tmp_path / "cache" / "prepared"))
     more = ["--set", f"pretrain.workers={workers}"] if workers else []
@@ -171,6 +172,7 @@ def full_disk(tmp_path):
     subprocess.run(["umount", place], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_becomes_read_only(sixteen_cases, whole_run, full_disk, tmp_path):
     runs, _ = full_disk
     log = tmp_path / "log"
@@ -188,7 +190,14 @@ def test_a_disk_that_becomes_read_only(sixteen_cases, whole_run, full_disk, tmp_
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("at", ["pretrain", "finetune", "stage.json", "cases.csv", "record.json"])
+@pytest.mark.parametrize(
+    "at",
+    [
+        "cases.csv",
+        "record.json",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("pretrain", "finetune", "stage.json")),
+    ],
+)
 def test_a_full_disk(at, sixteen_cases, whole_run, full_disk, monkeypatch, capsys):
     runs, fill = full_disk
     if at in STEPS:

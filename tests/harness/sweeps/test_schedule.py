@@ -55,6 +55,7 @@ class Refuses(Killed):
 """
 
 
+@pytest.mark.slow
 def test_what_is_killed_from_outside_goes_on_and_shares_its_pretraining(tmp_path, hippocampus_phantom, capsys):
     text = '[[matrix]]\nmethod = "killed"\nlabel_fraction = [0.5, 1.0]\n'
     todo, _ = planned(tmp_path, hippocampus_phantom, text, KILLED.replace("MARK", str(tmp_path / "mark")))

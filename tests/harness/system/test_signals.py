@@ -113,6 +113,7 @@ def test_a_signal_leaves_a_checkpoint_and_status_75(name, sixteen_cases, whole_r
     assert_same(only_run(tmp_path), whole_run)
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_a_terminal_into_tee_leaves_a_checkpoint(sixteen_cases, whole_run, tmp_path):
     """`harness run ... 2>&1 | tee log` on a pseudo-terminal: Ctrl-C ends `tee` too, so that the messages have no reader."""
     given = shlex.join([sys.executable, "-m", "harness", *(str(word) for word in words(sixteen_cases, tmp_path))])
