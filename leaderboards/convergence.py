@@ -17,7 +17,7 @@ GAP = 0.1
 
 Soft Dice is 1 minus the Dice loss, averaged over the last tenth of the steps. Training crops are easier than test cases, so
 that in a converged run it is about as high as the test Dice, or higher. Early in a training the network is right more often than
-it is sure, so that soft Dice is far below.
+it is sure, so that soft Dice is far below. A network whose soft Dice is itself below this has not learned at all.
 """
 
 
@@ -41,7 +41,9 @@ def unconverged(runs: Sequence[Run]) -> str:
     gaps = [
         (run.seed, soft, dice)
         for run, soft in pairs
-        if soft is not None and (dice := run.record["metrics"].get("average", {}).get("dice")) and dice - soft > GAP
+        if soft is not None
+        and (dice := run.record["metrics"].get("average", {}).get("dice")) is not None
+        and (dice - soft > GAP or soft < GAP)
     ]
     if not gaps:
         return ""

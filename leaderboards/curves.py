@@ -53,6 +53,11 @@ class Curve:
     groups: list[Group]
     area: tuple[float, float, float]
 
+    def area_text(self, digits: int) -> str:
+        """The area with its interval, where it has one."""
+        value, low, high = (f"{number:.{digits}f}" for number in self.area)
+        return value if low == "nan" else f"{value} [{low}, {high}]"
+
 
 @dataclass(frozen=True)
 class Curves:
@@ -78,10 +83,9 @@ class Curves:
         rows = [["", *map(self.axis.form, points), "area [95 % CI]"]]
         for curve in sorted(self.curves, key=lambda curve: -curve.area[0]):
             dice = dict(zip(curve.points, (group.dice.mean[-1] for group in curve.groups), strict=True))
-            value, low, high = curve.area
             note = "" if curve.points == widest else f"  (other {self.axis.values}: not comparable)"
             table_cells = [f"{dice[point]:.4f}" if point in dice else "-" for point in points]
-            rows.append([printable(curve.name), *table_cells, f"{value:.4f} [{low:.4f}, {high:.4f}]{note}"])
+            rows.append([printable(curve.name), *table_cells, f"{curve.area_text(4)}{note}"])
         lines = [printable(self.title), *align(rows, right=range(1, 1 + len(points)))]
         lines += [f"  left out, as another row has the same point: {printable(name)}" for name in self.left_out]
         return "\n".join(lines)

@@ -321,7 +321,7 @@ def efficiency(curves: Curves, path: Path) -> str:
 
     save(path, (6, 4), curves.title, draw)
     return f"Dice over {curves.axis.label.removesuffix(', %')}; area: " + ", ".join(
-        f"{curve.name} {curve.area[0]:.3f} [{curve.area[1]:.3f}, {curve.area[2]:.3f}]" for curve in best
+        f"{curve.name} {curve.area_text(3)}" for curve in best
     )
 
 

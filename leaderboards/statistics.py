@@ -139,7 +139,8 @@ def combine(parts: Sequence[Estimate], weights: Sequence[float]) -> tuple[float,
 def area_under_curve(points: Sequence[float], parts: Sequence[Estimate]) -> tuple[float, float, float]:
     """Area under the curve of Dice over the label fraction, or over a number of steps: value, low, high.
 
-    The area follows the trapezoidal rule and is divided by the range of the points, so that it is a mean Dice.
+    The area follows the trapezoidal rule and is divided by the range of the points, so that it is a mean Dice. Low and high are
+    NaN where a point has no interval.
 
     Raises:
         ValueError: fewer than two points, or points that do not ascend.
@@ -148,7 +149,8 @@ def area_under_curve(points: Sequence[float], parts: Sequence[Estimate]) -> tupl
     if len(steps) < 1 or (steps <= 0).any():
         raise ValueError("a curve needs at least two points, in ascending order")
     weights = (np.append(steps, 0) + np.append(0, steps)) / 2 / steps.sum()
-    return combine(parts, weights.tolist())
+    area, low, high = combine(parts, weights.tolist())
+    return (area, np.nan, np.nan) if any(np.isnan(part.low[-1]) for part in parts) else (area, low, high)
 
 
 def why_no_test(num_seeds: int, num_cases: int, folds: Folds = ()) -> str:

@@ -61,7 +61,8 @@ def tiny(*arguments):
         values[stage] |= dict(steps=2, warmup_steps=0, crop=(32, 32, 64), workers=0)
     return values
 resolve._combine = tiny
-sys.exit(main())
+if __name__ == "__main__":  # children of a profile import this
+    sys.exit(main())
 """
 """The command with budgets of two steps, whatever preset or setting is asked for."""
 
@@ -108,6 +109,7 @@ def desk(tmp_path_factory) -> Path:
     runs = [
         "for s in 0 1; do for m in scratch hybridmim; do harness run --method $m --task msd_hippocampus --seed $s; done; done"
     ]
+    runs += ["harness run --method scratch --task msd_hippocampus --label-fraction 0.5"]
     execute(desk, [*runs, "harness run --method hybridmim --task brats --data data/brats"])
     return desk
 

@@ -111,7 +111,14 @@ def test_the_task_in_the_docs_is_one(tmp_path, capsys):
     patients(tmp_path / "patients", np.random.default_rng(0))
     given = ["--plugin", tmp_path / "lesions.py", "--data", tmp_path / "patients"]
     harness("data", "check", "lesions", *given)
-    assert "10 cases" in capsys.readouterr().out
+    assert "10 cases, 8 for training and 2" in capsys.readouterr().out
+    (tmp_path / "visits.py").write_text(
+        example("write_a_task.md", "lesions.py").replace(
+            'label.nii.gz"))', 'label.nii.gz"), patient=str(int(image.parent.name[1:]) // 2))'
+        )
+    )
+    harness("data", "check", "lesions", "--plugin", tmp_path / "visits.py", "--data", tmp_path / "patients")
+    assert "10 cases of 5 patients, 8 for training and 2" in capsys.readouterr().out
     words = ["--method", "scratch", "--task", "lesions", *BUDGET, *SMALL["unet"], "--runs", tmp_path / "runs"]
     harness("run", *words, *given, "--set", "finetune.crop=32,32,32", "--set", "pretrain.crop=32,32,32")
     assert record_of(tmp_path / "runs", "scratch")["metrics"].keys() == {"lesion", "core", "average"}

@@ -43,6 +43,7 @@ def explain_plugin_fault(error: BaseException, plugins: Iterable[str]) -> str | 
     if not own:
         return None
     file, line, name = own[-1]
+    checks = "harness data check" if name in ("find", "cases") else "harness check-method"
     due = next((CONTRACT[called] for _, _, called in own if called in CONTRACT), "")
     # The text of an error in a worker ends with the error itself.
     text = str(error).strip().splitlines()[-1] if str(error).strip() else ""
@@ -50,7 +51,7 @@ def explain_plugin_fault(error: BaseException, plugins: Iterable[str]) -> str | 
     return (
         f"plugin {file}, line {line}, in {name}: {kind}{text[:300]}"
         + (f" ({due})" if due else "")
-        + "; `harness check-method` checks the whole contract, --traceback shows where the call came from"
+        + f"; `{checks}` checks the whole contract, --traceback shows where the call came from"
     )
 
 

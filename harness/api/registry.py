@@ -98,7 +98,7 @@ class Registry:
             UserError: there is none; the message offers near matches.
         """
         if name not in self._plugins[kind]:
-            raise unknown(kind, name, self.names(kind))
+            raise UserError(f"{unknown(kind, name, self.names(kind))}; one that a file defines needs --plugin FILE")
         return self._plugins[kind][name]
 
     def load(self, kind: str, name: str) -> Any:

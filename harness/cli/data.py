@@ -66,6 +66,8 @@ def check(arguments: argparse.Namespace) -> int:
         print(*(f"  {printable(problem.case)}: {printable(problem.text)}" for problem in problems), sep="\n")
     bad = {problem.case for (weight, _), problems in groups.items() for problem in problems if weight == SPOILS}
     number = f"{len(cases)} case{'s' if len(cases) != 1 else ''}"
+    if any(case.patient for case in cases):
+        number += f" of {len({case.patient or (case.id,) for case in cases})} patients"
     summary = f"{number}{_split(images, root, checked)}; {len(bad)} with a problem that spoils a run"
     report = arguments.report or report_path(arguments.runs, images.name)
     write_atomic(report, render_report(images, str(root), checked, summary))

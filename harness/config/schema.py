@@ -1,6 +1,6 @@
 """The validated settings of a run: training budgets, fine-tuning, evaluation, and the complete configuration."""
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, SerializeAsAny, model_validator
 
@@ -14,8 +14,13 @@ Empty = Literal["worst", "skipped", "perfect"]
 
 
 class Training(Settings):
-    """Budget and optimizer of a training stage; by default AdamW, a linear warm-up and a cosine schedule (section IV-C)."""
+    """Budget and optimizer of a training stage; by default AdamW, a linear warm-up and a cosine schedule (section IV-C).
 
+    Attributes:
+        stage: its name, with which its settings begin.
+    """
+
+    stage: ClassVar[str]
     steps: PositiveInt | None = Field(None, description="optimizer steps; give steps or epochs")
     epochs: PositiveInt | None = Field(None, description="passes over the training cases; give steps or epochs")
     crop: Size3 = Field(description="extent of a training crop in voxels")
@@ -77,14 +82,16 @@ class Training(Settings):
         warmup = self.warmup_steps + self.warmup_epochs * per_epoch
         if warmup >= steps:
             raise UserError(
-                f"a warm-up of {warmup} steps does not fit {steps} training steps ({num_cases} cases, {per_epoch} steps "
-                "an epoch): set fewer warmup_steps or warmup_epochs, or more steps"
+                f"{self.stage}: a warm-up of {warmup} steps does not fit {steps} training steps ({num_cases} cases, "
+                f"{per_epoch} steps an epoch): set fewer {self.stage}.warmup_steps or {self.stage}.warmup_epochs, or more steps"
             )
         return steps, warmup
 
 
 class Pretrain(Training):
     """Pre-training."""
+
+    stage = "pretrain"
 
     probe_every: NonNegativeInt = Field(
         0, description="steps between two linear probes of the features on validation cases; 0: none"
@@ -93,6 +100,8 @@ class Pretrain(Training):
 
 class Finetune(Training):
     """Fine-tuning with the sum of soft Dice and cross-entropy, and the paper's light augmentation (section IV-C)."""
+
+    stage = "finetune"
 
     validation: NonNegativeInt = Field(
         4,

@@ -8,12 +8,15 @@ def test_my_method():
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from torch.nn.modules.dropout import _DropoutNd
+
 from harness.api.method import Method
 from harness.api.registry import Registry
+from harness.api.returned import wrong_features
 from harness.conformance.checks import CHECKS
 from harness.conformance.consistency import check_processes
 from harness.conformance.fixture import CheckError, MethodFixture
@@ -21,6 +24,7 @@ from harness.system.errors import UserError
 from leaderboards.text import align
 
 TWO = "two processes"
+FEATURES = "features of the backbone"
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,13 @@ def check_method(
                 lacking = method.needs - fixture.backbone.abilities
                 if lacking:
                     raise UserError(f"it needs {', '.join(sorted(lacking))}")
+                if problem := wrong_features(fixture.new_backbone(1), fixture.crop):
+                    add(
+                        Result(
+                            FEATURES, backbone, "FAIL", f"{problem}: mend the backbone, no method can be checked on it"
+                        )
+                    )
+                    continue
                 trains = fixture.new().method.trains
             except UserError as error:
                 add(Result("fits", backbone, "refused", str(error)))
@@ -84,15 +95,19 @@ def check_method(
                 detail = f"{type(error).__name__} in __init__, transform, check or prepare: {text}"
                 add(Result("builds", backbone, "FAIL", detail))
                 continue
+            if not trains and checks is None:
+                kind = "its features are as declared; to check more of a backbone, take a method that trains: hybridmim"
+                add(Result(FEATURES, backbone, "pass", kind))
             for check, function in CHECKS.items():
                 if checks is not None and check not in checks:
                     continue
                 if trains or check == "weights":
-                    add(_result(check, backbone, partial(function, fixture)))
+                    add(_with_advice(_result(check, backbone, partial(function, fixture)), fixture))
                 else:
                     add(Result(check, backbone, "n/a", "trains nothing"))
             if trains and (checks is None or TWO in checks):
-                add(_result(TWO, backbone, partial(check_processes, 2, name, plugins, backbone, settings or {})))
+                shared = _result(TWO, backbone, partial(check_processes, 2, name, plugins, backbone, settings or {}))
+                add(_with_advice(shared, fixture))
     return results
 
 
@@ -105,6 +120,16 @@ def _result(check: str, backbone: str, function: Callable[[], str]) -> Result:
     # A plugin is foreign code: any exception becomes a result that its author reads, and the other checks go on.
     except Exception as error:
         return Result(check, backbone, "FAIL", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def _with_advice(result: Result, fixture: MethodFixture) -> Result:
+    """The result; where parts of a batch gave something else, with the backbone's modules that draw for each part anew."""
+    if result.status != "FAIL" or result.check not in ("micro-batches", TWO):
+        return result
+    modules = fixture.new_backbone(1).named_modules()
+    drawing = [name for name, module in modules if isinstance(module, _DropoutNd) and module.p]
+    advice = f"; {drawing[0]} of the backbone is PyTorch's dropout: take harness.Dropout" if drawing else ""
+    return replace(result, detail=result.detail + advice)
 
 
 def assert_conforms(

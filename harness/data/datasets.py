@@ -61,7 +61,8 @@ def find_data(task: Task, data: Path | None, runs: Path) -> Path:
         try:
             return task.find(data)
         except UserError as error:
-            raise UserError(f"{error}; or give --data phantom for made-up data") from None
+            offer = "; or give --data phantom for made-up data" if task.phantom else ""
+            raise UserError(f"{error}{offer}") from None
     return task.find(_phantom(task, runs, task.phantom_cases))
 
 

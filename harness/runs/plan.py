@@ -287,10 +287,21 @@ def plan(
     num_labelled = len(run_plan.label_cases)
     finetuning = [(each.finetune, num_labelled) for each in (config, *(trial.config for trial in trials))]
     pretraining = [(config.pretrain, run_plan.num_pretrain)] if plugins.method.trains else []
-    for settings, number in [*pretraining, *finetuning]:
-        settings.schedule(number)
+    problems = [problem for each in [*pretraining, *finetuning] if (problem := _schedule_problem(*each))]
+    if problems:
+        raise UserError("; ".join(dict.fromkeys(problems)))
+    for settings, _ in [*pretraining, *finetuning]:
         settings.rows(int(os.environ.get("WORLD_SIZE") or 1), num_micro_batches)
     return run_plan
+
+
+def _schedule_problem(settings: Training, num_cases: int) -> str:
+    """What is wrong with the steps of a stage; empty if nothing is."""
+    try:
+        settings.schedule(num_cases)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _check_probe(config: RunConfig, data: TaskData, channels: int) -> None:

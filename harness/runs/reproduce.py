@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from harness.api.registry import Registry
 from harness.compute import environment
 from harness.config.presets import read_preset
 from harness.config.request import Request, command, recorded_fields
@@ -69,7 +70,7 @@ def inspect(
         UserError: a plugin or a corpus is missing here, or more or fewer corpora are given than the record names.
     """
     request = _request(record, data, runs, plugins, corpora)
-    return Reproduction(record, request, [*_environment(record), *_data(record, request)])
+    return Reproduction(record, request, [*_environment(record), *_plugins(request), *_data(record, request)])
 
 
 def compare(record: Mapping[str, Any], cases: Path, again: Mapping[str, Any], cases_again: Path) -> str:
@@ -131,6 +132,17 @@ def _environment(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if git.get("dirty") or here["git"]["dirty"]:
         differences.append(("uncommitted changes", str(bool(git.get("dirty"))), str(bool(here["git"]["dirty"]))))
     return differences
+
+
+def _plugins(request: Request) -> list[tuple[str, str, str]]:
+    """The plugins of the run that are not known here, as in `Reproduction.differences`."""
+    registry = Registry(request.plugins)
+    used = {"method": request.method, "backbone": request.backbone, "task": request.task}
+    return [
+        (f"{kind} {name!r}", "of a plugin", "unknown: give --plugin FILE, which the command needs, too")
+        for kind, name in used.items()
+        if name not in registry.names(kind) and not (kind == "task" and registry.task_folder(name))
+    ]
 
 
 def _data(record: Mapping[str, Any], request: Request) -> list[tuple[str, str, str]]:

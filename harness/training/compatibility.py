@@ -5,6 +5,7 @@ import psutil
 from harness.api.backbone import Backbone
 from harness.api.method import Method
 from harness.api.registry import Registry
+from harness.api.returned import wrong_features
 from harness.api.settings import size_text
 from harness.compute.memory import is_too_large, weights_bytes
 from harness.config.schema import RunConfig
@@ -43,6 +44,7 @@ def check_fit(
         _check_needs(registry, config, plugins, backbone)
         _check_intensities(registry, config, plugins)
         _check_crops(config, backbone)
+        _check_features(config, backbone)
         if pretrain_channels != channels:
             backbone = plugins.new_backbone(config, pretrain_channels)
         method = new_method(plugins.method, config.method_settings, backbone)
@@ -133,3 +135,18 @@ def _check_crops(config: RunConfig, backbone: Backbone) -> None:
                 f"{setting} leaves a single voxel of the deepest features of backbone {config.backbone!r}, which cannot be "
                 "normalised: set it to at least twice as much along one axis"
             )
+
+
+def _check_features(config: RunConfig, backbone: Backbone) -> None:
+    """Raises UserError if the features of a plugin are not what it declares. Our own are held to it by their tests."""
+    if type(backbone).__module__.partition(".")[0] == "backbones":
+        return
+    crop = config.finetune.crop
+    x, y, z = (min(edge, 2 * step) for edge, step in zip(crop, backbone.stride, strict=True))
+    small = (x, y, z)
+    try:
+        backbone.check_view(small, "the image")
+    except UserError:  # this network takes images of one extent
+        small = crop
+    if problem := wrong_features(backbone, small):
+        raise UserError(f"backbone {config.backbone!r}: {problem}: mend the plugin, `harness check-method` checks it")

@@ -9,8 +9,18 @@ from leaderboards import board, convergence, records
 from tests.leaderboards.made import built, called, tables, write_run
 
 
-# What was measured on hippocampi: 400 steps at a learning rate of 0.001, 400 at 0.005, and 2000 at 0.003.
-@pytest.mark.parametrize(("loss", "dice", "marked"), [(0.45, 0.82, True), (0.16, 0.83, False), (0.12, 0.876, False)])
+# What was measured on hippocampi: 400 steps at a learning rate of 0.001, 400 at 0.005, and 2000 at 0.003. Last, a few steps.
+@pytest.mark.parametrize(
+    ("loss", "dice", "marked"),
+    [
+        (0.45, 0.82, True),
+        (0.16, 0.83, False),
+        (0.12, 0.876, False),
+        (0.93, 0.08, True),
+        (0.99, 0.0, True),
+        (0.4, 0.55, False),
+    ],
+)
 def test_the_rule_on_what_was_measured(tmp_path, loss, dice, marked):
     folder = write_run(tmp_path, "scratch", final_soft_dice=1 - loss)
     record = json.loads((folder / "record.json").read_text())

@@ -157,3 +157,12 @@ def test_two_draws_of_the_labelled_cases_are_two_sets_with_their_own_titles(tmp_
             write_run(tmp_path, "m", label_fraction=fraction, rules=2, data={"label_subset": subset})
     titles = [each.title for each in curves.find(tables(tmp_path))]
     assert sorted(title.rpartition(", ")[2] for title in titles) == ["drawn by label seed 0", "drawn per seed"]
+
+
+def test_the_area_of_few_cases_has_no_interval_either(tmp_path, capsys):
+    for seed in (0, 1):
+        for fraction in (0.5, 1.0):
+            write_run(tmp_path, "scratch", seed, cases=4, label_fraction=fraction)
+    said = called(capsys, "leaderboard", "efficiency", "--runs", tmp_path)
+    row = next(line for line in said.splitlines() if line.startswith("scratch"))
+    assert len(row.split()) == 5, "name, backbone, two points, the area alone"

@@ -9,7 +9,7 @@ import pytest
 
 from harness.cli.main import main
 from leaderboards import records, website
-from tests.leaderboards.made import write_run
+from tests.leaderboards.made import called, write_run
 
 HOSTILE = [
     '<script>alert("x")</script>',
@@ -344,6 +344,15 @@ def test_pictures_of_scans_stay_out_when_asked(tmp_path):
     assert len(list((tmp_path / "with").rglob("segmentation.png"))) == 1
     assert not list((tmp_path / "without").rglob("segmentation.png"))
     assert "segmentation.png" not in next((tmp_path / "without").glob("runs/*/index.html")).read_text()
+
+
+def test_publishing_says_that_pictures_of_scans_are_in_it(tmp_path, capsys):
+    folder = write_run(tmp_path / "runs")
+    words = ["leaderboard", "publish", "--runs", tmp_path / "runs", "--out", tmp_path / "site"]
+    assert "pictures" not in called(capsys, *words)
+    (folder / "figures").mkdir()
+    assert "it has pictures of real scans (licence: CC0); --without-scans leaves them out" in called(capsys, *words)
+    assert "pictures" not in called(capsys, *words, "--without-scans")
 
 
 def test_links_in_a_run_are_not_followed(tmp_path):

@@ -86,7 +86,7 @@ def import_results(arguments: argparse.Namespace) -> None:
 def publish(arguments: argparse.Namespace) -> int:
     """Write the static site. Returns the exit status."""
     from leaderboards import website
-    from leaderboards.text import counted
+    from leaderboards.text import counted, printable
 
     runs, problems = load(arguments)
     reported = reported_rows(runs) if arguments.with_reported else None
@@ -102,6 +102,13 @@ def publish(arguments: argparse.Namespace) -> int:
     except website.PublishError as error:
         raise UserError(str(error)) from None
     print(f"{counted(len(runs), 'run')}, {counted(pages, 'page')}:\n  {arguments.out / 'index.html'}")
+    real = [run for run in runs if run.record["data"]["source"] == "real" and (run.folder / "figures").is_dir()]
+    if arguments.pictures and real:
+        licences = sorted({str(run.record["data"].get("licence", "unknown")) for run in real})
+        shown = "; ".join(printable(licence) for licence in licences)
+        print(
+            f"it has pictures of real scans (licence: {shown}); --without-scans leaves them out. Every site names its cases"
+        )
     return finish(problems)
 
 

@@ -72,3 +72,16 @@ def test_a_run_of_a_file_of_folds_asks_for_that_file(tmp_path, capsys):
     record["data"]["split"] = "1/2"
     (run / "record.json").write_text(json.dumps(record))
     assert "was split by '1/2', without a file" in fails(capsys, *again, "--split-file", path)
+
+
+def test_a_plugin_that_is_not_given_is_named(finished_simmim, tmp_path, capsys):
+    record = json.loads((folder_of(finished_simmim, "simmim") / "record.json").read_text())
+    record |= {"backbone": "ours", "data": record["data"] | {"source": "real"}}
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    harness("reproduce", tmp_path / "record.json")
+    said = capsys.readouterr().out
+    assert "backbone 'ours': there of a plugin, here unknown: give --plugin FILE" in said
+    assert "method 'simmim'" not in said
+    assert "one that a file defines needs --plugin FILE" in fails(
+        capsys, "reproduce", tmp_path / "record.json", "--data", tmp_path
+    )

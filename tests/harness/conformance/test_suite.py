@@ -8,7 +8,7 @@ import pytest
 from harness.api.registry import Registry
 from harness.cli.main import main
 from harness.conformance.checks import CHECKS
-from harness.conformance.suite import TWO, assert_conforms, check_method
+from harness.conformance.suite import FEATURES, TWO, assert_conforms, check_method
 from tests.harness.toy_method import write_toy
 
 METHODS = Registry().names("method")
@@ -96,3 +96,52 @@ def test_the_example_package_keeps_the_contract_and_declares_its_method():
     assert_conforms("denoise", [plugin], ["unet"])
     lines = sum(len(path.read_text().splitlines()) for path in (EXAMPLE / f"{module}.py", EXAMPLE / "pyproject.toml"))
     assert lines < 60
+
+
+REVERSED = """
+from backbones.unet import UNet
+class Reversed(UNet):
+    name = "reversed_unet"
+    def trunk(self, image):
+        return super().trunk(image)[::-1]
+"""
+
+
+@pytest.mark.parametrize("method", ["scratch", "hybridmim"])
+def test_a_backbone_with_other_features_than_declared_is_one_failure(method, tmp_path):
+    (tmp_path / "reversed.py").write_text(REVERSED)
+    (only,) = check_method(method, [str(tmp_path / "reversed.py")], ["reversed_unet"])
+    assert (only.status, only.check) == ("FAIL", FEATURES)
+    assert "level 0 of trunk is" in only.detail
+
+
+def test_a_method_that_trains_nothing_says_what_it_checked():
+    results = {result.check: result for result in check_method("scratch", backbones=["unet"])}
+    assert (results[FEATURES].status, results["gradients"].status) == ("pass", "n/a")
+    assert "take a method that trains" in results[FEATURES].detail
+
+
+DRAWS = """
+from torch import nn
+from backbones.unet import UNet
+class Draws(UNet):
+    name = "draws"
+    def __init__(self, *arguments, **more):
+        super().__init__(*arguments, **more)
+        self.drop = nn.Dropout(0.5)
+    def trunk(self, image):
+        return [self.drop(level) for level in super().trunk(image)]
+"""
+
+
+def test_pytorchs_dropout_in_a_backbone_is_named(tmp_path):
+    (tmp_path / "draws.py").write_text(DRAWS)
+    (only,) = check_method("simmim", [str(tmp_path / "draws.py")], ["draws"], checks=["micro-batches"])
+    assert only.status == "FAIL"
+    assert only.detail.endswith("; drop of the backbone is PyTorch's dropout: take harness.Dropout")
+    # harness.Dropout instead mends it.
+    (tmp_path / "mended.py").write_text(
+        DRAWS.replace("nn.Dropout", "harness.Dropout").replace("from torch import nn", "import harness")
+    )
+    (only,) = check_method("simmim", [str(tmp_path / "mended.py")], ["draws"], checks=["micro-batches"])
+    assert only.status == "pass", only.detail

@@ -160,6 +160,10 @@ def test_a_method_that_pre_trains_nothing_reads_no_corpus(request_, tmp_path):
             ("finetune.epochs=1", "finetune.warmup_epochs=1", "finetune.warmup_steps=0"),
             "a warm-up of 7 steps does not fit 7 training steps",
         ),
+        (
+            ("pretrain.steps=4", "pretrain.warmup_steps=20", "finetune.steps=3", "finetune.warmup_steps=3"),
+            "pretrain: a warm-up of 20 steps .* set fewer pretrain.warmup_steps .*; finetune: a warm-up of 3 steps",
+        ),
         (("finetune.crop=33,32,32",), "33"),
     ],
 )

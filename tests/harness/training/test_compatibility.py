@@ -106,3 +106,14 @@ def test_a_decoder_that_was_not_pretrained_is_not_transferred(registry):
 def test_a_method_without_weights_has_nothing_to_transfer(registry, transfer):
     with pytest.raises(UserError, match=f"--transfer {transfer}: method 'scratch' has no pre-trained weights"):
         fits(registry, "scratch", transfer=transfer)
+
+
+def test_a_plugins_features_are_compared_with_its_declarations(registry):
+    class Narrow(UNet):
+        def trunk(self, image):
+            return super().trunk(image)[1:]
+
+    with pytest.raises(
+        UserError, match=r"backbone 'unet': trunk returned 4 levels, channels and strides declare 5: mend"
+    ):
+        fits(registry, cls=Narrow)
