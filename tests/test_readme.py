@@ -122,9 +122,8 @@ def test_the_task_in_the_docs_is_one(tmp_path, capsys):
     words = ["--method", "scratch", "--task", "lesions", *BUDGET, *SMALL["unet"], "--runs", tmp_path / "runs"]
     harness("run", *words, *given, "--set", "finetune.crop=32,32,32", "--set", "pretrain.crop=32,32,32")
     assert record_of(tmp_path / "runs", "scratch")["metrics"].keys() == {"lesion", "core", "average"}
-    assert "describes no phantom: give --data" in fails(
-        capsys, "run", *words, "--plugin", given[1], "--data", "phantom"
-    )
+    for more in (["--data", "phantom"], ["--dry-run"]):
+        assert "describes no phantom: give --data" in fails(capsys, "run", *words, "--plugin", given[1], *more)
 
 
 def test_there_are_commands_to_look_at():

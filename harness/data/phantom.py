@@ -33,14 +33,19 @@ def is_phantom(root: Path) -> bool:
     return (root / MARKER).exists()
 
 
+def check_phantom(images: Task | Corpus) -> None:
+    """Raises UserError where a task describes no phantom."""
+    if isinstance(images, Task) and not images.phantom:
+        raise UserError(f"task {images.name!r} describes no phantom: give --data a folder with its data")
+
+
 def write_phantom(images: Task | Corpus, root: Path, num_cases: int, seed: int) -> None:
     """Write `num_cases` phantom cases in the layout of a task or a corpus, and a file MARKER that marks the folder.
 
     Raises:
         UserError: the task describes no phantom, or `root` is not empty.
     """
-    if isinstance(images, Task) and not images.phantom:
-        raise UserError(f"task {images.name!r} describes no phantom: give --data a folder with its data")
+    check_phantom(images)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"{root} is not empty: a phantom needs a folder of its own, so that no data is overwritten")
     if root.parent.exists() and not root.parent.is_dir():

@@ -16,6 +16,7 @@ from harness.config.resolve import TuningTrial, change_task, parse_overrides, re
 from harness.config.schema import Finetune, RunConfig, Training
 from harness.data.corpus import Corpus
 from harness.data.datasets import CorpusData, TaskData, check_overlap, open_corpora, open_task
+from harness.data.phantom import check_phantom
 from harness.data.splits import SAME, TUNING_SHARE, VALIDATION_SHARE, check_split, draw_labelled, parse_fold
 from harness.runs.locate import locate
 from harness.runs.provenance import check_lineage, citations, named_files, parent_lineage, scans_of
@@ -358,6 +359,7 @@ def plan_without_data(request: Request) -> tuple[RunConfig, RunPlan | None]:
         run_plan = plan(request, *locate(request))
         return run_plan.config, run_plan
     task = change_task(registry.task(request.task), request.preset, parse_overrides(request.settings))
+    check_phantom(task)
     check_split(request.split)
     config = resolve(request, registry, task)
     for trial in resolve_trials(request, registry, task):
