@@ -16,6 +16,7 @@ from leaderboards.ranks import Ranks, least_freedom, rank_stability
 from leaderboards.records import SHARED, SUMMARY, Run
 from leaderboards.statistics import Estimate, Values
 
+SEEDS_MARK = "vs scratch: over seed "
 CALIBRATES = {
     "positive": "positive control: pre-trained with labels, neither ranked nor tested",
     "negative": "negative control: nothing pre-trained, neither ranked nor tested",
@@ -363,11 +364,11 @@ def differing(first: Run, second: Run) -> list[str]:
         if name == "mode" and (first.control or second.control):
             continue
         if first_value != second_value:
-            texts = (
-                (f"{len(first_value)} cases", f"{len(second_value)} others")
-                if name == "test_cases"
-                else (first_value, second_value)
-            )
+            texts: tuple[Any, Any] = (first_value, second_value)
+            if name == "test_cases":
+                texts = f"{len(first_value)} cases", f"{len(second_value)} others"
+            elif name == "label_fraction":
+                texts = f"{first_value:.3g}", f"{second_value:.3g}"
             differences.append(f"{name} ({texts[0]} and {texts[1]})")
     return differences if differences or first.targets == second.targets else ["targets"]
 
@@ -445,6 +446,9 @@ def _against_control(
             if first:
                 pairs[name] = stack(first, "dice"), stack(second, "dice")
                 notes[name] = statistics.why_no_test(len(first), len(first[0].cases), first[0].folds)
+                if len(first) < max(len(own_runs), len(control)):
+                    seeds = ", ".join(str(run.seed) for run in first)
+                    notes[name] = "; ".join(filter(None, (notes[name], f"{SEEDS_MARK}{seeds}, which both have")))
             else:
                 notes[name] = "no seed in common with scratch"
         notes[name] = "; ".join(filter(None, (CALIBRATES.get(own_runs[0].control, ""), notes[name])))

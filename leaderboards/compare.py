@@ -1,7 +1,7 @@
 """Comparison of two methods, or of two runs, case by case."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -65,7 +65,8 @@ def compare_methods(tables: Sequence[Table], first: str, second: str) -> list[Co
             for other in (group for group in table.groups if group.method == second):
                 if one.backbone == other.backbone:
                     title = f"{table.title}, backbone {one.backbone}"
-                    comparisons.append(_compare(title, table, one.runs, other.runs, (one.name, other.name)))
+                    compared = _compare(title, table, one.runs, other.runs, (one.name, other.name), table.luck)
+                    comparisons.append(replace(compared, note="\n".join([compared.note, *table.sentences])))
     if not comparisons:
         raise NotComparableError(_why_not(tables, first, second))
     return comparisons
@@ -88,11 +89,19 @@ def compare_runs(first: Run, second: Run) -> Comparison:
     if different:
         raise NotComparableError(f"{first.run_id} and {second.run_id} differ in {', '.join(different)}")
     (table,) = board.gather([first])
-    return _compare(table.title, table, [first], [second], (first.run_id, second.run_id))
+    luck = statistics.luck([board.stack([run], "dice") for run in (first, second)], first.folds)
+    return _compare(table.title, table, [first], [second], (first.run_id, second.run_id), luck)
 
 
-def _compare(title: str, table: Table, first: list[Run], second: list[Run], names: tuple[str, str]) -> Comparison:
-    """Compare the runs of two rows of a table. `names`: of the two, for the reader."""
+def _compare(
+    title: str, table: Table, first: list[Run], second: list[Run], names: tuple[str, str], luck: statistics.Luck
+) -> Comparison:
+    """Compare the runs of two rows of a table.
+
+    Args:
+        names: of the two, for the reader.
+        luck: of the seeds, as the test takes it: that of the whole table, so that the p-value is the table's before correction.
+    """
     if len(first) > 1 or len(second) > 1:
         first, second = board.paired(first, second)
         if not first:
@@ -101,7 +110,7 @@ def _compare(title: str, table: Table, first: list[Run], second: list[Run], name
     folds = first[0].folds
     (difference,) = statistics.differences([(dice[0], dice[1])], folds)
     means = [statistics.estimate(values).mean for values in (*dice, *hd95)]
-    (p,) = statistics.p_values([(dice[0], dice[1])], statistics.luck(dice, folds))
+    (p,) = statistics.p_values([(dice[0], dice[1])], luck)
     over_seeds = [statistics.nanmean(values, 0) for values in (*dice, *hd95)]
     per_case = [np.column_stack([values, statistics.nanmean(values, 1)]) for values in over_seeds]
     frames, summary = [], []

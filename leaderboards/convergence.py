@@ -17,10 +17,12 @@ GAP = 0.1
 
 Soft Dice is 1 minus the Dice loss, averaged over the last tenth of the steps. Training crops are easier than test cases, so
 that in a converged run it is about as high as the test Dice, or higher. Early in a training the network is right more often than
-it is sure, so that soft Dice is far below. A network whose soft Dice is itself below this has not learned at all.
+it is sure, so that soft Dice is far below.
 """
 
 
+UNLEARNED = 0.3
+"""Nor has a run whose soft Dice is below this: the network does not fit its own training crops yet."""
 MORE_LABELS = 4
 """How many times as many labelled cases must raise the Dice of scratch."""
 LEAST_GAIN = 0.01
@@ -43,7 +45,7 @@ def unconverged(runs: Sequence[Run]) -> str:
         for run, soft in pairs
         if soft is not None
         and (dice := run.record["metrics"].get("average", {}).get("dice")) is not None
-        and (dice - soft > GAP or soft < GAP)
+        and (dice - soft > GAP or soft < UNLEARNED)
     ]
     if not gaps:
         return ""
@@ -97,11 +99,6 @@ def _gain(few: Mapping[int, Run], many: Mapping[int, Run]) -> tuple[float, float
     (least, most), (low, high) = np.mean(numbers, axis=0), np.mean(means, axis=0)
     sentence = f"Dice {low:.3f} with {least:.0f} labelled cases and {high:.3f} with {most:.0f}"
     return float(most / least), float(high - low), LABEL_MARK + sentence
-
-
-def without_label_mark(note: str) -> str:
-    """The note of a row without the sentence of `flat_in_labels`, as versions before 0.5.0 wrote it."""
-    return "; ".join(part for part in note.split("; ") if not part.startswith(LABEL_MARK))
 
 
 @dataclass(frozen=True)

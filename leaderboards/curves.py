@@ -87,8 +87,18 @@ class Curves:
             table_cells = [f"{dice[point]:.4f}" if point in dice else "-" for point in points]
             rows.append([printable(curve.name), *table_cells, f"{curve.area_text(4)}{note}"])
         lines = [printable(self.title), *align(rows, right=range(1, 1 + len(points)))]
+        lines += [f"  {note}" for curve in self.curves if (note := _unequal_seeds(curve, self.axis.form))]
         lines += [f"  left out, as another row has the same point: {printable(name)}" for name in self.left_out]
         return "\n".join(lines)
+
+
+def _unequal_seeds(curve: Curve, form: Callable[[float], str]) -> str:
+    """Which seeds each point has, where they differ: then the curve shows their luck as well. Empty where they are equal."""
+    seeds = [", ".join(str(run.seed) for run in group.runs) for group in curve.groups]
+    if len(set(seeds)) == 1:
+        return ""
+    points = "; ".join(f"{form(point)}: {own}" for point, own in zip(curve.points, seeds, strict=True))
+    return f"{printable(curve.name)} has other seeds at each point ({points}): do not compare them"
 
 
 def find(tables: Sequence[Table], over: str = "label_fraction") -> list[Curves]:

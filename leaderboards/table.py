@@ -3,6 +3,7 @@
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +43,40 @@ def build(tables: Sequence[Table]) -> pd.DataFrame:
     return pd.DataFrame([row for table in tables for row in _rows(table)], columns=COLUMNS)
 
 
-def write(frame: pd.DataFrame, path: Path) -> None:
-    """Write CSV, Markdown or LaTeX, by the ending of the name, atomically. Raises EndingError for another ending."""
-    writers: dict[str, Callable[[pd.DataFrame], str]] = {".csv": _csv, ".md": markdown, ".tex": latex}
+def write(frame: pd.DataFrame, path: Path, warnings: Sequence[str] = ()) -> None:
+    """Write CSV, Markdown or LaTeX, by the ending of the name, atomically.
+
+    Args:
+        warnings: see `warnings_of`; they stand below Markdown and LaTeX. CSV has them in the notes of its rows.
+
+    Raises:
+        EndingError: another ending.
+    """
+    writers: dict[str, Callable[[pd.DataFrame], str]] = {
+        ".csv": _csv,
+        ".md": partial(markdown, warnings=warnings),
+        ".tex": partial(latex, warnings=warnings),
+    }
     if path.suffix not in writers:
         raise EndingError(f"{path.name} ends in {path.suffix or 'nothing'}, give one of {', '.join(writers)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     # Write into a new folder: a partial file with a name that can be guessed might be a link to another file.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as partial:
-        written = Path(partial) / path.name
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        written = Path(folder) / path.name
         written.write_text(writers[path.suffix](frame), encoding="utf-8")
         written.replace(path)
+
+
+def warnings_of(tables: Iterable[Table]) -> list[str]:
+    """What a reader must know about each table, and each row that had not converged; one sentence each, with the table."""
+    return [
+        f"{table.title}: {sentence}"
+        for table in tables
+        for sentence in [
+            *table.sentences,
+            *(f"{group.name}: {group.unconverged}" for group in table.groups if group.unconverged),
+        ]
+    ]
 
 
 def render(tables: Sequence[Table], reported: pd.DataFrame | None = None, width: int | None = None) -> str:
@@ -84,24 +108,26 @@ def render(tables: Sequence[Table], reported: pd.DataFrame | None = None, width:
     return "\n\n".join(blocks) or "no finished runs"
 
 
-def markdown(frame: pd.DataFrame) -> str:
-    """One Markdown table per group of comparable rows: averages over targets, and Dice per target."""
+def markdown(frame: pd.DataFrame, warnings: Sequence[str] = ()) -> str:
+    """One Markdown table per group of comparable rows: averages over targets, and Dice per target. Below them the warnings."""
     blocks = []
     for heading, columns, rows in _averages(frame):
         lines = ["| " + " | ".join(map(escape_markdown, line)) + " |" for line in (columns, *rows)]
         lines.insert(1, "|" + "|".join(["---"] * len(columns)) + "|")
         blocks.append("\n".join([f"### {escape_markdown(heading)}", "", *lines]))
+    blocks += ["\n".join(f"- {escape_markdown(warning)}" for warning in warnings)] * bool(warnings)
     return "\n\n".join([*blocks, ""])
 
 
-def latex(frame: pd.DataFrame) -> str:
-    """One booktabs tabular per group of comparable rows: averages over targets, and Dice per target."""
+def latex(frame: pd.DataFrame, warnings: Sequence[str] = ()) -> str:
+    """One booktabs tabular per group of comparable rows: averages over targets, and Dice per target. Below them the warnings."""
     blocks = []
     for heading, columns, rows in _averages(frame):
         first, *lines = [" & ".join(map(escape_latex, line)) + r" \\" for line in (columns, *rows)]
         begin = rf"\begin{{tabular}}{{rll{'r' * (len(columns) - 3)}}}"
         body = [r"\toprule", first, r"\midrule", *lines, r"\bottomrule", r"\end{tabular}"]
         blocks.append("\n".join([f"% {printable(heading)}", begin, *body]))
+    blocks += ["\n\n".join(map(escape_latex, warnings))] * bool(warnings)
     return "\n\n".join([*blocks, ""])
 
 

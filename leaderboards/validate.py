@@ -349,8 +349,7 @@ def _recompute(frame: pd.DataFrame, runs: Sequence[Run]) -> tuple[list[str], str
     for column in EXACT:
         fresh[column] = fresh[column].map(_digits)
     if set(LATER) - set(frame.attrs["stated"]):
-        # The version that made the table did not have this rule either.
-        fresh["note"] = fresh["note"].map(convergence.without_label_mark)
+        fresh["note"] = fresh["note"].map(_older_note)
     recomputed_rows = {tuple(row[name] for name in KEY): row for row in fresh.to_dict("records")}
     for line, row in zip(measured.index + 2, measured.to_dict("records"), strict=True):
         row |= {column: _digits(row[column]) for column in EXACT}
@@ -373,6 +372,12 @@ def _recompute(frame: pd.DataFrame, runs: Sequence[Run]) -> tuple[list[str], str
     others = [run for run in runs if (run.table, run.method, run.backbone) in groups and run.run_id not in run_ids]
     remark = f"; {len(others)} more runs of these rows are at hand and not in it" if others else ""
     return problems, f"{len(measured)} rows recomputed from {len(own_runs)} runs{remark}"
+
+
+def _older_note(note: str) -> str:
+    """The note of a row as versions before 0.5.0 wrote it, which did not have all sentences."""
+    later = convergence.LABEL_MARK, board.SEEDS_MARK
+    return "; ".join(part for part in note.split("; ") if not part.startswith(later))
 
 
 def _check_reported(frame: pd.DataFrame) -> list[str]:

@@ -97,7 +97,8 @@ class _Site:
             (self.folder / "static" / entry.name).write_bytes(entry.read_bytes())
         frame = table.build(tables)
         for name in ("leaderboard.csv", "leaderboard.md", "leaderboard.tex"):
-            table.write(frame if reported is None else pd.concat([frame, reported]), self.folder / name)
+            whole = frame if reported is None else pd.concat([frame, reported])
+            table.write(whole, self.folder / name, table.warnings_of(tables))
         overview = [self._table(number, each) for number, each in enumerate(tables, 1)]
         self._index(runs, tables, overview, reported)
         memberships: dict[str, list[tuple[int, str]]] = defaultdict(list)

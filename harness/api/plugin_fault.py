@@ -30,6 +30,15 @@ IN_WORKER = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name
 
 
 def explain_plugin_fault(error: BaseException, plugins: Iterable[str]) -> str | None:
+    """As `plugin_fault`, followed by the commands that say more."""
+    fault = plugin_fault(error, plugins)
+    if fault is None:
+        return None
+    checks = "harness data check" if re.search(r", in (find|cases): ", fault) else "harness check-method"
+    return f"{fault}; `{checks}` checks the whole contract, --traceback shows where the call came from"
+
+
+def plugin_fault(error: BaseException, plugins: Iterable[str]) -> str | None:
     """One line about an exception that came out of a plugin's code; None if no code of a plugin took part.
 
     Args:
@@ -43,16 +52,11 @@ def explain_plugin_fault(error: BaseException, plugins: Iterable[str]) -> str | 
     if not own:
         return None
     file, line, name = own[-1]
-    checks = "harness data check" if name in ("find", "cases") else "harness check-method"
     due = next((CONTRACT[called] for _, _, called in own if called in CONTRACT), "")
     # The text of an error in a worker ends with the error itself.
     text = str(error).strip().splitlines()[-1] if str(error).strip() else ""
     kind = "" if text.startswith(type(error).__name__) else f"{type(error).__name__}: "
-    return (
-        f"plugin {file}, line {line}, in {name}: {kind}{text[:300]}"
-        + (f" ({due})" if due else "")
-        + f"; `{checks}` checks the whole contract, --traceback shows where the call came from"
-    )
+    return f"plugin {file}, line {line}, in {name}: {kind}{text[:300]}" + (f" ({due})" if due else "")
 
 
 def _foreign_code(plugins: Iterable[str]) -> set[Path]:

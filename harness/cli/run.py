@@ -109,7 +109,8 @@ def _dry_run(request: "Request", as_json: bool) -> None:
     from harness.runs.plan import plan_without_data
 
     config, plan = plan_without_data(request)
-    answer: dict[str, Any] = {"config": config.model_dump(mode="json"), "data": "phantom, written when it runs"}
+    made_up = "a PHANTOM, made up when it runs (real data: --data or HARNESS_DATA)"
+    answer: dict[str, Any] = {"config": config.model_dump(mode="json"), "data": made_up}
     if trials := parse_grid(request.tune):
         answer["trials"] = trials
     if plan is not None:

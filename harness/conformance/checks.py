@@ -5,6 +5,7 @@ Each check returns what it measured, as text, and raises CheckError where the me
 
 import io
 import pickle
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -139,7 +140,7 @@ class _NoModels(pickle.Pickler):
 
 
 def check_transform(fixture: MethodFixture) -> str:
-    """The transform can be pickled without models or tensors; its size, and its time per sample."""
+    """The transform can be pickled without models or tensors, draws from its own generator, and keeps shapes; size and time."""
     built = fixture.new()
     if built.transform is None:
         return "none: plain crops"
@@ -152,13 +153,34 @@ def check_transform(fixture: MethodFixture) -> str:
         ) from None
     sample = built.sources[0].sample(built.crop, np.random.default_rng(0))
     before = {key: np.array(value) for key, value in sample.items()}
-    times = []
+    times, shapes, states = [], set(), _global_states()
     for number in range(5):
         copy = {key: value.copy() for key, value in before.items()}
         began = time.perf_counter()
-        built.transform(copy, np.random.default_rng(number))
+        made = built.transform(copy, np.random.default_rng(number))
         times.append(time.perf_counter() - began)
+        shapes.add(tuple((key, np.shape(value)) for key, value in sorted(made.items())))
+    if drawn := [name for name, state in _global_states().items() if state != states[name]]:
+        raise CheckError(
+            f"the transform draws from {drawn[0]}, which no seed fixes: draw from the rng that it is given only"
+        )
+    if len(shapes) > 1:
+        first, second = sorted(shapes)[:2]
+        key, one, other = next((a[0], a[1], b[1]) for a, b in zip(first, second, strict=False) if a != b)
+        raise CheckError(
+            f"the transform gives {key!r} of shape {one} and of {other} for crops of one shape: the samples of a batch need "
+            "equal shapes, and the edges of a crop may differ"
+        )
     return f"{len(buffer.getvalue())} bytes, {1000 * float(np.median(times)):.1f} ms a sample"
+
+
+def _global_states() -> dict[str, str]:
+    """The states of the generators that belong to nobody, by name."""
+    return {
+        "numpy.random": repr(np.random.get_state()),
+        "random": repr(random.getstate()),
+        "torch's global generator": repr(torch.get_rng_state().tolist()),
+    }
 
 
 def check_worker(fixture: MethodFixture) -> str:
@@ -266,12 +288,12 @@ def check_picture(fixture: MethodFixture) -> str:
 
 
 CHECKS: dict[str, Callable[[MethodFixture], str]] = {
+    "transform": check_transform,
     "finite losses": check_losses,
     "gradients": check_gradients,
     f"loss falls, {STEPS} steps": check_learns,
     "same seed": check_same_seed,
     "state": check_state,
-    "transform": check_transform,
     "loader worker": check_worker,
     "batch sizes": check_batches,
     "micro-batches": check_micro_batches,

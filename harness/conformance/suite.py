@@ -15,6 +15,7 @@ from pathlib import Path
 from torch.nn.modules.dropout import _DropoutNd
 
 from harness.api.method import Method
+from harness.api.plugin_fault import plugin_fault
 from harness.api.registry import Registry
 from harness.api.returned import wrong_features
 from harness.conformance.checks import CHECKS
@@ -25,6 +26,8 @@ from leaderboards.text import align
 
 TWO = "two processes"
 FEATURES = "features of the backbone"
+FIRST = ("transform", "finite losses")
+"""Checks without which no other one says anything."""
 
 
 @dataclass(frozen=True)
@@ -98,28 +101,35 @@ def check_method(
             if not trains and checks is None:
                 kind = "its features are as declared; to check more of a backbone, take a method that trains: hybridmim"
                 add(Result(FEATURES, backbone, "pass", kind))
+            broken = ""
             for check, function in CHECKS.items():
                 if checks is not None and check not in checks:
                     continue
-                if trains or check == "weights":
-                    add(_with_advice(_result(check, backbone, partial(function, fixture)), fixture))
+                if broken:
+                    add(Result(check, backbone, "n/a", f"not run: {broken} failed"))
+                elif trains or check == "weights":
+                    add(_with_advice(_result(check, backbone, partial(function, fixture), plugins), fixture))
+                    broken = check if check in FIRST and results[-1].status == "FAIL" else ""
                 else:
                     add(Result(check, backbone, "n/a", "trains nothing"))
-            if trains and (checks is None or TWO in checks):
-                shared = _result(TWO, backbone, partial(check_processes, 2, name, plugins, backbone, settings or {}))
+            if trains and not broken and (checks is None or TWO in checks):
+                shared = _result(
+                    TWO, backbone, partial(check_processes, 2, name, plugins, backbone, settings or {}), plugins
+                )
                 add(_with_advice(shared, fixture))
     return results
 
 
-def _result(check: str, backbone: str, function: Callable[[], str]) -> Result:
-    """Run one check. The result is FAIL where it raises, whatever it raises."""
+def _result(check: str, backbone: str, function: Callable[[], str], plugins: Sequence[str]) -> Result:
+    """Run one check. The result is FAIL where it raises, whatever it raises; it names the plugin's line."""
     try:
         return Result(check, backbone, "pass", function())
     except CheckError as error:
         return Result(check, backbone, "FAIL", str(error))
     # A plugin is foreign code: any exception becomes a result that its author reads, and the other checks go on.
     except Exception as error:
-        return Result(check, backbone, "FAIL", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        text = plugin_fault(error, plugins) or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return Result(check, backbone, "FAIL", text)
 
 
 def _with_advice(result: Result, fixture: MethodFixture) -> Result:

@@ -130,6 +130,18 @@ FAULTS = {
         "transform",
         "cannot be pickled",
     ),
+    "transform with numpy's generator": (
+        "+ rng.random()",
+        "+ np.random.random()",
+        "transform",
+        "draws from numpy.random, which no seed fixes",
+    ),
+    "transform of another shape": (
+        'return {**sample, "image": sample["image"] + rng.random()}',
+        'return {**sample, "image": np.rot90(sample["image"], rng.integers(2), (1, 2)).copy()}',
+        "transform",
+        "the samples of a batch need equal shapes",
+    ),
     "transform with a model": (
         "return shift",
         "return partial(shift_with, torch.nn.Linear(1, 1))",

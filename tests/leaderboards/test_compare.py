@@ -50,6 +50,30 @@ def test_settings_may_be_left_out_where_one_method_has_the_name(capsys, tmp_path
     assert "A = m (unet)" in called(capsys, "leaderboard", "compare", "m", "scratch", "--runs", tmp_path)
 
 
+def test_the_p_value_is_the_tables_before_its_correction(capsys, tmp_path):
+    """The table pools the luck of its seeds over all rows, and with one method Holm corrects nothing."""
+    for seed in range(3):
+        write_run(tmp_path, "scratch", seed, 0.8 + 0.001 * seed)
+        write_run(tmp_path, "m", seed, 0.83 - 0.02 * seed, final_soft_dice=0.1)
+        write_run(tmp_path, "untrained", seed, 0.8 - 0.05 * seed)
+    (table,) = tables(tmp_path)
+    row = next(group for group in table.groups if group.method == "m")
+    (comparison,) = compare.compare_methods([table], "m", "scratch")
+    assert comparison.summary["p"].tolist() == pytest.approx(row.p.tolist(), nan_ok=True)
+    assert "NOT CONVERGED" in called(capsys, "leaderboard", "compare", "m", "scratch", "--runs", tmp_path)
+    assert "NOT CONVERGED" in called(capsys, "leaderboard", "ranks", "--runs", tmp_path)
+
+
+def test_a_difference_over_fewer_seeds_is_said(tmp_path):
+    for seed in range(3):
+        write_run(tmp_path, "scratch", seed)
+    write_run(tmp_path, "m", 1)
+    (table,) = tables(tmp_path)
+    notes = {group.method: group.note for group in table.groups}
+    assert notes["m"].endswith("vs scratch: over seed 1, which both have")
+    assert notes["scratch"] == "the control"
+
+
 def test_compare_two_runs(capsys, tmp_path):
     first, second = write_run(tmp_path, "scratch"), write_run(tmp_path, "better", dice=0.9)
     said = called(capsys, "leaderboard", "compare", second.name, first, "--runs", tmp_path)

@@ -9,7 +9,7 @@ from leaderboards import board, convergence, records
 from tests.leaderboards.made import built, called, tables, write_run
 
 
-# What was measured on hippocampi: 400 steps at a learning rate of 0.001, 400 at 0.005, and 2000 at 0.003. Last, a few steps.
+# What was measured on hippocampi: 400 steps at a learning rate of 0.001, 400 at 0.005, and 2000 at 0.003; then too few steps.
 @pytest.mark.parametrize(
     ("loss", "dice", "marked"),
     [

@@ -166,3 +166,12 @@ def test_the_area_of_few_cases_has_no_interval_either(tmp_path, capsys):
     said = called(capsys, "leaderboard", "efficiency", "--runs", tmp_path)
     row = next(line for line in said.splitlines() if line.startswith("scratch"))
     assert len(row.split()) == 5, "name, backbone, two points, the area alone"
+
+
+def test_points_of_other_seeds_are_named(tmp_path, capsys):
+    for seed, fraction in ((0, 0.5), (1, 0.5), (0, 1.0)):
+        write_run(tmp_path, "scratch", seed, label_fraction=fraction)
+    said = called(capsys, "leaderboard", "efficiency", "--runs", tmp_path)
+    assert "scratch (unet) has other seeds at each point (50%: 0, 1; 100%: 0): do not compare them" in said
+    write_run(tmp_path, "scratch", 1, label_fraction=1.0)
+    assert "other seeds" not in called(capsys, "leaderboard", "efficiency", "--runs", tmp_path)

@@ -37,6 +37,19 @@ def test_markdown_and_latex_escape_what_they_would_take_for_markup(tmp_path):
         table.write(frame, tmp_path / "board.xlsx")
 
 
+def test_warnings_stand_below_markdown_and_latex(tmp_path, capsys):
+    for seed in (0, 1):
+        write_run(tmp_path, "scratch", seed, final_soft_dice=0.9)
+        write_run(tmp_path, "m_1", seed, final_soft_dice=0.1)
+    paths = [tmp_path / "t.md", tmp_path / "t.tex"]
+    called(capsys, "leaderboard", "build", "--runs", tmp_path, *(word for path in paths for word in ("--out", path)))
+    called(capsys, "leaderboard", "publish", "--runs", tmp_path, "--out", tmp_path / "site")
+    for path in (*paths, tmp_path / "site" / "leaderboard.md"):
+        text = path.read_text()
+        assert text.count("NOT CONVERGED: the fine-tuning of 1 of 2 rows") == 1
+        assert text.count(r"m\_1 (unet): not converged (seeds 0, 1)") == 1
+
+
 def test_a_name_does_not_move_the_terminals_cursor(tmp_path):
     write_run(tmp_path, "a\x1b[2Jb\nc")
     assert "\x1b" not in table.render(tables(tmp_path))

@@ -24,7 +24,7 @@ def build(arguments: argparse.Namespace) -> int:
     paths = arguments.out or [(Path() if arguments.folders else arguments.runs) / "leaderboard.csv"]
     for path in paths:
         try:
-            table.write(frame, path)
+            table.write(frame, path, table.warnings_of(tables))
         except table.EndingError as error:
             raise UserError(f"--out {path}: {error}: give a name that ends so") from None
     if arguments.json:
@@ -97,7 +97,7 @@ def ranks(arguments: argparse.Namespace) -> int:
             group = table.groups[index]
             shares = [f"{share:.0%}" for share in stability.shares[index, :num_ranks]]
             lines.append([group.method, group.backbone, *shares])
-        print(*map(printable, [table.title, *align(lines)]), sep="\n")
+        print(*map(printable, [table.title, *table.sentences, *align(lines)]), sep="\n")
         print(f"Kendall's tau between resampled ranks and these: {stability.tau:.2f}\n")
     return finish(problems)
 

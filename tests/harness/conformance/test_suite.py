@@ -145,3 +145,13 @@ def test_pytorchs_dropout_in_a_backbone_is_named(tmp_path):
     )
     (only,) = check_method("simmim", [str(tmp_path / "mended.py")], ["draws"], checks=["micro-batches"])
     assert only.status == "pass", only.detail
+
+
+def test_after_a_failure_that_stops_all_nothing_else_is_run_and_the_line_is_named(tmp_path):
+    file = write_toy(tmp_path, "image = batch", "image = batch['x'], batch")
+    results = check_method("toy", [file], ["unet"])
+    failed = [(result.check, result.detail) for result in results if result.status == "FAIL"]
+    assert [check for check, _ in failed] == ["finite losses"]
+    assert failed[0][1].startswith(f"plugin {file}, line ")
+    assert "in forward: KeyError: 'x'" in failed[0][1]
+    assert {result.detail for result in results if result.status == "n/a"} == {"not run: finite losses failed"}
