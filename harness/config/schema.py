@@ -20,7 +20,7 @@ class Training(Settings):
         stage: its name, with which its settings begin.
     """
 
-    stage: ClassVar[str]
+    stage: ClassVar[str] = "training"
     steps: PositiveInt | None = Field(None, description="optimizer steps; give steps or epochs")
     epochs: PositiveInt | None = Field(None, description="passes over the training cases; give steps or epochs")
     crop: Size3 = Field(description="extent of a training crop in voxels")
