@@ -223,6 +223,8 @@ def test_shares_of_the_headroom_are_sorted_as_numbers(real_site, page):
     number = 1 + page.eval_on_selector_all("#t1 thead th", "all => all.findIndex(c => c.innerText === 'of headroom')")
     for descending in (False, True):
         heading.click()
+        way = "descending" if descending else "ascending"
+        until(page, f"document.querySelector('#t1 thead th:nth-child({number})').ariaSort === '{way}'")
         shares = [int(cell.partition("%")[0]) for cell in column(page, number, "#t1") if cell[0] != "-" or cell[1:]]
         assert len(shares) == 6
         assert shares == sorted(shares, reverse=descending)
