@@ -10,7 +10,7 @@ import numpy as np
 
 from leaderboards import statistics
 from leaderboards.calibration import Calibration, Interval, calibrate
-from leaderboards.convergence import CONTROL, Curve, curve, flat_in_labels, soft_dice, unconverged
+from leaderboards.convergence import CONTROL, Curve, curve, flat_in_labels, unconverged
 from leaderboards.folds import fold_note, pool
 from leaderboards.ranks import Ranks, least_freedom, rank_stability
 from leaderboards.records import SHARED, SUMMARY, Run
@@ -393,7 +393,7 @@ def _table(key: tuple[Any, ...], members: dict[tuple[str, str], list[Run]], flat
 
     Args:
         members: the runs of each method and backbone.
-        flat: the sentences of `flat_in_labels`, for rows whose records do not have soft Dice.
+        flat: the sentences of `flat_in_labels`.
     """
     chosen = {name: _one_per_seed(runs) for name, runs in sorted(members.items())}
     runs = {name: seeds for name, (seeds, _) in chosen.items()}
@@ -411,8 +411,7 @@ def _table(key: tuple[Any, ...], members: dict[tuple[str, str], list[Run]], flat
         dice_of_row, hd95, surface = (column[index] for column in estimates)
         name = method, backbone
         own = [member for run in runs[name] for member in run.members]
-        old = not any(run.imported or soft_dice(run) is not None for run in own)
-        early, pooling = flat.get((key, backbone), "") if old else unconverged(own), fold_note(runs[name])
+        early, pooling = unconverged(own, flat.get((key, backbone), "")), fold_note(runs[name])
         text = "; ".join(
             note for note in (early, chosen[name][1], notes[name], _tuned(own), _collapsed(own), pooling) if note
         )

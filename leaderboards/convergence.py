@@ -19,15 +19,12 @@ Soft Dice is 1 minus the Dice loss, averaged over the last tenth of the steps. T
 that in a converged run it is about as high as the test Dice, or higher. Early in a training the network is right more often than
 it is sure, so that soft Dice is far below.
 """
-
-
 UNLEARNED = 0.3
 """Nor has a run whose soft Dice is below this: the network does not fit its own training crops yet."""
 MORE_LABELS = 4
 """How many times as many labelled cases must raise the Dice of scratch."""
 LEAST_GAIN = 0.01
 """By how much they must raise it. Fine-tuning that gains less ends before it has used the labels."""
-
 LABEL_MARK = "not converged: scratch has "
 
 
@@ -37,9 +34,15 @@ def soft_dice(run: Run) -> float | None:
     return None if recorded is None else float(recorded)
 
 
-def unconverged(runs: Sequence[Run]) -> str:
-    """A sentence about the runs whose fine-tuning had not converged; empty if there are none."""
+def unconverged(runs: Sequence[Run], by_labels: str = "") -> str:
+    """A sentence about the runs whose fine-tuning had not converged; empty if there are none.
+
+    Args:
+        by_labels: the sentence of `flat_in_labels` about their table, for records without soft Dice.
+    """
     pairs = [(run, soft_dice(run)) for run in runs]
+    if not any(run.imported or soft is not None for run, soft in pairs):
+        return by_labels
     gaps = [
         (run.seed, soft, dice)
         for run, soft in pairs

@@ -47,7 +47,7 @@ def write(frame: pd.DataFrame, path: Path, warnings: Sequence[str] = ()) -> None
     """Write CSV, Markdown or LaTeX, by the ending of the name, atomically.
 
     Args:
-        warnings: see `warnings_of`; they stand below Markdown and LaTeX. CSV has them in the notes of its rows.
+        warnings: see `warnings_of`; they stand below Markdown and LaTeX. A CSV holds rows alone.
 
     Raises:
         EndingError: another ending.
@@ -115,7 +115,8 @@ def markdown(frame: pd.DataFrame, warnings: Sequence[str] = ()) -> str:
         lines = ["| " + " | ".join(map(escape_markdown, line)) + " |" for line in (columns, *rows)]
         lines.insert(1, "|" + "|".join(["---"] * len(columns)) + "|")
         blocks.append("\n".join([f"### {escape_markdown(heading)}", "", *lines]))
-    blocks += ["\n".join(f"- {escape_markdown(warning)}" for warning in warnings)] * bool(warnings)
+    if warnings:
+        blocks.append("\n".join(f"- {escape_markdown(warning)}" for warning in warnings))
     return "\n\n".join([*blocks, ""])
 
 
@@ -127,7 +128,8 @@ def latex(frame: pd.DataFrame, warnings: Sequence[str] = ()) -> str:
         begin = rf"\begin{{tabular}}{{rll{'r' * (len(columns) - 3)}}}"
         body = [r"\toprule", first, r"\midrule", *lines, r"\bottomrule", r"\end{tabular}"]
         blocks.append("\n".join([f"% {printable(heading)}", begin, *body]))
-    blocks += ["\n\n".join(map(escape_latex, warnings))] * bool(warnings)
+    if warnings:
+        blocks.append("\n\n".join(map(escape_latex, warnings)))
     return "\n\n".join([*blocks, ""])
 
 

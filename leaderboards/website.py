@@ -95,10 +95,10 @@ class _Site:
         (self.folder / "static").mkdir(parents=True)
         for entry in static.iterdir():
             (self.folder / "static" / entry.name).write_bytes(entry.read_bytes())
-        frame = table.build(tables)
+        frame, warnings = table.build(tables), table.warnings_of(tables)
+        whole = frame if reported is None else pd.concat([frame, reported])
         for name in ("leaderboard.csv", "leaderboard.md", "leaderboard.tex"):
-            whole = frame if reported is None else pd.concat([frame, reported])
-            table.write(whole, self.folder / name, table.warnings_of(tables))
+            table.write(whole, self.folder / name, warnings)
         overview = [self._table(number, each) for number, each in enumerate(tables, 1)]
         self._index(runs, tables, overview, reported)
         memberships: dict[str, list[tuple[int, str]]] = defaultdict(list)

@@ -34,7 +34,7 @@ LEFT_OUT = {
     r"method\.weights|genesis_unet3d|inflate_stem": "needs weights from the internet; `tests/methods/test_official.py`",
     r"--task btcv|data (check|prepare) btcv|Dataset123_Mine": "needs data that nobody may pass on; `tests/tasks`",
     r"figure5": "minutes; `tests/harness/cli/test_profile.py`",
-    r"--micro-batches": "needs two processes' batches; `tests/harness/cli/test_run.py`",
+    r"--micro-batches": "a batch of two crops a process; `tests/harness/compute/test_processes.py`",
     r"reproduce RUN_ID": "asks for the same revision; `tests/harness/cli/test_reproduce.py`",
 }
 """Lines that are not run here, and why."""
@@ -137,5 +137,7 @@ def test_what_is_left_out_is_there_and_most_is_run():
     text = "\n".join(block.replace("\\\n", " ") for page in PAGES for block in BLOCK.findall(page.read_text()))
     for pattern in LEFT_OUT:
         assert re.search(pattern, text, re.MULTILINE), f"no page has a line with {pattern!r} any more"
+    for reason in LEFT_OUT.values():
+        assert all((ROOT / name).exists() for name in re.findall(r"`(tests/[^`]+)`", reason)), reason
     assert len(SHOWN) >= 9
     assert sum(line.count("harness ") for page in SHOWN for line in lines(page)) >= 40

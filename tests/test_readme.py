@@ -80,6 +80,18 @@ def test_the_method_in_the_docs_is_one(tmp_path):
     assert [result.status for result in results] == ["pass", "pass"], results
 
 
+def test_the_transform_in_the_docs_is_one(tmp_path):
+    """It passes the checks of transforms, as part of the page's method."""
+    text = (ROOT / "docs/write_a_method.md").read_text()
+    (code,) = re.findall(r"^```python\n(def flip.*?)^```", text, re.M | re.S)
+    code = code.replace("class Flips(Method):", "class Flips(Denoise):\n    name = 'flips'\n")
+    (tmp_path / "flips.py").write_text(f"{example('write_a_method.md', 'denoise.py')}\n\n{code}")
+    checks = ["transform", "loader worker"]
+    results = check_method("flips", [str(tmp_path / "flips.py")], ["unet"], checks=checks)
+    assert [result.status for result in results] == ["pass", "pass"], results
+    assert "none: plain crops" not in results[0].detail
+
+
 def example(page, name):
     """The code of a file that a page shows."""
     text = (ROOT / "docs" / page).read_text()

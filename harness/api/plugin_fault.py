@@ -32,10 +32,8 @@ IN_WORKER = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name
 def explain_plugin_fault(error: BaseException, plugins: Iterable[str]) -> str | None:
     """As `plugin_fault`, followed by the commands that say more."""
     fault = plugin_fault(error, plugins)
-    if fault is None:
-        return None
-    checks = "harness data check" if re.search(r", in (find|cases): ", fault) else "harness check-method"
-    return f"{fault}; `{checks}` checks the whole contract, --traceback shows where the call came from"
+    more = "`harness check-method` or `harness data check` checks the whole contract, --traceback shows where the call came from"
+    return f"{fault}; {more}" if fault else None
 
 
 def plugin_fault(error: BaseException, plugins: Iterable[str]) -> str | None:

@@ -159,27 +159,27 @@ def check_transform(fixture: MethodFixture) -> str:
         began = time.perf_counter()
         made = built.transform(copy, np.random.default_rng(number))
         times.append(time.perf_counter() - began)
-        shapes.add(tuple((key, np.shape(value)) for key, value in sorted(made.items())))
+        if not isinstance(made, dict):
+            raise CheckError(f"the transform returned {type(made).__name__}: return the sample, a dict")
+        shapes.add(str({key: np.shape(value) for key, value in sorted(made.items())}))
     if drawn := [name for name, state in _global_states().items() if state != states[name]]:
         raise CheckError(
             f"the transform draws from {drawn[0]}, which no seed fixes: draw from the rng that it is given only"
         )
     if len(shapes) > 1:
-        first, second = sorted(shapes)[:2]
-        key, one, other = next((a[0], a[1], b[1]) for a, b in zip(first, second, strict=False) if a != b)
         raise CheckError(
-            f"the transform gives {key!r} of shape {one} and of {other} for crops of one shape: the samples of a batch need "
-            "equal shapes, and the edges of a crop may differ"
+            f"the transform gives shapes {' and '.join(sorted(shapes)[:2])} for crops of one shape: the samples of a batch "
+            "need equal keys and shapes, and the edges of a crop may differ"
         )
     return f"{len(buffer.getvalue())} bytes, {1000 * float(np.median(times)):.1f} ms a sample"
 
 
-def _global_states() -> dict[str, str]:
+def _global_states() -> dict[str, bytes]:
     """The states of the generators that belong to nobody, by name."""
     return {
-        "numpy.random": repr(np.random.get_state()),
-        "random": repr(random.getstate()),
-        "torch's global generator": repr(torch.get_rng_state().tolist()),
+        "numpy.random": pickle.dumps(np.random.get_state()),
+        "random": pickle.dumps(random.getstate()),
+        "torch's global generator": torch.get_rng_state().numpy().tobytes(),
     }
 
 

@@ -83,11 +83,7 @@ def check_method(
                 if lacking:
                     raise UserError(f"it needs {', '.join(sorted(lacking))}")
                 if problem := wrong_features(fixture.new_backbone(1), fixture.crop):
-                    add(
-                        Result(
-                            FEATURES, backbone, "FAIL", f"{problem}: mend the backbone, no method can be checked on it"
-                        )
-                    )
+                    add(Result(FEATURES, backbone, "FAIL", f"{problem}: without that no method can be checked"))
                     continue
                 trains = fixture.new().method.trains
             except UserError as error:

@@ -140,7 +140,19 @@ FAULTS = {
         'return {**sample, "image": sample["image"] + rng.random()}',
         'return {**sample, "image": np.rot90(sample["image"], rng.integers(2), (1, 2)).copy()}',
         "transform",
-        "the samples of a batch need equal shapes",
+        "need equal keys and shapes",
+    ),
+    "transform that adds a key at times": (
+        'return {**sample, "image": sample["image"] + rng.random()}',
+        'return {**sample, "x": 1} if rng.random() > 0.5 else sample',
+        "transform",
+        "need equal keys and shapes",
+    ),
+    "transform that returns nothing": (
+        'return {**sample, "image": sample["image"] + rng.random()}',
+        'sample["image"] += 1',
+        "transform",
+        "returned NoneType: return the sample",
     ),
     "transform with a model": (
         "return shift",

@@ -17,14 +17,14 @@ def build(arguments: argparse.Namespace) -> int:
 
     runs, problems = load(arguments)
     tables = board.gather(runs)
-    frame, reported = table.build(tables), None
+    frame, warnings, reported = table.build(tables), table.warnings_of(tables), None
     if arguments.with_reported:
         reported = reported_rows(runs)
         frame = pd.concat([frame, reported], ignore_index=True) if len(reported) else frame
     paths = arguments.out or [(Path() if arguments.folders else arguments.runs) / "leaderboard.csv"]
     for path in paths:
         try:
-            table.write(frame, path, table.warnings_of(tables))
+            table.write(frame, path, warnings)
         except table.EndingError as error:
             raise UserError(f"--out {path}: {error}: give a name that ends so") from None
     if arguments.json:

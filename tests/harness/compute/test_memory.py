@@ -90,8 +90,8 @@ def test_the_peak_of_the_host_grows_with_what_is_allocated():
     after = peak_memory(CPU)["host_peak_gib"]
     assert 0.05 < after - before["host_peak_gib"] < 0.25
     del block
-    # Linux counts pages per core and adds the counts up later, so its peak may shrink by some dozens of pages per core.
-    assert peak_memory(CPU)["host_peak_gib"] > after - 0.02
+    # Linux counts pages per core and adds the counts up later, so that the peak may shrink by a few of them per core.
+    assert peak_memory(CPU)["host_peak_gib"] >= after - 0.005
 
 
 MEASURE = """

@@ -124,9 +124,8 @@ def test_weights_of_two_files_have_the_lineage_of_both(tmp_path):
     lineage = read(tmp_path / "merged.safetensors", tmp_path / "cache")
     assert set(lineage.scans) == {NAMES[0], NAMES[1]}
     assert lineage.is_complete
-    unknown = torch.arange(12.0).reshape(
-        4, 3
-    )  # no draw, which a seed of another test might make equal to known weights
+    # Without a draw, which the seed of another test might make equal to known weights.
+    unknown = torch.arange(12.0).reshape(4, 3)
     save_file(weights(0) | {"layer.9.weight": unknown}, tmp_path / "merged.safetensors")
     lineage = read(tmp_path / "merged.safetensors", tmp_path / "cache")
     assert set(lineage.scans) == {NAMES[0]}
