@@ -124,7 +124,7 @@ def dice_points(table: Table, groups: list[Group], path: Path) -> str:
             axes.axvline(edge - 0.5, color="0.85", linewidth=0.6)
         axes.set_xticks(range(len(names)), [plain(name) for name in names], rotation=30 if len(names) > 4 else 0)
         axes.set_ylabel("Dice (the axis does not begin at 0)")
-        legend(axes, outside=True)
+        legend(axes)
 
     size = (max(6.5, min(16, 0.18 * len(groups) * len(names) + 3)), 3.8)
     save(path, size, table.title, draw)
@@ -187,7 +187,7 @@ def pareto(table: Table, groups: list[Group], path: Path) -> str:
             color="0.5",
             linestyle="--",
             zorder=1,
-            label="front",
+            label="Pareto front",
         )
         for number, group in enumerate(groups):
             low, high = group.dice.low[-1], group.dice.high[-1]
@@ -208,10 +208,10 @@ def pareto(table: Table, groups: list[Group], path: Path) -> str:
             axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(f"{unit} of pre-training (with the method's own preparation)")
         axes.set_ylabel("Dice, average over targets")
-        legend(axes, outside=True)
+        legend(axes)
 
     save(path, (6.5, 4), table.title, draw)
-    return f"Dice over {unit} of pre-training; on the front: {', '.join(groups[index].name for index in front)}"
+    return f"Dice over {unit} of pre-training; on the Pareto front: {', '.join(groups[index].name for index in front)}"
 
 
 def step_times(table: Table, groups: list[Group], path: Path) -> str:
@@ -317,7 +317,7 @@ def efficiency(curves: Curves, path: Path) -> str:
             axes.fill_between(points, low, high, color=palette[number], alpha=0.15, linewidth=0)
         axes.set_xlabel(curves.axis.label)
         axes.set_ylabel("Dice, average over targets")
-        legend(axes, outside=True, title="area under the curve")
+        legend(axes, title="area under the curve")
 
     save(path, (6, 4), curves.title, draw)
     return f"Dice over {curves.axis.label.removesuffix(', %')}; area: " + ", ".join(
@@ -339,7 +339,7 @@ def convergence(table: Table, groups: list[Group], path: Path) -> str:
         axes.set_xticks(drawn[0][1].steps, [str(step) for step in drawn[0][1].steps])
         axes.set_xlabel("fine-tuning steps")
         axes.set_ylabel("Dice on validation cases")
-        legend(axes, outside=True)
+        legend(axes)
 
     save(path, (7, 4), table.title, draw)
     ends = ", ".join(f"{group.name} {line.dice[-1]:.3f}" for group, line in drawn[:8])
@@ -411,20 +411,16 @@ def save(path: Path, size: tuple[float, float], title: str, draw: Draw) -> None:
             figure.savefig(path.with_suffix(".png"), dpi=150)
 
 
-def legend(axes: Axes, outside: bool = False, title: str | None = None) -> None:
-    """Add a legend; beside the axes where it is `outside` or has more than six entries."""
-    handles, _ = axes.get_legend_handles_labels()
-    if outside or len(handles) > 6:
-        axes.legend(
-            frameon=False,
-            fontsize="x-small",
-            title=title,
-            title_fontsize="x-small",
-            loc="upper left",
-            bbox_to_anchor=(1.01, 1),
-        )
-    else:
-        axes.legend(frameon=False, fontsize="small", title=title)
+def legend(axes: Axes, title: str | None = None) -> None:
+    """Add a legend beside the axes, where it covers nothing."""
+    axes.legend(
+        frameon=False,
+        fontsize="x-small",
+        title=title,
+        title_fontsize="x-small",
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1),
+    )
 
 
 def colours(number: int) -> list[Any]:

@@ -25,7 +25,7 @@ from harness.compute.processes import SingleProcess
 from harness.config.schema import Training
 from harness.data.arrays import cut, random_origin
 from harness.data.crops import CropDataset
-from harness.training.loop import StageContext, StagePlan, TrainingLoop
+from harness.training.loop import NonFiniteError, StageContext, StagePlan, TrainingLoop
 from harness.training.method_preparation import PreparationContext
 from harness.training.models import new_method
 from harness.training.trainer import Trainer
@@ -35,6 +35,8 @@ STEPS = 30
 BUDGET = {"steps": STEPS, "lr": 1e-3, "weight_decay": 1e-5, "warmup_steps": 3, "clip_norm": 1.0, "precision": "fp32"}
 BATCH = 2  # crops
 EDGE = 32  # voxels; crops are EDGE x 2 EDGE x EDGE, each edge rounded up to a multiple of the backbone's stride
+
+NOT_FINITE = "look for a division by 0 or a logarithm of 0"
 
 
 class CheckError(Exception):
@@ -180,7 +182,10 @@ class BuiltMethod:
         data = _Cyclic(self.data(cycle * self.batch), steps * self.batch)
         with tempfile.TemporaryDirectory() as folder:
             history = Path(folder) / "history.jsonl"
-            TrainingLoop(plan, trainer, data, history, StageContext(quiet=True)).run(self.method.after_step)
+            try:
+                TrainingLoop(plan, trainer, data, history, StageContext(quiet=True)).run(self.method.after_step)
+            except NonFiniteError as error:
+                raise CheckError(f"{error.problem}: {NOT_FINITE}") from error
             return [float(json.loads(line)["loss"]) for line in history.read_text().splitlines()]
 
 
@@ -213,7 +218,7 @@ def sum_of_terms(terms: Any) -> Tensor:
         raise CheckError(wrong)
     for name, term in terms.items():
         if not torch.isfinite(term):
-            raise CheckError(f"term {name!r} is {term.item()}: look for a division by 0 or a logarithm of 0")
+            raise CheckError(f"term {name!r} is {term.item()}: {NOT_FINITE}")
     loss: Tensor = sum(terms.values(), torch.zeros(()))
     if not loss.requires_grad:
         raise CheckError("no term has a gradient: do not detach them")

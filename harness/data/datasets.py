@@ -57,7 +57,9 @@ def find_data(task: Task, data: Path | None, runs: Path) -> Path:
     """
     if data is not None:
         if not is_folder(data):
-            raise UserError(f"--data {data} is not a folder: give the task's own folder or the one that contains it")
+            raise UserError(
+                f"--data or HARNESS_DATA: {data} is not a folder: give the task's own folder or the one that contains it"
+            )
         try:
             return task.find(data)
         except UserError as error:

@@ -118,6 +118,14 @@ def train(
     return TrainingLoop(plan, trainer, data, history, context).run(after_step)
 
 
+class NonFiniteError(UserError):
+    """A loss or a gradient is not finite; `problem` says which, where and of which cases."""
+
+    def __init__(self, problem: str, advice: str) -> None:
+        self.problem = problem
+        super().__init__(f"{problem}; {advice}")
+
+
 class TrainingLoop:
     """A training stage in a folder: its trainer, its history and its checkpoints.
 
@@ -259,7 +267,7 @@ class TrainingLoop:
         """Count a step that is skipped, or end the stage.
 
         Raises:
-            UserError: the stage must not skip steps. A checkpoint of the state before the step is written if possible.
+            NonFiniteError: the stage must not skip steps. A checkpoint of the state before the step is written if possible.
         """
         terms = ", ".join(f"{name} {value:g}" for name, value in values.items())
         problem = (
@@ -276,9 +284,8 @@ class TrainingLoop:
             self._save(None)
         elif not self.checkpoints.all():
             state = "no checkpoint was due before it"
-        raise UserError(
-            f"{problem}; {state}: lower {self.name}.lr, set {self.name}.precision=fp32, or go on with --on-nonfinite skip"
-        )
+        advice = f"lower {self.name}.lr, set {self.name}.precision=fp32, or go on with --on-nonfinite skip"
+        raise NonFiniteError(problem, f"{state}: {advice}")
 
     def _crops_of(self, step: int) -> str:
         """The cases that the crops of a step come from."""

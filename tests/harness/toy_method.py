@@ -58,6 +58,12 @@ FAULTS = {
         "finite losses",
         "is nan",
     ),
+    "gradient of nan": (
+        ".square().mean()}",
+        ".square().mean() + (features * 0).sum().sqrt()}",
+        "gradients",
+        "look for a division by 0 or a logarithm of 0",
+    ),
     "not a scalar": (
         ".square().mean()}",
         ".square()}",

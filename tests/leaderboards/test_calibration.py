@@ -87,7 +87,7 @@ def test_the_pages_say_it_too(runs, capsys):
     page = (runs / "site" / "tables" / "1.html").read_text()
     assert '<th scope="col">of headroom</th>' in page
     assert "unet: headroom +0.0500" in page
-    assert "on the front: scratch (unet), m (unet)" in page  # supervised is better than both, and no choice
+    assert "on the Pareto front: scratch (unet), m (unet)" in page  # supervised is better than both, and no choice
 
 
 def test_without_controls_there_is_no_calibration(tmp_path):

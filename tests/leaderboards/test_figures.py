@@ -63,7 +63,7 @@ def test_on_the_front_is_what_nothing_beats_at_no_more_cost(tmp_path):
         timed(tmp_path / "runs", method, dice, hours)
     (each,) = tables(tmp_path / "runs")
     said = figures.pareto(each, each.groups, tmp_path / "pareto")
-    assert said.endswith("on the front: scratch (unet), fast (unet), best (unet)")
+    assert said.endswith("on the Pareto front: scratch (unet), fast (unet), best (unet)")
 
 
 def test_a_stacked_bar_begins_where_the_one_before_it_ends():

@@ -1,9 +1,10 @@
 """Trains nnU-Net for two short epochs from a checkpoint; run by the Python of an environment that has nnU-Net.
 
-    python two_epochs.py CHECKPOINT RAW WORK
+    python two_epochs.py nnunet|nnssl CHECKPOINT RAW WORK
 
-RAW is a data set folder in nnU-Net's layout. WORK gets `image.pt` (N, C, z, y, x), `features.pt` (the encoder's outputs after the
-checkpoint was loaded, before any training), and `losses.json`.
+`nnunet` calls what `nnUNetv2_train -pretrained_weights` calls, with the whole network. `nnssl` calls what `nnUNetv2_preprocess_like_nnssl`
+and `nnUNetv2_train_pretrained` of the main branch call. RAW is a data set folder in nnU-Net's layout. WORK gets `image.pt` (N, C, z, y, x),
+`features.pt` (the encoder's outputs after the checkpoint was loaded, before any training), and `losses.json`.
 """
 
 import json
@@ -12,7 +13,8 @@ import shutil
 import sys
 from pathlib import Path
 
-checkpoint, raw, work = (Path(argument).resolve() for argument in sys.argv[1:4])
+form = sys.argv[1]
+checkpoint, raw, work = (Path(argument).resolve() for argument in sys.argv[2:5])
 folders = {f"nnUNet_{name}": work / name for name in ("raw", "preprocessed", "results")}
 os.environ |= {name: str(folder) for name, folder in folders.items()}
 os.environ |= {"nnUNet_compile": "f", "nnUNet_def_n_proc": "1", "nnUNet_n_proc_DA": "1"}
@@ -20,13 +22,16 @@ os.environ |= {"nnUNet_compile": "f", "nnUNet_def_n_proc": "1", "nnUNet_n_proc_D
 # These read the environment when they are imported.
 import torch  # noqa: E402
 from nnunetv2.experiment_planning import plan_and_preprocess_api as planning  # noqa: E402
-from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint  # noqa: E402
+
+if form == "nnssl":
+    from nnunetv2.experiment_planning.like_nnssl import preprocess_like_nnssl
+    from nnunetv2.run.run_training_from_pretrained import get_trainer_from_args
+else:
+    from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
 
 def plan_our_network(plan: dict) -> None:
     """nnU-Net's plan for the data, with the network of the checkpoint in place of its own."""
-    planning.extract_fingerprints([500], num_processes=1, check_dataset_integrity=False)
-    planning.plan_experiments([500])
     path = folders["nnUNet_preprocessed"] / "Dataset500_Phantom" / "nnUNetPlans.json"
     plans = json.loads(path.read_text())
     configuration, architecture = plans["configurations"]["3d_fullres"], plan["architecture_plans"]
@@ -40,6 +45,26 @@ def plan_our_network(plan: dict) -> None:
     planning.preprocess([500], configurations=["3d_fullres"], num_processes=[1])
 
 
+def prepared_trainer(plan: dict):
+    """A trainer of nnU-Net whose network has the checkpoint's weights."""
+    planning.extract_fingerprints([500], num_processes=1, check_dataset_integrity=False)
+    planning.plan_experiments([500])
+    names = ["nnUNetTrainer", "nnUNetPlans"]
+    if form == "nnssl":
+        preprocess_like_nnssl(500, "ours", str(checkpoint), "default_nnunet", None, 1, False)
+        (plans,) = (folders["nnUNet_preprocessed"] / "Dataset500_Phantom").glob("ptPlans__ours*.json")
+        names = ["PretrainedTrainer", plans.stem]
+    else:
+        plan_our_network(plan)
+    os.environ |= {"nnUNet_n_proc_DA": "0"}  # augment in this process
+    trainer = get_trainer_from_args("500", "3d_fullres", 0, *names, device=torch.device("cpu"))
+    if form == "nnssl":
+        trainer.initialize()
+    else:
+        maybe_load_checkpoint(trainer, False, False, str(checkpoint))
+    return trainer
+
+
 def main() -> None:
     """Plan, load, write the encoder's features, train."""
     # Here, and not at the top, because nnU-Net's workers import this file again.
@@ -47,12 +72,9 @@ def main() -> None:
     content = json.loads(described.read_text())
     described.write_text(json.dumps(content | {"numTraining": len(content["dataset"])}))
     plan = torch.load(checkpoint, weights_only=True)["nnssl_adaptation_plan"]
-    plan_our_network(plan)
-    os.environ |= {"nnUNet_n_proc_DA": "0"}  # augment in this process
-    trainer = get_trainer_from_args("500", "3d_fullres", 0, "nnUNetTrainer", "nnUNetPlans", device=torch.device("cpu"))
+    trainer = prepared_trainer(plan)
     trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 2, 2, 1
     trainer.disable_checkpointing = True
-    maybe_load_checkpoint(trainer, False, False, str(checkpoint))
     image = torch.rand(1, 1, *plan["recommended_downstream_patchsize"], generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         torch.save([level.clone() for level in trainer.network.eval().encoder(image)], work / "features.pt")
