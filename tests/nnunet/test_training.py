@@ -5,8 +5,8 @@ nnU-Net needs other versions of some packages, so it has an environment of its o
     python -m venv nnunet && nnunet/bin/pip install nnunetv2==2.8.1
     HARNESS_NNUNET_PYTHON=nnunet/bin/python pytest -m nnunet
 
-Fine-tuning from nnssl's files is on nnU-Net's main branch only. Those tests skip with the released 2.8.1, and run where a clone of the
-main branch is installed instead (`nnunet/bin/pip install ./nnUNet`).
+Fine-tuning from nnssl's files is on nnU-Net's main branch only. Those tests skip with the released 2.8.1, and run
+where a clone of the main branch is installed instead (`nnunet/bin/pip install ./nnUNet`).
 """
 
 import json

@@ -2,9 +2,10 @@
 
     python two_epochs.py nnunet|nnssl CHECKPOINT RAW WORK
 
-`nnunet` calls what `nnUNetv2_train -pretrained_weights` calls, with the whole network. `nnssl` calls what `nnUNetv2_preprocess_like_nnssl`
-and `nnUNetv2_train_pretrained` of the main branch call. RAW is a data set folder in nnU-Net's layout. WORK gets `image.pt` (N, C, z, y, x),
-`features.pt` (the encoder's outputs after the checkpoint was loaded, before any training), and `losses.json`.
+`nnunet` calls what `nnUNetv2_train -pretrained_weights` calls, with the whole network. `nnssl` calls what
+`nnUNetv2_preprocess_like_nnssl` and `nnUNetv2_train_pretrained` of the main branch call. RAW is a data set folder in
+nnU-Net's layout. WORK gets `image.pt` (N, C, z, y, x), `features.pt` (the encoder's outputs after the checkpoint was
+loaded, before any training), and `losses.json`.
 """
 
 import json
