@@ -2,11 +2,13 @@
 
 import argparse
 import json
+import sys
 import textwrap
 from typing import Any
 
 from harness.cli.options import add_options
 from harness.cli.output import inline
+from harness.system.console import say
 from harness.system.errors import unknown
 
 PROTOCOLS = (
@@ -51,6 +53,8 @@ def list_plugins(arguments: argparse.Namespace) -> None:
         names = {row["name"]: row for row in rows_of[kind]}
         if arguments.name not in names:
             raise unknown(_singular(kind), arguments.name, names)
+        if sys.stderr.isatty():
+            say("loading PyTorch and MONAI ...")
         row = names[arguments.name]
         rows_of = {kind: [row | {EVERY: row.get(EVERY, _settings(registry, kind, row))}]}
     if arguments.json:

@@ -55,10 +55,16 @@ COMMANDS = (
     doctor,
 )
 TRACEBACK = "--traceback"
-SLOW = {
-    each.__name__ for each in (run, sweep, suite, tune, check_method, profile, estimate, predict, export, reproduce)
+FIRST_LINES = dict.fromkeys(
+    (run, sweep, suite, tune, check_method, profile, estimate, predict, export, reproduce),
+    "loading PyTorch and MONAI ...",
+) | {
+    leaderboard: "reading records ...",
+    show: "reading records ...",
+    data: "looking at the data ...",
+    doctor: "looking at the machine and the runs ...",
 }
-"""Commands that say something on a terminal at once, since their imports take seconds."""
+"""What commands say on a terminal at once, since their imports or their reading take seconds."""
 RESUMES = {each.__name__ for each in (run, sweep, suite, tune, reproduce, data)}
 """Commands that keep what they have computed when they are stopped."""
 # Errors of the file system that the user can mend: no permission, read-only, full, a file where a folder is needed, a name
@@ -137,8 +143,10 @@ def _run(words: Sequence[str], whole_traceback: bool) -> tuple[int, str]:
 
 def _carry_out(arguments: argparse.Namespace) -> int | None:
     """The exit status of the command. Raises UserError if something that it called, such as a plugin, ended the process."""
-    if sys.stderr.isatty() and _module(arguments) in SLOW:
-        say("loading PyTorch and MONAI ...")
+    module = _module(arguments)
+    first_lines = [line for command, line in FIRST_LINES.items() if f"{module}.".startswith(f"{command.__name__}.")]
+    if first_lines and sys.stderr.isatty():
+        say(first_lines[0])
     try:
         status: int | None = arguments.command(arguments)
     except SystemExit as error:

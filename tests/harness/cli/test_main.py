@@ -116,3 +116,22 @@ def test_a_user_whom_the_system_does_not_know_has_a_name(monkeypatch):
     monkeypatch.setenv("LOGNAME", "me")
     main_module.main(["list", "presets"])
     assert getpass.getuser() == "me"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("predict", "--run", "x", "image", "out"), "loading PyTorch and MONAI ..."),
+        (("list", "method", "scratch"), "loading PyTorch and MONAI ..."),
+        (("leaderboard", "validate", "nothing"), "reading records ..."),
+        (("show", "nothing"), "reading records ..."),
+        (("data", "check", "nothing"), "looking at the data ..."),
+    ],
+)
+@pytest.mark.parametrize("terminal", [True, False])
+def test_on_a_terminal_a_command_says_at_once_what_it_does(words, line, terminal, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    main_module.main(words)
+    first, *_ = [*capsys.readouterr().err.splitlines(), ""]
+    assert (first == line) == terminal
