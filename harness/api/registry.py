@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -69,11 +70,14 @@ class Registry:
 
     def __init__(self, extra: Sequence[str] = ()) -> None:
         self._plugins: dict[str, dict[str, Plugin]] = {kind: {} for kind in KINDS}
+        # Each call of entry_points, and each name of a distribution, reads files: once is enough.
+        entries = entry_points()
+        package_of = cache(lambda package: f"{package.name} {package.version}" if package else "an unknown package")
         for kind in KINDS:
             # A distribution may appear twice on sys.path (an editable install, seen from its own folder).
-            for entry in {(e.name, e.value): e for e in entry_points(group=f"harness.{PLURAL[kind]}")}.values():
-                package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown package"
-                self._add(Plugin(kind, entry.name, f"entry point {entry.value} of {package}", entry_point=entry))
+            for entry in {(e.name, e.value): e for e in entries.select(group=f"harness.{PLURAL[kind]}")}.values():
+                origin = f"entry point {entry.value} of {package_of(entry.dist)}"
+                self._add(Plugin(kind, entry.name, origin, entry_point=entry))
         for name in extra:
             for kind, plugin in _objects(_import(name)):
                 self._add(Plugin(kind, plugin.name, f"--plugin {name}", definition=plugin))
