@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 from harness.cli.options import add_options
@@ -48,20 +49,21 @@ def list_plugins(arguments: argparse.Namespace) -> None:
     if kind is not None and kind not in (*kinds, "settings"):
         raise unknown("kind to list", kind, [*kinds, "settings"])
     shown = kinds if kind is None else [kind]
-    rows_of = {kind: _rows(registry, kind) for kind in shown}
+    # Each is printed before the next is read.
+    sections: Iterable[tuple[str, list[dict[str, Any]]]] = ((kind, _rows(registry, kind)) for kind in shown)
     if arguments.name is not None:
-        names = {row["name"]: row for row in rows_of[kind]}
+        names = {row["name"]: row for row in _rows(registry, kind)}
         if arguments.name not in names:
             raise unknown(_singular(kind), arguments.name, names)
         if sys.stderr.isatty():
             say("loading PyTorch and MONAI ...")
         row = names[arguments.name]
-        rows_of = {kind: [row | {EVERY: row.get(EVERY, _settings(registry, kind, row))}]}
+        sections = [(kind, [row | {EVERY: row.get(EVERY, _settings(registry, kind, row))}])]
     if arguments.json:
-        print(json.dumps(rows_of, indent=1))
+        print(json.dumps(dict(sections), indent=1))
         return
-    for heading, rows in rows_of.items():
-        print(f"{heading}:")
+    for heading, rows in sections:
+        print(f"{heading}:", flush=True)
         for row in rows:
             _print(row)
 
