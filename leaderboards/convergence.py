@@ -54,8 +54,9 @@ def unconverged(runs: Sequence[Run], by_labels: str = "") -> str:
         return ""
     early = list(dict.fromkeys(seed for seed, _, _ in gaps))
     seeds = ("seed " if len(early) == 1 else "seeds ") + ", ".join(map(str, early))
-    _, soft, dice = max(gaps, key=lambda gap: gap[2] - gap[1])
-    return f"not converged ({seeds}): soft Dice {soft:.2f} on the last crops, Dice {dice:.2f} on the test cases"
+    seed, soft, dice = max(gaps, key=lambda gap: gap[2] - gap[1])
+    which = f" (seed {seed})" if len(early) > 1 else ""
+    return f"not converged ({seeds}): soft Dice {soft:.2f} on the last crops, Dice {dice:.2f} on the test cases{which}"
 
 
 def flat_in_labels(tables: Mapping[tuple[Any, ...], Mapping[tuple[str, str], Sequence[Run]]]) -> dict[Any, str]:
