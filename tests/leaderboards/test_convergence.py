@@ -34,7 +34,9 @@ def test_the_mark_has_the_numbers(tmp_path):
     assert convergence.unconverged(runs[:1]) == (
         "not converged (seed 0): soft Dice 0.30 on the last crops, Dice 0.65 on the test cases"
     )
-    assert convergence.unconverged(runs).startswith("not converged (seeds 0, 1): soft Dice 0.30")
+    several = convergence.unconverged(runs)
+    assert several.startswith("not converged (seeds 0, 1): soft Dice 0.30")
+    assert several.endswith("on the test cases (seed 0)")
 
 
 def test_an_older_record_says_nothing(tmp_path):
