@@ -11,6 +11,7 @@ from tests.conftest import TINY, TINY_BUDGET
 pytestmark = pytest.mark.usefixtures("quick_steps")
 
 
+@pytest.mark.slow
 def test_estimate_says_what_a_run_takes(tmp_path, capsys, hippocampus_phantom):
     """Against the run itself: the same stages, within what two busy cores vary; then it is finished, and costs nothing."""
     runs = tmp_path / "runs"
