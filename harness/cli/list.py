@@ -2,14 +2,13 @@
 
 import argparse
 import json
-import sys
 import textwrap
 from collections.abc import Iterable
 from typing import Any
 
 from harness.cli.options import add_options
 from harness.cli.output import inline
-from harness.system.console import say
+from harness.system.console import say_on_terminal
 from harness.system.errors import unknown
 
 PROTOCOLS = (
@@ -55,8 +54,6 @@ def list_plugins(arguments: argparse.Namespace) -> None:
         names = {row["name"]: row for row in _rows(registry, kind)}
         if arguments.name not in names:
             raise unknown(_singular(kind), arguments.name, names)
-        if sys.stderr.isatty():
-            say("loading PyTorch and MONAI ...")
         row = names[arguments.name]
         sections = [(kind, [row | {EVERY: row.get(EVERY, _settings(registry, kind, row))}])]
     if arguments.json:
@@ -97,6 +94,7 @@ def _settings(registry: Any, kind: str, row: dict[str, Any]) -> list[dict[str, s
     from harness.api.settings import describe_settings
 
     if kind in ("methods", "backbones"):
+        say_on_terminal("loading PyTorch and MONAI ...")
         return describe_settings(registry.load(_singular(kind), row["name"]).Config, _singular(kind))
     if kind == "presets":
         return [each for section in SECTIONS[:3] for each in _of_section(section, row.get(section, {}))]

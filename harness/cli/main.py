@@ -29,7 +29,7 @@ from harness.cli import (
 )
 from harness.cli import list as listing
 from harness.cli.options import Parser, complete
-from harness.system.console import escape_control, say, unbreakable
+from harness.system.console import escape_control, say_on_terminal, unbreakable
 from harness.system.errors import UserError
 from harness.system.signals import STOPPED, Interrupted, catching
 from harness.system.status_file import write_ending
@@ -56,13 +56,13 @@ COMMANDS = (
 )
 TRACEBACK = "--traceback"
 FIRST_LINES = dict.fromkeys(
-    (run, sweep, suite, tune, check_method, profile, estimate, predict, export, reproduce),
+    (each.__name__ for each in (run, sweep, suite, tune, check_method, profile, estimate, predict, export, reproduce)),
     "loading PyTorch and MONAI ...",
 ) | {
-    leaderboard: "reading records ...",
-    show: "reading records ...",
-    data: "looking at the data ...",
-    doctor: "looking at the machine and the runs ...",
+    leaderboard.__name__: "reading records ...",
+    show.__name__: "reading records ...",
+    data.__name__: "looking at the data ...",
+    doctor.__name__: "looking at the machine and the runs ...",
 }
 """What commands say on a terminal at once, since their imports or their reading take seconds."""
 RESUMES = {each.__name__ for each in (run, sweep, suite, tune, reproduce, data)}
@@ -143,10 +143,8 @@ def _run(words: Sequence[str], whole_traceback: bool) -> tuple[int, str]:
 
 def _carry_out(arguments: argparse.Namespace) -> int | None:
     """The exit status of the command. Raises UserError if something that it called, such as a plugin, ended the process."""
-    module = _module(arguments)
-    first_lines = [line for command, line in FIRST_LINES.items() if f"{module}.".startswith(f"{command.__name__}.")]
-    if first_lines and sys.stderr.isatty():
-        say(first_lines[0])
+    if _module(arguments) in FIRST_LINES:
+        say_on_terminal(FIRST_LINES[_module(arguments)])
     try:
         status: int | None = arguments.command(arguments)
     except SystemExit as error:
@@ -159,8 +157,9 @@ def _carry_out(arguments: argparse.Namespace) -> int | None:
 
 
 def _module(arguments: argparse.Namespace) -> str:
-    """The module of the command; empty where the command line was not understood."""
-    return getattr(getattr(arguments, "command", None), "__module__", "")
+    """The module of the command in `harness.cli`; empty where the command line was not understood."""
+    module: str = getattr(getattr(arguments, "command", None), "__module__", "")
+    return ".".join(module.split(".")[:3])  # a verb may have a file of its own in its command's folder
 
 
 def _version() -> str:

@@ -35,7 +35,6 @@ STEPS = 30
 BUDGET = {"steps": STEPS, "lr": 1e-3, "weight_decay": 1e-5, "warmup_steps": 3, "clip_norm": 1.0, "precision": "fp32"}
 BATCH = 2  # crops
 EDGE = 32  # voxels; crops are EDGE x 2 EDGE x EDGE, each edge rounded up to a multiple of the backbone's stride
-
 NOT_FINITE = "look for a division by 0 or a logarithm of 0"
 
 

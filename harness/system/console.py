@@ -107,6 +107,12 @@ def say(text: str) -> None:
         print(escape_control(text), file=sys.stderr, flush=True)
 
 
+def say_on_terminal(text: str) -> None:
+    """As `say`, but only where a person is likely to wait for it: on a terminal."""
+    if sys.stderr.isatty():
+        say(text)
+
+
 def escape_control(text: str) -> str:
     """The text with escapes in place of characters that would act on the terminal."""
     return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)

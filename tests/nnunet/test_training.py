@@ -25,10 +25,7 @@ from tests.harness.commands import folder_of, harness, short_run
 from tests.harness.nnunet import nnunet
 
 PYTHON = "HARNESS_NNUNET_PYTHON"
-HAS_FINETUNING = """
-import sys, importlib.util
-sys.exit(importlib.util.find_spec("nnunetv2.experiment_planning.like_nnssl") is None)
-"""
+HAS_FINETUNING = "import importlib.util as u; print(u.find_spec('nnunetv2.experiment_planning.like_nnssl') is not None)"
 SIZES = {"resenc": ["features=4,8,8,8", "blocks=1,2,1,1", "kernels=3,3,1;3;3;3"], "plainunet": ["features=4,8,8,8"]}
 
 
@@ -40,7 +37,7 @@ def test_nnunet_trains_from_our_weights(backbone, form, sixteen_cases, tmp_path)
     python = os.environ.get(PYTHON)
     if not python:
         pytest.skip(f"set {PYTHON} to the Python of an environment with nnunetv2")
-    if form == "nnssl" and subprocess.run([python, "-c", HAS_FINETUNING], check=False).returncode:
+    if form == "nnssl" and subprocess.check_output([python, "-c", HAS_FINETUNING], text=True).strip() == "False":
         pytest.skip("this nnunetv2 does not fine-tune from nnssl's files: its main branch does")
     runs, out, work = tmp_path / "runs", tmp_path / "out", tmp_path / "work"
     words = [*short_run("hybridmim", sixteen_cases)[:-2], "--runs", runs, "--set", "task.normalisation=zscore"]
