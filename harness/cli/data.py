@@ -168,10 +168,6 @@ def _image_set(arguments: argparse.Namespace) -> "tuple[Task | Corpus, Path]":
 
     registry, name = Registry(arguments.plugins), arguments.task
     data = None if arguments.data is None else Path(arguments.data)
-    if data is not None and not data.is_dir():
-        raise UserError(
-            f"--data or HARNESS_DATA: {data} is not a folder: give the task's folder or the one that contains it"
-        )
     if name in registry.names("corpus"):
         ((corpus, root),) = find_corpora(registry, [name], None, data, arguments.runs)
         return corpus, root

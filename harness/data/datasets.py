@@ -56,16 +56,21 @@ def find_data(task: Task, data: Path | None, runs: Path) -> Path:
         UserError: `data` is no folder, or does not hold the task.
     """
     if data is not None:
-        if not is_folder(data):
-            raise UserError(
-                f"--data or HARNESS_DATA: {data} is not a folder: give the task's own folder or the one that contains it"
-            )
+        _check_folder(data)
         try:
             return task.find(data)
         except UserError as error:
             offer = "; or give --data phantom for made-up data" if task.phantom else ""
             raise UserError(f"{error}{offer}") from None
     return task.find(_phantom(task, runs, task.phantom_cases))
+
+
+def _check_folder(data: Path) -> None:
+    """Raise UserError if `data`, of --data or the environment, is no folder."""
+    if not is_folder(data):
+        raise UserError(
+            f"--data or HARNESS_DATA: {data} is not a folder: give the task's own folder or the one that contains it"
+        )
 
 
 def find_corpora(
@@ -85,6 +90,8 @@ def find_corpora(
         name, folder, normalisation = read_spec(registry, spec)
         if folder is None:
             corpus = registry.load("corpus", name)
+            if data is not None:
+                _check_folder(data)
             root = corpus.find(data) if data is not None else _phantom(corpus, runs, CORPUS_CASES)
         else:
             corpus, root = folder_corpus(folder, task), folder
