@@ -265,7 +265,7 @@ def share(method: Values, control: Values, positive: Values, pooled: Luck) -> tu
     """
     gain, headroom = (_contributions(side[None], control[None])[0, -1] for side in (method, positive))  # (seeds, cases)
     value = float(np.nansum(gain) / np.nansum(headroom))
-    num_seeds, num_cases = gain.shape
+    num_seeds, num_cases = len(gain), int((~np.isnan(gain)).any(axis=0).sum())
 
     def margin(candidate: float) -> float:
         """How far the test is from rejecting a share; below 0 it does not reject."""
@@ -303,7 +303,7 @@ def _root(margin: Callable[[float], float], value: float, direction: int) -> flo
 def _contributions(first: Values, second: Values) -> Values:
     """The contribution of each seed and case to the difference, (pairs, targets + 1, seeds, cases).
 
-    The mean of the contributions is the difference. For a case without the structure, one side may have no value because it
+    The mean of the contributions is the difference; a case without any target has none. For a case without the structure, one side may have no value because it
     correctly predicted nothing; it then gets 1, the Dice of a perfect prediction. In the average over targets, the cases are
     weighted so that all targets count equally, as in the average of the table.
     """
@@ -313,7 +313,8 @@ def _contributions(first: Values, second: Values) -> Values:
     valid = ~np.isnan(change)
     num_cases = valid.any(axis=1).sum(axis=1)[:, None, None]  # that have the target
     num_targets = np.maximum((num_cases > 0).sum(axis=3, keepdims=True), 1)
-    weighted = np.where(valid, change, 0.0) * change.shape[2] / np.maximum(num_cases, 1) / num_targets
+    num_scored = valid.any(axis=(1, 3)).sum(axis=1)[:, None, None, None]  # that have any target
+    weighted = np.where(valid, change, 0.0) * num_scored / np.maximum(num_cases, 1) / num_targets
     average = np.where(valid.any(axis=3), weighted.sum(axis=3), np.nan)
     return np.concatenate([change.transpose(0, 3, 1, 2), average[:, None]], axis=1)
 

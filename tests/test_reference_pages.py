@@ -99,12 +99,17 @@ def citing_page() -> str:
     for row in registry.describe("method"):
         if row["name"] in CONTROLS:
             continue
-        parts = " and ".join(row["trains"]) or "the published weights"
+        parts = " and ".join(row["trains"])
+        does = (
+            f"It trains and transfers {parts}."
+            if parts
+            else "Fine-tuning starts from these weights: cite their authors, too."
+        )
         what = row["description"].rstrip(".")
         text = (
             f"Pre-training with `{row['name']}` (version {row['version']} of its implementation in ssl-seg-harness): "
             f"{what[:1].lower()}{what[1:]} "
-            f"({row['reference']}). It trains and transfers {parts}. The matched control is training from scratch with the same "
+            f"({row['reference']}). {does} The matched control is training from scratch with the same "
             "network, crops, fine-tuning steps and test cases."
         )
         bibtex = registry.citation("method", row["name"])

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from harness.data.check import CheckedCase
     from harness.data.corpus import Corpus
 
+DATA = {
+    "check": "the folder of the data or the one that contains it (default: $HARNESS_DATA)",
+    "prepare": "",
+    "fetch": "where to put it (default: $HARNESS_DATA, else here)",
+}
+"""Help of `--data` per verb; the one of a run where it is empty."""
+
 
 def add_parser(commands: Any) -> None:
     """The options of `harness data` and its verbs."""
@@ -34,7 +41,7 @@ def add_parser(commands: Any) -> None:
             parser.add_argument("--cases", type=int, metavar="N", help="default: the task's own number")
             parser.add_argument("--seed", type=argument(whole_number), default=0, metavar="N")
         else:
-            add_options(parser, "data")
+            add_options(parser, "data", text=DATA[verb])
         if verb in ("check", "prepare"):
             add_options(parser, "runs")
         if verb == "check":

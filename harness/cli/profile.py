@@ -19,7 +19,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("profile", help="what a training step costs", allow_abbrev=False)
     cells = parser.add_mutually_exclusive_group()
     cells.add_argument("--sweep", type=Path, metavar="FILE.toml", help="the cells of a sweep file, see sweeps/")
-    cells.add_argument("--suite", metavar="NAME", help="the cells that NAME stands for; `paper`: minutes on a GPU")
+    cells.add_argument(
+        "--suite", metavar="NAME", help="the cells that NAME stands for: `paper` (minutes on a GPU) or `options`"
+    )
     for name, many, metavar, text in (
         ("method", "methods", "M", "`harness list methods`"),
         ("backbone", "backbones", "B", "`harness list backbones` (default: unet)"),

@@ -40,6 +40,8 @@ def reproduce(arguments: argparse.Namespace) -> None:
         raise UserError(str(error)) from None
     from harness.runs.reproduce import compare, inspect
 
+    if arguments.go and arguments.data is None and record["data"]["source"] == "real":
+        raise UserError("the run used real data: give its folder with --data or HARNESS_DATA")
     _name_split_file(record, arguments.split_file)
     reproduction = inspect(record, arguments.data, arguments.into, arguments.plugins, arguments.corpora)
     print(*map(printable, str(reproduction).splitlines()), sep="\n", flush=True)

@@ -17,7 +17,7 @@ def add_parser(commands: Any) -> None:
     listing = verbs.add_parser("list", help="all runs, and where each of them is", allow_abbrev=False)
     listing.add_argument("--json", action="store_true")
     listing.set_defaults(command=list_runs)
-    collect = verbs.add_parser("gc", help="remove checkpoints that finished runs no longer need", allow_abbrev=False)
+    collect = verbs.add_parser("gc", help="remove what finished stages no longer need", allow_abbrev=False)
     collect.add_argument("--yes", action="store_true", help="without asking")
     collect.set_defaults(command=garbage_collect)
     for parser in (listing, collect):
@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
 
 
 def garbage_collect(arguments: argparse.Namespace) -> None:
-    """Show what finished runs no longer need, and remove it with --yes or after a confirmation."""
+    """Show what finished stages no longer need, and remove it with --yes or after a confirmation."""
     from harness.runs import cleanup
 
     _existing(arguments.runs)

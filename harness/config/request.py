@@ -175,7 +175,7 @@ class Request:
     task: str = _option(
         "",
         "--task",
-        "`harness list tasks`, or a Decathlon or nnU-Net folder",
+        "`harness list tasks`, or a folder of the Decathlon or of nnU-Net (v1, v2)",
         metavar="T",
         axis=str,
         record="task",
@@ -265,8 +265,8 @@ class Request:
     corpora: tuple[str, ...] = _option(
         (),
         "--corpus",
-        "what generic mode pre-trains on, also several: `harness list corpora`, or a folder of scans; with a window",
-        metavar="NAME|DIR[=LOW,HIGH]",
+        "what generic mode pre-trains on, also several: `harness list corpora`, or a folder of scans; with its intensities",
+        metavar="NAME|DIR[=LOW,HIGH|percentiles|zscore]",
     )
     settings: tuple[str, ...] = _option(
         (),

@@ -119,7 +119,7 @@ class Finetune(Training):
     )
     exact_foreground: bool = Field(
         False,
-        description="nnU-Net's rule: crops round(B x (1 - share)) to B of each batch of B are; else each by chance",
+        description="nnU-Net's rule: of a batch of B, the crops from number round(B x (1 - share)) on are centred on a label",
     )
     flip: float = Field(0.2, ge=0, le=1, description="probability of a flip, per axis; section IV-C")
     rotate: float = Field(0.2, ge=0, le=1, description="probability of a rotation by 90 degrees; section IV-C")

@@ -163,10 +163,23 @@ def test_the_average_that_is_tested_is_the_average_that_is_shown():
     rng = np.random.default_rng(1)
     first, second = rng.random((2, 3, 12, 2))
     first[:, 6:, 1] = second[:, 6:, 1] = np.nan
+    first[:, 9:] = second[:, 9:] = np.nan  # cases that have no target at all
     tested = statistics._contributions(first[None], second[None])[0]
     shown = statistics.difference(first, second).mean
     assert np.nanmean(tested[-1]) == pytest.approx(shown[-1])
     assert np.nanmean(tested[1]) == pytest.approx(shown[1])
+
+
+def test_cases_without_any_target_change_no_test_of_the_average():
+    rng = np.random.default_rng(1)
+    first, second = rng.random((2, 3, 12, 2))
+    padded = [np.concatenate([side, np.full((3, 24, 2), np.nan)], axis=1) for side in (first, second)]
+    pooled = statistics.luck([first, second])
+    assert statistics.luck(padded).variance == pytest.approx(pooled.variance)
+    np.testing.assert_allclose(
+        statistics.p_values([tuple(padded)], pooled)[0], statistics.p_values([(first, second)], pooled)[0]
+    )
+    assert statistics.moments(*padded, pooled) == pytest.approx(statistics.moments(first, second, pooled))
 
 
 def test_intervals_of_sparse_targets_stay_in_range():

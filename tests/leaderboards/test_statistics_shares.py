@@ -30,6 +30,15 @@ def test_a_share_is_the_ratio_of_two_differences():
     assert low < value < high
 
 
+def test_cases_without_any_target_change_no_share():
+    rng = np.random.default_rng(0)
+    sides = simulated(rng, 0.05, 0.02)
+    pooled = statistics.luck(sides)
+    control, positive, method = sides
+    padded = [np.concatenate([side, np.full_like(side, np.nan)], axis=1) for side in (method, control, positive)]
+    assert statistics.share(*padded, pooled) == pytest.approx(statistics.share(method, control, positive, pooled))
+
+
 def test_without_headroom_a_share_has_no_bounds():
     rng = np.random.default_rng(1)
     control, positive, method = simulated(rng, 0.0005, 0.03, seed_spread=0.02)

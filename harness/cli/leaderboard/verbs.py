@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
         type=Path,
         action="append",
         metavar="FILE",
-        help=".csv, .md or .tex, also several (default: leaderboard.csv in the runs folder)",
+        help=".csv, .md or .tex, also several (default: leaderboard.csv in the runs folder; with --from: here)",
     )
     table.add_argument("--json", action="store_true")
     table.add_argument("--wide", action="store_true", help="every column, however wide the terminal is")
@@ -91,7 +91,8 @@ def _add_import(verbs: Any) -> None:
     importing.add_argument("--method", required=True, metavar="NAME", help="the software, as tables should name it")
     importing.add_argument("--backbone", default="-", metavar="NAME", help="its network")
     importing.add_argument("--note", default="", metavar="TEXT", help="what a reader of the table must know")
-    add_options(importing, "task", "data", "split", "seed", "runs", "plugins")
+    add_options(importing, "task", "data", "split", "runs", "plugins")
+    add_options(importing, "seed", text="under which the table lists these results (default: 0)")
     add_options(importing, "settings", text="evaluate.hd95, .empty or .tolerance, as in the runs beside it")
     importing.set_defaults(command=import_results)
 

@@ -43,6 +43,10 @@ def test_what_differs_is_named(finished_simmim, tmp_path, capsys):
     assert "what differs here:" in said
     assert "  torch: there 0.4.1, here " in said
     assert f"  data: there real, fingerprint {record['data']['fingerprint']}, here not given: --data DIR" in said
+    assert "the run used real data" in fails(
+        capsys, "reproduce", tmp_path / "sent.json", "--into", tmp_path / "again", "--go"
+    )
+    assert not (tmp_path / "again").exists()
 
 
 def test_what_is_no_record_is_refused(tmp_path, capsys):
