@@ -17,6 +17,7 @@ from leaderboards.records import SHARED, SUMMARY, Run
 from leaderboards.statistics import Estimate, Values
 
 SEEDS_MARK = "vs scratch: over seed "
+LEFT_OUT = "older runs of the same seeds left out"
 CALIBRATES = {
     "positive": "positive control: pre-trained with labels, neither ranked nor tested",
     "negative": "negative control: nothing pre-trained, neither ranked nor tested",
@@ -234,9 +235,10 @@ class Table:
         """The table without the settings that all rows with settings share: they take room and tell nothing apart."""
         methods = short_names([group.method for group in self.groups])
         backbones = short_names([group.backbone for group in self.groups])
-        groups = [replace(each, method=methods[each.method], backbone=backbones[each.backbone]) for each in self.groups]
-        if len({group.name for group in groups}) < len(groups):
+        # Two methods, or two networks, must not get one name, not even in different rows.
+        if any(len(set(names.values())) < len(names) for names in (methods, backbones)):
             return self
+        groups = [replace(each, method=methods[each.method], backbone=backbones[each.backbone]) for each in self.groups]
         calibrations = [
             replace(
                 each,
@@ -492,5 +494,5 @@ def _one_per_seed(runs: Sequence[Run]) -> tuple[list[Run], str]:
     latest: dict[int, Run] = {}
     for run in sorted(runs, key=lambda run: (str(run.record.get("finished", "")), run.run_id)):
         latest[run.seed] = run
-    note = f"{len(runs) - len(latest)} older runs of the same seeds left out" if len(latest) < len(runs) else ""
+    note = f"{len(runs) - len(latest)} {LEFT_OUT}" if len(latest) < len(runs) else ""
     return [latest[seed] for seed in sorted(latest)], note

@@ -79,7 +79,9 @@ def calibrate(groups: Sequence["Group"], pooled: statistics.Luck) -> list[Calibr
         if scratch is None:
             continue
         compared = [
-            group for group in rows if len(_by_seed(group).keys() & scratch.keys()) >= statistics.MIN_SEEDS_TEST
+            group
+            for group in rows
+            if group.delta is not None and len(_by_seed(group).keys() & scratch.keys()) >= statistics.MIN_SEEDS_TEST
         ]
         positives = [group for group in compared if group.control == "positive"]
         luck = {group.method: _difference(group) for group in compared if group.control == "negative"}

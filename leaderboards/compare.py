@@ -65,7 +65,10 @@ def compare_methods(tables: Sequence[Table], first: str, second: str) -> list[Co
             for other in (group for group in table.groups if group.method == second):
                 if one.backbone == other.backbone:
                     title = f"{table.title}, backbone {one.backbone}"
-                    compared = _compare(title, table, one.runs, other.runs, (one.name, other.name), table.luck)
+                    sides = board.paired(one.runs, other.runs)
+                    if not sides[0]:
+                        raise NotComparableError(f"{one.name} and {other.name} have no seed in common")
+                    compared = _compare(title, table, *sides, (one.name, other.name), table.luck)
                     comparisons.append(replace(compared, note="\n".join([compared.note, *table.sentences])))
     if not comparisons:
         raise NotComparableError(_why_not(tables, first, second))
@@ -96,16 +99,12 @@ def compare_runs(first: Run, second: Run) -> Comparison:
 def _compare(
     title: str, table: Table, first: list[Run], second: list[Run], names: tuple[str, str], luck: statistics.Luck
 ) -> Comparison:
-    """Compare the runs of two rows of a table.
+    """Compare the runs of two rows of a table, paired in their order.
 
     Args:
         names: of the two, for the reader.
         luck: of the seeds, as the test takes it: that of the whole table, so that the p-value is the table's before correction.
     """
-    if len(first) > 1 or len(second) > 1:
-        first, second = board.paired(first, second)
-        if not first:
-            raise NotComparableError(f"{names[0]} and {names[1]} have no seed in common")
     dice, hd95 = ([board.stack(side, field) for side in (first, second)] for field in ("dice", "hd95"))
     folds = first[0].folds
     (difference,) = statistics.differences([(dice[0], dice[1])], folds)

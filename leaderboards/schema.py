@@ -106,9 +106,11 @@ class Data(Part):
     label_subset: Annotated[str, Field(pattern=r"^(first|per seed|by label seed \d{1,19})$")] = "first"
     split: Name = "fixed"
     overlap: list[Annotated[list[Name], Field(min_length=2, max_length=2)]] = []
+    n_train: Count | None = None
     train: Cases | None = None
     pretrain: Cases | None = None
     test: Cases | None = None
+    validation: Cases | None = None
     corpora: list[Corpus] = []
 
 

@@ -303,9 +303,9 @@ def _root(margin: Callable[[float], float], value: float, direction: int) -> flo
 def _contributions(first: Values, second: Values) -> Values:
     """The contribution of each seed and case to the difference, (pairs, targets + 1, seeds, cases).
 
-    The mean of the contributions is the difference; a case without any target has none. For a case without the structure, one side may have no value because it
-    correctly predicted nothing; it then gets 1, the Dice of a perfect prediction. In the average over targets, the cases are
-    weighted so that all targets count equally, as in the average of the table.
+    The mean of the contributions is the difference; a case without any target has none. For a case without the structure,
+    one side may have no value because it correctly predicted nothing; it then gets 1, the Dice of a perfect prediction. In
+    the average over targets, the cases are weighted so that all targets count equally, as in the average of the table.
     """
     one_sided = np.isnan(first) != np.isnan(second)
     first, second = (np.where(one_sided & np.isnan(side), 1.0, side) for side in (first, second))

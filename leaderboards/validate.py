@@ -35,8 +35,8 @@ NUMBERS = {
     "n_cases": (0, math.inf),
     "n_missed": (0, math.inf),
     "delta_dice_vs_scratch": (-1, 1),
-    "delta_ci_low": (-2, 2),
-    "delta_ci_high": (-2, 2),
+    "delta_ci_low": (-math.inf, math.inf),
+    "delta_ci_high": (-math.inf, math.inf),
     "p_value_holm": (0, 1),
     "rank": (1, math.inf),
     "step_ms_p50": (0, math.inf),
@@ -176,7 +176,8 @@ def _check_validation(run: Run) -> Iterable[str]:
     if len(set(scored)) < len(scored) or (validation.get("curve") and not scored):
         yield "validation has a case twice, or a curve without cases"
     settings = run.record.get("config", {})
-    steps = settings.get("finetune", {}).get("steps") if isinstance(settings, dict) else None
+    finetune = settings.get("finetune") if isinstance(settings, dict) else None
+    steps = finetune.get("steps") if isinstance(finetune, dict) else None
     if isinstance(steps, int) and any(step > steps for step, _ in validation.get("curve", [])):
         yield f"validation has a step beyond the {steps} of fine-tuning"
 
@@ -357,6 +358,8 @@ def _recompute(frame: pd.DataFrame, runs: Sequence[Run]) -> tuple[list[str], str
         if recomputed is None:
             problems.append(f"line {line}: its runs give no such row")
             continue
+        # Runs that were left out are not at hand.
+        row["note"], recomputed["note"] = (_without_left_out(str(each["note"])) for each in (row, recomputed))
         for column in ("run_ids", "note", "n_test_seen"):
             if row[column] != str(recomputed[column]):
                 problems.append(
@@ -372,6 +375,11 @@ def _recompute(frame: pd.DataFrame, runs: Sequence[Run]) -> tuple[list[str], str
     others = [run for run in runs if (run.table, run.method, run.backbone) in groups and run.run_id not in run_ids]
     remark = f"; {len(others)} more runs of these rows are at hand and not in it" if others else ""
     return problems, f"{len(measured)} rows recomputed from {len(own_runs)} runs{remark}"
+
+
+def _without_left_out(note: str) -> str:
+    """The note of a row without the number of runs that it leaves out."""
+    return "; ".join(part for part in note.split("; ") if not part.endswith(board.LEFT_OUT))
 
 
 def _older_note(note: str) -> str:

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +102,6 @@ def run_cells(
     """
     from harness.sweeps import cells
     from harness.sweeps.live_table import watch
-    from leaderboards import records
 
     if arguments.estimate and not arguments.dry_run:
         raise UserError("--estimate is for --dry-run: add it, or leave --estimate out")
@@ -120,13 +119,29 @@ def run_cells(
         outcomes += watch(todo, launcher) if todo else []
     except (Interrupted, KeyboardInterrupt) as error:
         raise Interrupted(f"{error or 'Ctrl-C'}: {launcher.stop()}") from None
-    report([records.load_run(outcome.folder) for outcome in outcomes if outcome.folder is not None])
+    runs, problems = _load(dict.fromkeys(outcome.folder for outcome in outcomes if outcome.folder is not None))
+    report(runs)
+    for problem in problems:
+        print(f"harness: error: {problem}", file=sys.stderr)
     failed = [outcome for outcome in outcomes if outcome.folder is None]
     for outcome in failed:
         print(f"harness: error: no record of {outcome.cell}: {outcome.problem}", file=sys.stderr)
     if failed:
         say("--retry runs what failed once more")
-    return 2 if failed else 0
+    return 2 if failed or problems else 0
+
+
+def _load(folders: Iterable[Path]) -> "tuple[list[Run], list[str]]":
+    """The runs of these folders; and one line for each whose files were removed or changed since it was finished."""
+    from leaderboards import records
+
+    runs, problems = [], []
+    for folder in folders:
+        try:
+            runs.append(records.load_run(folder))
+        except records.RecordError as error:
+            problems.append(f"{error}; restore it, or remove {folder} and give the command again")
+    return runs, problems
 
 
 def _launcher(arguments: argparse.Namespace, notes: Path) -> "Launcher":

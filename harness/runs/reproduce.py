@@ -23,7 +23,7 @@ from harness.runs.locate import locate
 from harness.runs.plan import plan
 from harness.system.errors import UserError
 from harness.training.lineage import KEY
-from leaderboards.records import load_run, num_test_seen
+from leaderboards.records import RecordError, load_run, num_test_seen
 from leaderboards.text import seen_text
 
 ENVIRONMENT = ("python", "platform", "cpu", "threads", "torch", "cuda", "gpu", "harness")
@@ -81,7 +81,10 @@ def compare(record: Mapping[str, Any], cases: Path, again: Mapping[str, Any], ca
     averages = f"average Dice there {_format_dice(there)}, here {_format_dice(here)}"
     if not cases.exists():
         return averages
-    first, second = load_run(cases.parent), load_run(cases_again.parent)
+    try:
+        first, second = load_run(cases.parent), load_run(cases_again.parent)
+    except RecordError as error:
+        return f"{averages}; cases are not compared: {error}"
     if first.cases != second.cases or first.targets != second.targets:
         return f"{averages}; the test cases are others"
     largest = float(np.nanmax(abs(first.dice - second.dice), initial=0.0))

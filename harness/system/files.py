@@ -131,17 +131,17 @@ def check_name(name: str) -> str:
     """Check the name of a case, which becomes a file name and a table cell, and return it.
 
     Raises:
-        UserError: the name is empty, begins with a dot, is longer than 200 bytes of UTF-8 or cannot be written as UTF-8, or
-            has a slash, a backslash or a zero byte, which could lead to another folder.
+        UserError: the name is empty, begins with a dot, is longer than 200 bytes of UTF-8 or cannot be written as UTF-8, has
+            a slash or a backslash, which could lead to another folder, or a character that cannot be printed, as records refuse.
     """
     try:
         valid = 0 < len(name.encode()) <= 200
     except UnicodeEncodeError:
         valid = False
-    if not valid or name.startswith(".") or any(character in name for character in "/\\\0"):
+    if not valid or name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
         raise UserError(
-            f"a case is named {printable(name)[:80]!r}: names have 1 to 200 bytes of UTF-8, do not begin with a dot and have no "
-            "slash or backslash: rename it"
+            f"a case is named {printable(name)[:80]!a}: names have 1 to 200 bytes of UTF-8, do not begin with a dot and "
+            "have no slash, backslash or character that cannot be printed: rename it"
         )
     return name
 

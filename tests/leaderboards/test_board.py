@@ -244,3 +244,11 @@ def test_a_row_whose_features_collapsed_says_so(tmp_path):
     notes = {group.method: group.note for group in tables(tmp_path)[0].groups}
     assert "features collapsed in pre-training (seed 0)" in notes["m"]
     assert "collapsed" not in notes["scratch"]
+
+
+def test_two_networks_keep_two_names(tmp_path):
+    for method in ("scratch", "m"):
+        write_run(tmp_path, method, rules=2)
+    write_run(tmp_path, "n", rules=2, overrides={"backbone.features": "8,16"})
+    (table,) = board.gather(records.load_runs([tmp_path])[0])
+    assert table.with_short_names() is table

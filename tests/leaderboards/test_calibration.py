@@ -164,3 +164,10 @@ def test_a_method_without_all_seeds_of_the_headroom_has_no_share(tmp_path):
 )
 def test_a_share_as_text(share, text):
     assert share_text(share) == text
+
+
+def test_a_scratch_with_settings_of_its_own_calibrates_nothing(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path, "scratch", seed, rules=2, overrides={"method.x": "1"})
+        write_run(tmp_path, "untrained", seed, rules=2)
+    assert tables(tmp_path)[0].calibrations == []

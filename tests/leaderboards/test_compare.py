@@ -213,3 +213,10 @@ def test_the_text_says_which_is_which(tmp_path):
     (row,) = (line.split() for line in text.splitlines() if line.split()[:1] == ["a"])
     assert [float(value) for value in row[1:5]] == pytest.approx([0.9, 0.8, 2.0, 2.0], abs=0.03)
     assert float(row[5]) == pytest.approx(0.1)
+
+
+def test_methods_without_a_seed_in_common_are_not_compared(capsys, tmp_path):
+    write_run(tmp_path, "scratch", 1)
+    write_run(tmp_path, "m", 0)
+    said = called(capsys, "leaderboard", "compare", "m", "scratch", "--runs", tmp_path, status=2)
+    assert "have no seed in common" in said

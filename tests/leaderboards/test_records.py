@@ -185,3 +185,11 @@ def test_costs_of_a_run(tmp_path):
     assert (plain.gpu_hours, plain.kwh, plain.peak_memory) == (None, None, None)
     control = records.load_run(write_run(tmp_path, "scratch", 1, energy={"finetune_kwh": 0.1}))
     assert control.kwh == 0.1  # it pre-trains nothing, so that nothing is missing
+
+
+@pytest.mark.parametrize("data", [{"n_train": "x"}, {"validation": 5}, {"validation": [["a"]]}])
+def test_data_of_another_type_is_refused(tmp_path, data):
+    write_run(tmp_path, data=data)
+    runs, problems = records.load_runs([tmp_path])
+    assert runs == []
+    assert "data." in problems[0]

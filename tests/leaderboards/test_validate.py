@@ -315,3 +315,31 @@ def test_a_lineage_of_any_form_that_is_allowed_is_checked(lineage, overlap, says
     (folder / "record.json").write_text(json.dumps(record))
     problems = validate.check_run(folder)
     assert problems == [] if says is None else says in problems[0]
+
+
+def test_a_board_is_valid_without_the_older_runs_that_it_leaves_out(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / "runs", "scratch", seed)
+    write_run(tmp_path / "runs", "scratch", 1, dice=0.7, finished="2025-01-01T00:00:00Z")
+    frame = built(tmp_path / "runs")
+    assert frame["note"].str.contains("1 older runs of the same seeds left out").all()
+    table.write(frame, tmp_path / "board.csv")
+    problems, recomputed = validate.check_csv(tmp_path / "board.csv", loaded(tmp_path))
+    assert problems == []
+    assert recomputed.startswith("3 rows recomputed from 2 runs")
+
+
+def test_an_interval_of_a_difference_may_be_wide(board):
+    """Three folds of which one misses a target have an interval beyond -1 to 1."""
+    frame = pd.read_csv(board / "board.csv", dtype=str, keep_default_na=False)
+    frame.loc[frame["method"] == "better", "delta_ci_low"] = "-2.08"
+    frame.to_csv(board / "board.csv", index=False)
+    assert validate.check_csv(board / "board.csv", [])[0] == []
+
+
+@pytest.mark.parametrize("config", [{"finetune": []}, {"finetune": {"steps": "9"}}, []])
+def test_a_configuration_of_anything_is_no_bug(tmp_path, config):
+    folder = write_run(
+        tmp_path, config=config, validation={"cases": ["z"], "curve": [[1, 0.5]]}, data={"validation": ["z"]}
+    )
+    assert all("beyond" not in problem for problem in validate.check_run(folder))

@@ -20,8 +20,10 @@ def check(arguments: argparse.Namespace) -> int:
     problems: list[str] = []
     files = [file for path in arguments.files for file in _files_to_check(path)]
     folders = [folder for path in files if not _is_board(path) for folder in _run_folders(path)]
-    parents = {folder.parent for folder in folders} | {arguments.runs}
-    runs, _ = records.load_runs(parent for parent in parents if parent.is_dir())
+    runs, _ = records.load_runs(dict.fromkeys(folder.parent for folder in folders))
+    # Runs of the same ids in the runs folder would be taken for a conflict.
+    own, _ = records.load_runs([arguments.runs] if arguments.runs.is_dir() else [])
+    runs += [run for run in own if run.run_id not in {each.run_id for each in runs}]
     for path in files:
         if _is_board(path):
             file_problems, recomputed = validate.check_csv(path, runs)

@@ -1,12 +1,15 @@
 """`harness sweep`: what is shared, what fails, what was finished before."""
 
+import argparse
 import json
 
 import pytest
 
 from harness.cli import sweep
 from harness.cli.main import main
+from harness.sweeps import cells
 from tests.harness.sweep_files import TINY_SWEEP
+from tests.leaderboards.made import write_run
 
 
 @pytest.mark.slow
@@ -70,3 +73,17 @@ def test_a_misspelt_preset_is_one_line(tmp_path, capsys):
     assert main(["sweep", str(tmp_path / "s.toml"), "--preset", "papr", "--runs", str(tmp_path), "--dry-run"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "unknown preset 'papr': did you mean 'paper'?" in line
+
+
+def test_a_run_of_two_cells_is_reported_once_and_a_damaged_one_is_said(tmp_path, monkeypatch, capsys):
+    whole, damaged = write_run(tmp_path / "runs", seed=0), write_run(tmp_path / "runs", seed=1)
+    (damaged / "cases.csv").unlink()
+    outcomes = [cells.Outcome(None, folder, "", 1.0) for folder in (whole, damaged, whole)]
+    monkeypatch.setattr(cells, "select_cells", lambda *arguments: ([], outcomes))
+    arguments = argparse.Namespace(
+        estimate=False, dry_run=False, retry=False, launcher="local", slurm=[], processes=1, jobs=1
+    )
+    reported = []
+    assert sweep.run_cells([], arguments, tmp_path / "notes", reported.extend) == 2
+    assert [run.run_id for run in reported] == [whole.name]
+    assert "cases.csv" in capsys.readouterr().err

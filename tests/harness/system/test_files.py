@@ -82,7 +82,9 @@ def test_a_good_name_is_itself(name):
     assert files.check_name(name) == name
 
 
-@pytest.mark.parametrize("name", ["", ".hidden", "..", "a/b", "a\\b", "a\0b", "ä" * 101, "\udcff", "x" * 201])
+@pytest.mark.parametrize(
+    "name", ["", ".hidden", "..", "a/b", "a\\b", "a\0b", "ä" * 101, "\udcff", "x" * 201, "a\u00a0b", "a\u200b"]
+)
 def test_a_name_that_leads_elsewhere_or_fits_no_file_is_refused(name):
     with pytest.raises(UserError, match="rename it"):
         files.check_name(name)
