@@ -154,8 +154,8 @@ class Run:
 
     @property
     def kwh(self) -> float | None:
-        """Energy of pre-training and fine-tuning in kWh; None where it is not known for all of it."""
-        stages = ["finetune", *(["pretrain"] if "pretrain" in self.record["timing"]["seconds"] else [])]
+        """Energy of pre-training, tuning and fine-tuning in kWh; None where it is not known for all of it."""
+        stages = ["finetune", *(each for each in ("pretrain", "tune") if each in self.record["timing"]["seconds"])]
         parts = [self.record.get("energy", {}).get(f"{stage}_kwh") for stage in stages]
         return None if None in parts else float(sum(parts))
 

@@ -60,6 +60,7 @@ class Energy(Part):
 
     pretrain_kwh: Number | None = None
     finetune_kwh: Number | None = None
+    tune_kwh: Number | None = None
 
 
 class Peak(Part):

@@ -113,11 +113,10 @@ def _suite(arguments: argparse.Namespace) -> "Suite":
 
 def _report(name: str, runs: "Sequence[Run]", prior: float | None = None) -> "Report":
     """The report over the tables of these runs."""
-    from leaderboards import board
     from leaderboards.suites.claims import PRIOR
-    from leaderboards.suites.report import Report
+    from leaderboards.suites.report import Report, tables_of_methods
 
-    return Report(name, board.gather(runs), PRIOR if prior is None else prior)
+    return Report(name, tables_of_methods(runs), PRIOR if prior is None else prior)
 
 
 def _column(request: Request) -> str:

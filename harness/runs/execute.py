@@ -24,7 +24,7 @@ from harness.runs.finished import FinishedRun, digest_request, finished_folder, 
 from harness.runs.locate import locate
 from harness.runs.plan import RunPlan, plan
 from harness.runs.probe import Probe
-from harness.runs.record import make_record
+from harness.runs.record import in_kwh, make_record
 from harness.runs.tune import TRIALS, tune
 from harness.system.console import say
 from harness.system.errors import UserError
@@ -134,6 +134,7 @@ def _compute(run_plan: RunPlan, request: Request, folder: Path, context: StageCo
     record["validation"] = validation.record()
     if tuning is not None:
         record |= {"tuning": tuning.record, "config": tuning.run_plan.config.model_dump(mode="json")}
+        record["energy"]["tune_kwh"] = in_kwh(tuning.joules)
 
     def finish() -> None:
         """Write the record; remove the per-case scores, which `cases.csv` now has, and the other trials of tuning."""
@@ -233,10 +234,11 @@ def _try(
     trial: RunPlan,
     folder: Path,
 ) -> dict[str, Any]:
-    """Fine-tune with one setting of a grid. Returns the validation curve and the seconds."""
+    """Fine-tune with one setting of a grid. Returns the validation curve, the seconds and the joules."""
     finetuned, validation = _finetune_or_reuse(trial, volumes, weights, stage, folder, context)
     curve = context.processes.decide(lambda: validation.record()["curve"])
-    return {"curve": curve, "seconds": round(finetuned["trained"]["seconds"], 3)}
+    trained = finetuned["trained"]
+    return {"curve": curve, "seconds": round(trained["seconds"], 3), "joules": trained.get("joules")}
 
 
 def _finetune_or_reuse(

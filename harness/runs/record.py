@@ -68,8 +68,8 @@ def make_record(
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "memory": {"pretrain": stage.get("memory"), "run": {key: _most(peaks, key) for key in peaks[0]}},
         "energy": {
-            "pretrain_kwh": _kwh(stage.get("joules")),
-            "finetune_kwh": _kwh(trained.get("joules")),
+            "pretrain_kwh": in_kwh(stage.get("joules")),
+            "finetune_kwh": in_kwh(trained.get("joules")),
             "counted": trained.get("counted", []),
         },
         "environment": environment.describe_environment(device),
@@ -104,7 +104,7 @@ def _numbering(run_plan: RunPlan) -> list[list[int]]:
     return [list(pair) for pair in numberings.pop()] if len(numberings) == 1 else []
 
 
-def _kwh(joules: float | None) -> float | None:
+def in_kwh(joules: float | None) -> float | None:
     """Joules in kWh; None stays None."""
     return None if joules is None else round(joules / 3.6e6, 9)
 

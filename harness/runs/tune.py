@@ -24,11 +24,13 @@ class Tuning:
         run_plan: the run with the chosen setting.
         record: grid, trials and choice, for the record of the run.
         seconds: that the fine-tuning of the other trials took.
+        joules: energy of the same; None where it is not known for all of them.
     """
 
     run_plan: RunPlan
     record: dict[str, Any]
     seconds: float
+    joules: float | None
 
 
 def tune(
@@ -40,20 +42,25 @@ def tune(
     finished is not computed again.
 
     Args:
-        try_setting: fine-tunes a run in a folder. Returns its validation curve (step, Dice) and its seconds.
+        try_setting: fine-tunes a run in a folder. Returns its validation curve (step, Dice), its seconds and its joules.
     """
-    results = []
+    results: list[dict[str, Any]] = []
+    energies: list[float | None] = []
     for number, trial in enumerate(run_plan.trials, 1):
         say(f"trial {number} of {len(run_plan.trials)}: {_words(trial.settings)}")
         result = try_setting(replace(run_plan, config=trial.config, trials=[]), folder / TRIALS / str(number))
         say(f"trial {number} of {len(run_plan.trials)}: validation Dice {result['curve'][-1][1]:.4f}")
+        energies.append(result.pop("joules"))
         results.append({"settings": trial.settings, "dice": result["curve"][-1][1], **result})
     chosen = int(np.argmax([result["dice"] for result in results]))
     say(f"chosen on the validation cases: {_words(run_plan.trials[chosen].settings)}")
     processes.decide(lambda: _take_over(folder / TRIALS / str(chosen + 1), folder))
     record = {"grid": run_plan.config.tune, "trials": results, "chosen": chosen}
     seconds = sum(result["seconds"] for index, result in enumerate(results) if index != chosen)
-    return Tuning(replace(run_plan, config=run_plan.trials[chosen].config), record, seconds)
+    del energies[chosen]
+    known = [joules for joules in energies if joules is not None]
+    joules = sum(known) if len(known) == len(energies) else None
+    return Tuning(replace(run_plan, config=run_plan.trials[chosen].config), record, seconds, joules)
 
 
 def _words(settings: dict[str, str]) -> str:

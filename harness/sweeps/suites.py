@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from harness.config.presets import read_preset
 from harness.config.request import PHANTOM, Request, recorded_fields
 from harness.config.resolve import parse_overrides
 from harness.config.suites import suite_file
@@ -65,14 +66,13 @@ def _answers(record: Mapping[str, Any], request: Request) -> bool:
     """Whether a run did what a request of a suite says, whatever its method and pre-training."""
     recorded = recorded_fields(record)
     fields = {name: recorded.get(name, Request.__dataclass_fields__[name].default) for name in COMPARED}
-    data = record["data"]
+    data, all_labels = record["data"], recorded.get("label_fraction") == 1
+    shots = request.shots or (read_preset(request.preset).get("shots", 0) if request.label_fraction == 1 else 0)
     return (
-        all(fields[name] == getattr(request, name) for name in COMPARED)
-        and (
-            data.get("n_train") == request.shots
-            if request.shots
-            else recorded.get("label_fraction") == request.label_fraction
-        )
+        all(fields[name] == getattr(request, name) for name in COMPARED if name != "label_seed")
+        # Where all cases are labelled, none are drawn.
+        and fields["label_seed"] == (None if all_labels else request.label_seed)
+        and (data.get("n_train") == shots if shots else recorded.get("label_fraction") == request.label_fraction)
         # A run without pre-training serves every mode.
         and (recorded.get("mode") == request.mode or record["timing"]["pretrain_step"] is None)
         and (data["source"] == PHANTOM) == (request.data is None)
@@ -81,5 +81,9 @@ def _answers(record: Mapping[str, Any], request: Request) -> bool:
 
 
 def _own_settings(overrides: Mapping[str, Any]) -> dict[str, str]:
-    """The changed settings that are not the method's own."""
-    return {key: str(value) for key, value in overrides.items() if not key.startswith(OF_THE_METHOD)}
+    """The changed settings that are not the method's own. The number of workers changes no result, and no record has it."""
+    return {
+        key: str(value)
+        for key, value in overrides.items()
+        if not key.startswith(OF_THE_METHOD) and not key.endswith(".workers")
+    }

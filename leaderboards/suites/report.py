@@ -10,13 +10,26 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from leaderboards import table as tables_as_text
-from leaderboards.board import Table, short_names
+from leaderboards.board import Table, gather, short_names, without_mode
 from leaderboards.figures import plain, save
+from leaderboards.records import Run
 from leaderboards.suites.claims import PRIOR, Claim, all_claims, claims_against_scratch
 from leaderboards.suites.consensus import Consensus, consensus
 from leaderboards.text import align, counted, escape_cell, escape_markdown, fit, printable
 
 SIGNIFICANT = 0.05
+
+
+def tables_of_methods(runs: Sequence[Run]) -> list[Table]:
+    """The tables of runs, without those that have controls only where another mode's table has them, too."""
+    tables = gather(runs)
+    with_methods = [any(not (group.control or group.imported) for group in table.groups) for table in tables]
+    served = {without_mode(table.key) for table, methods in zip(tables, with_methods, strict=True) if methods}
+    return [
+        table
+        for table, methods in zip(tables, with_methods, strict=True)
+        if methods or without_mode(table.key) not in served
+    ]
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,10 @@ def test_costs_of_a_run(tmp_path):
     assert (plain.gpu_hours, plain.kwh, plain.peak_memory) == (None, None, None)
     control = records.load_run(write_run(tmp_path, "scratch", 1, energy={"finetune_kwh": 0.1}))
     assert control.kwh == 0.1  # it pre-trains nothing, so that nothing is missing
+    tuned = {"energy": {"finetune_kwh": 0.1}, "timing": {"seconds": {"tune": 9.0}}}
+    assert records.load_run(write_run(tmp_path, "scratch", 2, **tuned)).kwh is None  # as earlier versions wrote it
+    tuned["energy"]["tune_kwh"] = 0.4
+    assert records.load_run(write_run(tmp_path, "scratch", 3, **tuned)).kwh == 0.5
 
 
 @pytest.mark.parametrize("data", [{"n_train": "x"}, {"validation": 5}, {"validation": [["a"]]}])

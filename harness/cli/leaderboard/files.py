@@ -49,6 +49,7 @@ def import_results(arguments: argparse.Namespace) -> None:
     from harness.config.resolve import parse_overrides
     from harness.config.schema import Evaluate
     from harness.data.datasets import open_task
+    from harness.data.splits import parse_fold
     from harness.runs import imported
     from harness.runs.locate import locate
     from leaderboards import board, records, table
@@ -79,7 +80,9 @@ def import_results(arguments: argparse.Namespace) -> None:
     _, task, root, _ = locate(request)
     data = open_task(task, root, request.runs / "cache", request.split)
     origin = imported.Origin(arguments.method, arguments.backbone, arguments.seed, arguments.note)
-    folder = imported.import_results(arguments.source, data, request.split, settings, origin, request.runs)
+    fold = parse_fold(request.split)
+    split = fold.canonical if fold else request.split  # as runs record it, with which folds are pooled
+    folder = imported.import_results(arguments.source, data, split, settings, origin, request.runs)
     run = records.load_run(folder)
     print(table.render(board.gather([run]), width=terminal_width()))
     print("\nfiles:", *(f"  {folder / name}" for name in ("cases.csv", "record.json")), sep="\n")

@@ -16,9 +16,10 @@ from harness.data.datasets import open_task
 from harness.runs.imported import Origin, import_results
 from harness.runs.reproduce import inspect
 from harness.runs.restore import read_run
+from harness.system.files import digest_file
 from leaderboards import records
 from leaderboards.validate import check_run
-from tests.harness.commands import folder_of
+from tests.harness.commands import folder_of, harness
 
 ORIGIN = Origin("nnU-Net 2.8.1", "resenc", 0)
 
@@ -239,3 +240,14 @@ def test_names_and_notes_make_runs_of_their_own(predictions, opened, tmp_path):
     }
     assert len(folders) == 5
     assert {folder.name for folder in (tmp_path / "runs").iterdir()} == folders
+
+
+def test_a_fold_of_a_file_is_recorded_as_runs_record_it(predictions, hippocampus_phantom, opened, tmp_path):
+    """By the digest of the file, so that imported folds are pooled where the folds of runs are."""
+    train, test = ([case.id for case in cases] for cases in (opened.split.train, opened.split.test))
+    path = tmp_path / "splits_final.json"
+    path.write_text(json.dumps([{"train": train, "val": test}, {"train": test, "val": train}]))
+    words = ["leaderboard", "import", predictions, "--method", "nnU-Net", "--task", "msd_hippocampus"]
+    harness(*words, "--data", hippocampus_phantom, "--split", f"1/2@{path}", "--runs", tmp_path / "runs")
+    (run,), _ = records.load_runs([tmp_path / "runs"])
+    assert run.record["data"]["split"] == f"1/2@{digest_file(path)[:8]}"

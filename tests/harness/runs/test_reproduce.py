@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 
+from harness.api.task import Percentiles
 from harness.cli.main import main
+from harness.runs import reproduce
 from harness.runs.reproduce import inspect
 from tests.harness.commands import BUDGET, SMALL, folder_of
+from tests.leaderboards.made import write_run
 
 
 def test_reproduce_prints_the_command_and_what_differs(predicted_runs, hippocampus_phantom, tmp_path, capsys):
@@ -77,3 +80,31 @@ def test_a_run_with_all_labels_under_a_preset_of_few_is_named_with_their_number(
     made = inspect(record | {"data": record["data"] | {"source": "real"}}, sixteen_cases, tmp_path, (), ())
     assert made.request.shots == 13
     assert not [name for name, *_ in made.differences if name == "run id"]
+
+
+@pytest.mark.parametrize(
+    ("normalisation", "spec"),
+    [
+        ("Window(low=-1000.0, high=400.0)", "luna16=-1000.0,400.0"),
+        (repr(Percentiles()), "luna16=percentiles"),
+        ("ZScore(hounsfield=True)", "luna16=zscore"),
+        ("Other()", "luna16"),
+    ],
+)
+def test_a_corpus_keeps_its_intensities_and_what_was_skipped(tmp_path, normalisation, spec):
+    corpus = {"name": "luna16", "fingerprint": "f", "normalisation": normalisation, "skipped": {"a": "no image"}}
+    folder = write_run(tmp_path, "m", mode="generic", data={"corpora": [corpus]})
+    record = json.loads((folder / "record.json").read_text())
+    made = reproduce._request(record, None, tmp_path, (), ())
+    assert (made.corpora, made.skip_bad) == ((spec,), True)
+    assert reproduce._request(record, None, tmp_path, (), ("here=0,1",)).corpora == ("here=0,1",)
+
+
+def test_cases_that_were_changed_are_said_after_a_run(tmp_path):
+    folder = write_run(tmp_path)
+    record = json.loads((folder / "record.json").read_text())
+    again = write_run(tmp_path / "again", dice=0.7)
+    (folder / "cases.csv").write_text((folder / "cases.csv").read_text() + "\n")
+    said = reproduce.compare(record, folder / "cases.csv", record, again / "cases.csv")
+    assert "average Dice there" in said
+    assert "cases are not compared: " in said

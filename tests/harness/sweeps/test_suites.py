@@ -79,6 +79,25 @@ def test_shots_are_recognised_by_the_number_of_training_cases(suite, record):
     assert suite.request_of(merge(few, {"data": {"n_train": 3}})) is None
 
 
+def test_shots_of_a_preset_are_recognised(tmp_path, record):
+    (tmp_path / "few-v1.toml").write_text('[[matrix]]\ntask = "t"\npreset = "fewshot"\n')
+    suite = read_suite(str(tmp_path / "few-v1.toml"), Request())
+    few = merge(record, {"preset": "fewshot", "overrides": {}, "label_fraction": 0.1, "data": {"n_train": 4}})
+    few["overrides"] = {}
+    assert suite.request_of(few) is not None
+    assert suite.request_of(merge(few, {"data": {"n_train": 3}})) is None
+
+
+def test_what_changes_no_result_tells_no_runs_apart(tmp_path, record):
+    path = tmp_path / "mine-v1.toml"
+    path.write_text(
+        '[[matrix]]\ntask = "t"\nlabel_seed = 3\nsettings = { "finetune.workers" = 4, "finetune.lr" = 0.003 }\n'
+    )
+    assert read_suite(str(path), Request()).request_of(record) is not None
+    few = merge(record, {"label_fraction": 0.5, "data": {"n_train": 1}})
+    assert read_suite(str(path), Request()).request_of(few) is None
+
+
 def test_a_control_serves_every_mode(suite, record):
     nothing = merge(record, {"method": "scratch", "mode": "generic"})
     nothing["timing"]["pretrain_step"] = None

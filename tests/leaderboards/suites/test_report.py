@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from leaderboards.suites.report import Report
-from tests.leaderboards.made import tables, write_dice
+from leaderboards import records
+from leaderboards.suites.report import Report, tables_of_methods
+from tests.leaderboards.made import tables, write_dice, write_run
 from tests.leaderboards.suites.test_consensus import suite_of
 
 
@@ -91,3 +92,13 @@ def test_phantoms_are_named(tmp_path):
     assert (
         "no intervals of the mean ranks: other (unet) on a: one seed, whose luck cannot be told from the method" in text
     )
+
+
+def test_controls_of_generic_methods_make_no_table_of_their_own(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path, "scratch", seed, rules=2)
+        write_run(tmp_path, "m", seed, rules=2, mode="generic")
+    write_run(tmp_path, "scratch", preset="paper", rules=2)  # nothing else is in its table
+    runs, _ = records.load_runs([tmp_path])
+    tables = tables_of_methods(runs)
+    assert [(table.shared("mode"), len(table.groups)) for table in tables] == [("generic", 2), ("task-specific", 1)]
