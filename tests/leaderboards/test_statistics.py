@@ -37,6 +37,16 @@ def test_without_an_effect_the_corrected_tests_fire_in_at_most_5_percent_of_tabl
     assert fired / 400 <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 400)
 
 
+def test_without_an_effect_cases_without_any_target_do_not_make_the_tests_fire():
+    rng, fired = np.random.default_rng(0), 0
+    for _ in range(400):
+        tables = simulate(rng, 3, 24, seed_luck=0.02)
+        for values in tables:
+            values[:, 8:] = np.nan
+        fired += min(corrected(tables)) < 0.05
+    assert fired / 400 <= 0.05 + 2 * np.sqrt(0.05 * 0.95 / 400)
+
+
 def test_wilcoxon_alone_would_take_the_luck_of_seeds_for_an_effect():
     rng = np.random.default_rng(0)
     fired = 0
