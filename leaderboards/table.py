@@ -330,7 +330,11 @@ def _averages(frame: pd.DataFrame) -> Iterable[tuple[str, list[str], list[list[s
 
 def _row_key(row: Any) -> tuple[Any, ...]:
     """What the rows of one method have in common over its targets."""
-    return tuple("" if pd.isna(row[name]) else row[name] for name in ("method", "backbone", "run_ids", "note"))
+    method, backbone, run_ids, note = (
+        "" if pd.isna(row[name]) else str(row[name]) for name in ("method", "backbone", "run_ids", "note")
+    )
+    # The notes of reported rows tell rows of one name apart, except those on the average alone.
+    return method, backbone, run_ids, "; ".join(part for part in note.split("; ") if "average" not in part)
 
 
 def _heading(key: Any, average: pd.DataFrame) -> str:

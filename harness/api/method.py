@@ -82,6 +82,9 @@ class Preparation(Protocol):
             steps: number of optimizer steps.
             batch_size: samples per step.
             lr: peak learning rate.
+
+        Raises:
+            UserError: it is called outside `remember`, on whose arguments the files of the training depend.
         """
 
     def remember(self, name: str, depends_on: Mapping[str, Any], compute: Callable[[], Any]) -> Any:

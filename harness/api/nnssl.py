@@ -6,7 +6,7 @@ kernels are turned, because unturned ones load without an error and compute some
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
@@ -28,11 +28,34 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
+Counts = int | Annotated[list[int], Field(min_length=1)]
+Sizes = int | Annotated[list[int | list[int]], Field(min_length=1)]
+
+
+class _Arguments(_Part):
+    """Sizes of the network for each stage, or one for all of them; along several axes in the order (z, y, x)."""
+
+    n_stages: int | None = None
+    features_per_stage: Counts | None = None
+    strides: Sizes | None = None
+    kernel_sizes: Sizes | None = None
+    n_blocks_per_stage: Counts | None = None
+    n_conv_per_stage: Counts | None = None
+
+    def per_stage(self, name: str) -> list[Any]:
+        """A size for each stage; an empty list where the plan does not state it."""
+        lengths = [len(value) for value in dict(self).values() if isinstance(value, list)]
+        value = getattr(self, name)
+        if isinstance(value, int):
+            return [value] * (self.n_stages or max(lengths, default=1))
+        return value or []
+
+
 class _Architecture(_Part):
     """The network: the dotted or short name of its class, and its arguments, which named networks lack."""
 
     arch_class_name: str
-    arch_kwargs: dict[str, Any] | None = None
+    arch_kwargs: _Arguments | None = None
 
 
 class _Configuration(_Part):
@@ -101,6 +124,11 @@ def from_nnssl(file: WeightsFile, plan: AdaptationPlan, backbone: Backbone) -> d
         raise UserError(f"method.weights={file.path} is of network {plan.architecture!r}: give --backbone {name}")
     wanted = plan_settings(plan)
     own = backbone.config.model_dump()
+    if foreign := sorted(wanted.keys() - own.keys()):
+        raise UserError(
+            f"method.weights={file.path}: its plan gives {plan.architecture!r} {', '.join(foreign)}, which this network does not "
+            "have: give a checkpoint with the plan that it was trained with"
+        )
     wrong = [key for key, value in wanted.items() if value != _as_given(own, key, backbone)]
     if wrong:
         words = " ".join(f"--set backbone.{key}='{_text(wanted[key])}'" for key in wrong)
@@ -154,18 +182,16 @@ def plan_settings(plan: AdaptationPlan) -> dict[str, Any]:
 
     Empty for a named network without arguments, which is the backbone's default.
     """
-    arguments = plan.architecture_plans.arch_kwargs or {}
-    settings: dict[str, Any] = {}
-    if "features_per_stage" in arguments:
-        settings["features"] = tuple(arguments["features_per_stage"])
-    for theirs, ours in (("strides", "strides"), ("kernel_sizes", "kernels")):
-        if theirs in arguments:
-            settings[ours] = tuple(_turned(each) for each in arguments[theirs])
-    if "n_blocks_per_stage" in arguments:
-        settings["blocks"] = tuple(arguments["n_blocks_per_stage"])
-    if "n_conv_per_stage" in arguments:
-        settings["convs"] = arguments["n_conv_per_stage"][0]
-    return settings
+    arguments = plan.architecture_plans.arch_kwargs or _Arguments()
+    settings: dict[str, Any] = {
+        "features": tuple(arguments.per_stage("features_per_stage")),
+        "strides": tuple(map(_turned, arguments.per_stage("strides"))),
+        "kernels": tuple(map(_turned, arguments.per_stage("kernel_sizes"))),
+        "blocks": tuple(arguments.per_stage("n_blocks_per_stage")),
+    }
+    if convs := arguments.per_stage("n_conv_per_stage"):
+        settings["convs"] = convs[0]
+    return {key: value for key, value in settings.items() if value}
 
 
 def _turned(size: int | Iterable[int]) -> tuple[int, ...]:

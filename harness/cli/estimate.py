@@ -5,15 +5,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness.cli.options import add_request_options, argument, request_of
-from harness.config.request import positive
+from harness.config.request import Request, positive
 from harness.system.console import progress, say
 from harness.system.errors import UserError
-
-if TYPE_CHECKING:
-    from harness.config.request import Request
 
 
 def add_parser(commands: Any) -> None:
@@ -24,12 +21,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--sweep", type=Path, metavar="FILE.toml", help="all cells of a sweep file, see sweeps/")
     parser.add_argument("--jobs", type=argument(positive), default=1, metavar="N", help="of the sweep (default: 1)")
     add_request_options(parser, required=False)
+    parser.set_defaults(preset="")
     parser.add_argument("--json", action="store_true", help="print the estimates as one JSON document")
     parser.set_defaults(command=estimate)
 
 
 def estimate(arguments: argparse.Namespace) -> int:
     """Print what runs will take before they start. Returns the exit status."""
+    preset, arguments.preset = arguments.preset, arguments.preset or Request.preset
     if arguments.sweep is None:
         if not arguments.method or not arguments.task:
             raise UserError("estimate needs --method and --task, or --sweep FILE: give them")
@@ -40,11 +39,11 @@ def estimate(arguments: argparse.Namespace) -> int:
         from harness.sweeps.cells import read
 
         base = replace(request_of(arguments), method="", task="")
-        requests = [cell.request for cell in read(arguments.sweep, base)]
+        requests = [cell.request for cell in read(arguments.sweep, base, preset)]
     return print_estimates(requests, arguments.jobs, arguments.json, alone=arguments.sweep is None)
 
 
-def print_estimates(requests: "Sequence[Request]", jobs: int, as_json: bool = False, alone: bool = False) -> int:
+def print_estimates(requests: Sequence[Request], jobs: int, as_json: bool = False, alone: bool = False) -> int:
     """Print a table of what each run takes. Returns the exit status: 2 where a run has no estimate.
 
     Args:

@@ -24,6 +24,7 @@ def fetch_weights(arguments: argparse.Namespace) -> None:
     """Download the file, compare its digest, and print how to start from it."""
     from harness.api.registry import Registry
     from harness.data.download import download
+    from harness.system.locks import held
 
     published = Registry(arguments.plugins).load("weights", arguments.name)
     url, path = arguments.url or published.url, arguments.out / Path(published.file).name
@@ -35,9 +36,10 @@ def fetch_weights(arguments: argparse.Namespace) -> None:
             f"{published.name}: its publishers give no address that this could fetch from: get {published.file} by way of "
             f"{published.page}, then start with `{start} --task ...`"
         )
-    if path.exists():
-        raise UserError(f"{path} is there already: remove it, or give another folder with --out")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    sha256 = download(url, path, "sha256", published.sha256)
+    with held(path, f"the download of {path}"):
+        if path.exists():
+            raise UserError(f"{path} is there already: remove it, or give another folder with --out")
+        sha256 = download(url, path, "sha256", published.sha256)
     compared = "as expected" if published.sha256 else "not compared, since its publishers state none"
     print(f"{path}\nsha256 {sha256}, {compared}\nlicence: {published.licence}\n{start} --task ...")

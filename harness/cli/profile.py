@@ -34,6 +34,7 @@ def add_parser(commands: Any) -> None:
         )
     add_options(parser, "task", text="gives channels, crop and batch: `harness list tasks`")
     add_options(parser, "preset")
+    parser.set_defaults(preset="")
     parser.add_argument("--stage", default="pretrain", choices=["pretrain", "finetune"])
     parser.add_argument(
         "--compare",
@@ -95,7 +96,7 @@ def _requests(arguments: argparse.Namespace) -> Iterator[Request]:
     """The requests to profile: the product of the values on the command line, for each cell of a sweep or each method."""
     base = Request(
         task=arguments.task,
-        preset=arguments.preset,
+        preset=arguments.preset or Request.preset,
         runs=arguments.runs,
         settings=tuple(arguments.settings),
         plugins=tuple(arguments.plugins),
@@ -107,7 +108,7 @@ def _requests(arguments: argparse.Namespace) -> Iterator[Request]:
             )
         from harness.sweeps.cells import read
 
-        requests = [cell.request for cell in read(arguments.sweep, base)]
+        requests = [cell.request for cell in read(arguments.sweep, base, arguments.preset)]
     else:
         if not arguments.methods or not arguments.task:
             raise UserError("profile needs --method and --task, or --sweep FILE: give them")

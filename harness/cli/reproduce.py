@@ -14,7 +14,11 @@ def add_parser(commands: Any) -> None:
         "reproduce", help="the command of a run, what differs here, and the run again", allow_abbrev=False
     )
     parser.add_argument("run", metavar="RUN_ID|RECORD", help="run id, its beginning, a run folder or a record.json")
-    parser.add_argument("--go", action="store_true", help="run it, and compare every case")
+    parser.add_argument(
+        "--go",
+        action="store_true",
+        help="run it, and compare every case; status 0 says that it ran",
+    )
     parser.add_argument(
         "--into", type=Path, default=Path("reproduced"), metavar="DIR", help="its runs folder (default: ./reproduced)"
     )

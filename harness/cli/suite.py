@@ -1,7 +1,7 @@
 """`harness suite`: compare methods over several tasks, and report a verdict."""
 
 import argparse
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"suite {suite.name} needs real data: give its folder with --data or HARNESS_DATA")
     cells = suite.cells(arguments.methods, arguments.settings)
     notes = arguments.runs / "sweeps" / suite.name
-    return run_cells(cells, arguments, notes, lambda runs: print(_report(suite.name, runs).text(terminal_width())))
+
+    def report(runs: "Sequence[Run]") -> None:
+        """Print the verdict, if anything was run."""
+        if runs:
+            print(_report(suite.name, runs).text(terminal_width()))
+
+    return run_cells(cells, arguments, notes, report)
 
 
 def show_status(arguments: argparse.Namespace) -> int:
@@ -70,13 +76,14 @@ def show_status(arguments: argparse.Namespace) -> int:
     suite = _suite(arguments)
     runs, problems = load(arguments)
     due = Counter(_column(request) for request in suite.requests)
-    done: dict[str, Counter[str]] = {}
+    done: dict[str, dict[str, set[Request]]] = {}
     for run in runs:
         if (request := suite.request_of(run.record)) is not None:
-            done.setdefault(f"{run.method} ({run.backbone})", Counter())[_column(request)] += 1
+            own = done.setdefault(f"{run.method} ({run.backbone})", defaultdict(set))
+            own[_column(request)].add(request)  # runs of one seed by two versions are one
     lines = [
         ["method", *due],
-        *([name, *(f"{own[key]}/{due[key]}" for key in due)] for name, own in sorted(done.items())),
+        *([name, *(f"{len(own[key])}/{due[key]}" for key in due)] for name, own in sorted(done.items())),
     ]
     print(*map(printable, align(lines)), sep="\n")
     if not done:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed
+from accelerate import PartialState
 from torch import Tensor
 
 from harness.compute.devices import new_accelerator
@@ -90,7 +91,9 @@ class Processes:
 
     def wait(self) -> None:
         """Wait until all processes have called this."""
-        self.decide(lambda: None)
+        # A broadcast would not do: its source need not wait for the others.
+        if self.size > 1:
+            PartialState().wait_for_everyone()
 
     @contextmanager
     def held(self, path: Path, what: str) -> Iterator[Lock | None]:

@@ -171,7 +171,8 @@ class Estimator:
             config.backbone,
             config.protocol,
             task.name,
-            case.id,
+            run_plan.data.inventory.digests[case.id],
+            {name: repr(value) for name, value in config.prepared.items()},
             *(values.model_dump(mode="json") for values in settings),
         ]
         seconds = self._once(identity, partial(_evaluate_one, run_plan, volume))

@@ -20,6 +20,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 from harness.api.task import Archive
 from harness.system.console import progress, say
 from harness.system.errors import UserError
+from harness.system.locks import held
 
 CHUNK = 2**20  # bytes
 TIMEOUT_S = 60
@@ -40,17 +41,17 @@ def fetch(archive: Archive, folder: Path, keep: bool = False) -> Path:
         UserError: the transfer breaks TRIES times without progress, the content has another MD5 sum, the disk is full, or
             the archive holds a member that is not allowed.
     """
-    root = folder / archive.folder
-    if root.exists():
-        say(f"{root} is there already, nothing was brought; remove it to bring it again")
-        return root
+    root, packed = folder / archive.folder, folder / f"{archive.folder}.tar"
     folder.mkdir(parents=True, exist_ok=True)
-    packed = folder / f"{archive.folder}.tar"
-    if not (packed.exists() and md5(packed) == archive.md5):
-        download(archive.url, packed, "md5", archive.md5)
-    _unpack(packed, root)
-    if not keep:
-        packed.unlink()
+    with held(packed, f"the download of {packed}"):
+        if root.exists():
+            say(f"{root} is there already, nothing was brought; remove it to bring it again")
+            return root
+        if not (packed.exists() and md5(packed) == archive.md5):
+            download(archive.url, packed, "md5", archive.md5)
+        _unpack(packed, root)
+        if not keep:
+            packed.unlink()
     return root
 
 

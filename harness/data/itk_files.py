@@ -85,6 +85,22 @@ def write_image(path: Path, voxels: NDArray[Any], affine: Affine) -> None:
 
 def _reader(path: Path) -> Any:
     """A SimpleITK reader of a file whose header was checked. Raises UserError for a header that must not be read."""
+    voxel_files(path)  # raises UserError for names that lead elsewhere
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    reader = sitk.ImageFileReader()
+    # ITK must not choose the reader itself: another one would use other fields than those that were checked.
+    reader.SetImageIO("NrrdImageIO" if path.suffix in NRRD else "MetaImageIO")
+    reader.SetFileName(str(path))
+    return reader
+
+
+def voxel_files(path: Path) -> list[Path]:
+    """The files beside a text header that hold its voxels; none where it holds them itself.
+
+    Raises:
+        UserError: the header must not be read, or names a file elsewhere, several files, a pipe or a device.
+    """
+    files = []
     for name in _named_files(path):
         if name.upper() == "LOCAL":
             continue
@@ -92,13 +108,9 @@ def _reader(path: Path) -> Any:
             raise UserError(
                 f"{path}: its voxels are in {name!r}; only a single file beside the header is read: move it there"
             )
-        file_size(path.with_name(name))  # raises UserError for a pipe or a device, which would never end
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    reader = sitk.ImageFileReader()
-    # ITK must not choose the reader itself: another one would use other fields than those that were checked.
-    reader.SetImageIO("NrrdImageIO" if path.suffix in NRRD else "MetaImageIO")
-    reader.SetFileName(str(path))
-    return reader
+        files.append(path.with_name(name))
+        file_size(files[-1])  # raises UserError for a pipe or a device, which would never end
+    return files
 
 
 def _named_files(path: Path) -> list[str]:

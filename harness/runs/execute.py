@@ -34,8 +34,8 @@ from harness.training.finetune import finetune
 from harness.training.lineage import cache_lineage
 from harness.training.loop import StageContext
 from harness.training.models import new_network, seed_for
-from harness.training.pretrain import PICTURE, PROBE, pretrain
-from harness.training.stage_files import read_stage
+from harness.training.pretrain import PICTURE, pretrain
+from harness.training.stage_files import PROBE, read_stage
 from harness.training.trackers import tracked
 
 

@@ -20,7 +20,7 @@ from harness.api.registry import Registry
 from harness.api.task import Percentiles
 from harness.compute import environment
 from harness.config.presets import read_preset
-from harness.config.request import Request, command, recorded_fields
+from harness.config.request import PHANTOM, Request, command, recorded_fields
 from harness.data.corpus import parse_spec
 from harness.runs.locate import locate
 from harness.runs.plan import plan
@@ -45,7 +45,9 @@ class Reproduction:
     @property
     def command(self) -> str:
         """The exact command of the run. `--data`, `--runs` and `--plugin`, which no record holds, are those given here."""
-        return shlex.join(command(self.request))
+        # Without it, the command would take the data that HARNESS_DATA names.
+        phantom = ["--data", PHANTOM] if self.record["data"]["source"] == PHANTOM else []
+        return shlex.join([*command(self.request), *phantom])
 
     def __str__(self) -> str:
         environment = self.record.get("environment", {})

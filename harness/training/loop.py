@@ -252,7 +252,7 @@ class TrainingLoop:
             line: dict[str, Any] = {"stage": self.name, "step": step, "loss": loss, "lr": lr, "terms": values}
             line["gradient_norm"] = float(norm) if finite else None
             if not finite:
-                self._handle_nonfinite(step, values)
+                self._handle_nonfinite(step, values, lines)
                 line |= {"loss": None, "terms": {}, "skipped": True}
             if self.main:
                 lines.write(json.dumps(line).encode() + b"\n")
@@ -263,7 +263,7 @@ class TrainingLoop:
         self.unread.clear()
         return loss
 
-    def _handle_nonfinite(self, step: int, values: Mapping[str, float]) -> None:
+    def _handle_nonfinite(self, step: int, values: Mapping[str, float], lines: Any) -> None:
         """Count a step that is skipped, or end the stage.
 
         Raises:
@@ -281,7 +281,7 @@ class TrainingLoop:
         state = "the state before it is kept"
         if step == self.step and self._buffers_are_finite():
             self.step -= 1
-            self._save(None)
+            self._save(lines)
         elif not self.checkpoints.all():
             state = "no checkpoint was due before it"
         advice = f"lower {self.name}.lr, set {self.name}.precision=fp32, or go on with --on-nonfinite skip"
@@ -315,8 +315,8 @@ class TrainingLoop:
     def _save(self, lines: Any) -> None:
         """Write a checkpoint on the main process; the others wait for it."""
         if self.main:
-            if lines is not None:
-                os.fsync(lines.fileno())
+            lines.flush()  # the checkpoint names the size of the history
+            os.fsync(lines.fileno())
             self.trainer.clock.read()
             self.energy.sample(now=True)
             state = self.trainer.state() | {

@@ -19,6 +19,7 @@ from harness.config.request import DEFAULT_EXECUTION, Execution
 from harness.config.schema import Training
 from harness.data.crops import CropDataset
 from harness.system.console import say
+from harness.system.errors import UserError
 from harness.system.files import digest, read_json, write_atomic
 from harness.system.locks import held
 from harness.training.loop import StageContext, StagePlan, train
@@ -66,7 +67,17 @@ class PreparationContext:
     def train(
         self, module: nn.Module, sources: Sequence[Source], *, size: Triple, steps: int, batch_size: int, lr: float
     ) -> None:
-        """Minimise the sum of the named terms of `module(batch)`, with the loop that pre-training uses, in this process alone."""
+        """Minimise the sum of the named terms of `module(batch)`, with the loop that pre-training uses, in this process alone.
+
+        Raises:
+            UserError: it is called outside `remember`.
+        """
+        if self._training_folder is None:
+            # There, its checkpoints would be those of any other run.
+            raise UserError(
+                "prepare() calls preparation.train() outside preparation.remember(): call it in the function that remember() "
+                "is given, so that what it trains belongs to what it depends on"
+            )
         settings = self.template.model_copy(
             update={
                 "steps": steps,
@@ -79,7 +90,7 @@ class PreparationContext:
             }
         )
         data = CropDataset(sources, size, steps * batch_size, self.seed)
-        folder = self._training_folder or self.folder
+        folder = self._training_folder
         folder.mkdir(parents=True, exist_ok=True)
         plan = StagePlan("prepare", settings, steps, warmup=steps // 20, seed=self.seed)
         context = StageContext(execution=self.execution)

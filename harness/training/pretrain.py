@@ -34,9 +34,6 @@ PreparationCache = tuple[Any, Path]
 PICTURE = "restoration.png"
 """File beside the weights that shows what the method sees and restores."""
 
-PROBE = "probe.json"
-"""File beside the weights with the points of `harness.runs.probe`."""
-
 
 def pretrain(
     config: RunConfig,

@@ -14,6 +14,9 @@ from harness.system.files import digest_file, read_json, write_atomic
 from harness.training.checkpoints import Checkpoints
 from harness.training.lineage import Lineage, write_lineage
 
+PROBE = "probe.json"
+"""File beside the weights with the points of `harness.runs.probe`."""
+
 
 def read_stage(path: Path) -> dict[str, Any] | None:
     """The report of a finished training stage; None if it, or the weights file beside it, is missing or damaged."""
@@ -54,7 +57,7 @@ def write_weights(
 
 
 def assert_unchanged(volumes: Sequence[Volume], folder: Path) -> None:
-    """Check that no preprocessed volume has changed during training; if one has, remove the stage's checkpoints.
+    """Check that no preprocessed volume has changed during training; if one has, remove the stage's checkpoints and probes.
 
     Raises:
         UserError: a volume was changed or removed.
@@ -62,6 +65,7 @@ def assert_unchanged(volumes: Sequence[Volume], folder: Path) -> None:
     changed = [volume for volume, intact in zip(volumes, verify_volumes(volumes), strict=True) if not intact]
     if changed:
         Checkpoints(folder / "checkpoints", 0).clear()
+        (folder / PROBE).unlink(missing_ok=True)
         raise UserError(
             f"{len(changed)} prepared volumes were changed or removed during training, {changed[0].stem} among them: "
             "what was trained on them is dropped; ask again, and they are prepared again"

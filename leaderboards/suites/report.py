@@ -171,7 +171,7 @@ class Report:
         ]
         said = "".join(f"- {escape_markdown(sentence)}\n" for sentence in self.sentences())
         heading = f"# {escape_markdown(self.name)}\n\n"
-        body = tables_as_text.markdown(rows)
+        body = tables_as_text.markdown(rows, tables_as_text.warnings_of(self.tables))
         (folder / "report.md").write_text(
             f"{heading}{picture}" + "\n".join(table) + f"\n\n{said}\n{body}", encoding="utf-8"
         )

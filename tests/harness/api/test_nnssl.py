@@ -211,3 +211,30 @@ def test_sizes_of_a_plan_are_in_the_other_order():
     assert arguments["strides"] == [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
     assert arguments["kernel_sizes"] == [[1, 3, 3], [3, 3, 3], [3, 3, 3]]
     assert arguments["n_blocks_per_stage"] == [1, 2, 1]
+
+
+@pytest.mark.parametrize("name", ["resenc", "plainunet"])
+def test_one_number_stands_for_all_stages(name, tmp_path):
+    sizes = {"features": (4, 4, 4), "kernels": "3;3;3"} | ({"blocks": (1, 1, 1)} if name == "resenc" else {})
+    made = network(name, **sizes)
+    file = checkpoint(made)
+    arguments = {"features_per_stage": 4, "kernel_sizes": 3, "n_stages": 3}
+    arguments |= {"n_blocks_per_stage": 1} if name == "resenc" else {"n_conv_per_stage": 2}
+    file["nnssl_adaptation_plan"]["architecture_plans"]["arch_kwargs"] |= arguments
+    assert transfer(network(name, **sizes), official(file, tmp_path, made).weights()).encoder_fraction == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"n_blocks_per_stage": []}, "n_blocks_per_stage"),
+        ({"features_per_stage": "wide"}, "features_per_stage"),
+        ({"strides": None, "kernel_sizes": {"a": 1}}, "kernel_sizes"),
+        ({"n_conv_per_stage": [2, 2, 2]}, "convs, which this network does not have"),
+    ],
+)
+def test_a_plan_of_anything_is_refused_in_words(change, says, tmp_path):
+    file = checkpoint(network())
+    file["nnssl_adaptation_plan"]["architecture_plans"]["arch_kwargs"] |= change
+    with pytest.raises(UserError, match=says):
+        official(file, tmp_path, network()).weights()

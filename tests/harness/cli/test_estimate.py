@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from harness.cli import estimate
 from harness.cli.main import main
 from harness.costs.trial import OUT_OF_MEMORY
 from tests.conftest import TINY, TINY_BUDGET
@@ -67,3 +68,14 @@ def test_estimate_of_what_does_not_fit_says_so_in_json_too(tmp_path, capsys, mon
     assert found["problem"] == "finetune: out of memory"
     assert main(words) == 2
     assert "out of memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("more", "preset"), [([], "paper"), (["--preset", "demo"], "demo")])
+def test_a_preset_replaces_those_of_a_sweep(more, preset, tmp_path, monkeypatch):
+    path, presets = tmp_path / "s.toml", []
+    path.write_text('[[matrix]]\nmethod = "scratch"\ntask = "brats"\npreset = "paper"\n')
+    monkeypatch.setattr(
+        estimate, "print_estimates", lambda requests, *rest, **named: presets.extend(r.preset for r in requests) or 0
+    )
+    assert main(["estimate", "--sweep", str(path), *more]) == 0
+    assert presets == [preset]

@@ -27,6 +27,7 @@ def test_the_command_that_is_printed_asks_for_the_run(finished_simmim, hippocamp
     request = request_of(parser.parse_args(shlex.split(lines[1])[1:]))
     record = json.loads((folder / "record.json").read_text())
     assert (request.method, request.task, request.seed) == ("simmim", "msd_hippocampus", 0)
+    assert lines[1].endswith(" --data phantom")  # whatever HARNESS_DATA names
     assert {tuple(pair.split("=", 1)) for pair in request.settings} == set(record["overrides"].items())
     assert request.runs == tmp_path / "again"
     assert not (tmp_path / "again").exists()  # looked at, not run

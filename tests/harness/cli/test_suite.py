@@ -106,3 +106,29 @@ def test_wrong_suites_are_answered_in_words(suite, tmp_path, capsys):
     )
     write_run(tmp_path / "runs", "scratch")
     assert "none of 1 run belongs to two-v1" in fails(capsys, "suite", "report", suite, "--runs", tmp_path / "runs")
+
+
+def test_a_suite_of_which_nothing_can_run_says_why(tmp_path, capsys):
+    (tmp_path / "mine-v1.toml").write_text('[[matrix]]\ntask = "msd_spleen"\n')
+    words = [
+        "suite",
+        "run",
+        tmp_path / "mine-v1.toml",
+        "--method",
+        "mae",
+        "--data",
+        tmp_path,
+        "--runs",
+        tmp_path / "runs",
+    ]
+    harness(*words, status=2)
+    err = capsys.readouterr().err
+    assert "no record of" in err
+    assert "Traceback" not in err
+
+
+def test_two_runs_of_one_seed_count_once(tmp_path, capsys):
+    suite = records_of(tmp_path / "runs", {"scratch": 0.8}, seeds=(0,))
+    write_run(tmp_path / "runs", "scratch", 0, task="t", cases=10, finished="2026-02-01T00:00:00Z")
+    harness("suite", "status", suite, "--runs", tmp_path / "runs")
+    assert capsys.readouterr().out.count("1/2") == 2

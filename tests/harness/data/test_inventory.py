@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from harness.api.registry import Registry
+from harness.api.task import Case
+from harness.data.image_files import write_image
 from harness.data.inventory import digest_cases, fingerprint, take_inventory
 from harness.system.errors import UserError
 
@@ -61,3 +63,21 @@ def test_fingerprint_follows_content_not_place_or_time(phantom, tmp_path):
     shutil.copy(cases[0].label, cases[1].label)
     assert fingerprint(digest_cases(task.cases(tmp_path / "copy"), tmp_path / "b")[0]) != first
     assert json.loads((tmp_path / "b" / "digests.json").read_text())
+
+
+def test_scans_of_one_header_are_told_apart_by_their_voxels(tmp_path):
+    """The header of a MetaImage names the file of its voxels; headers of scans on one grid are equal."""
+    cases = []
+    for number in range(2):
+        folder = tmp_path / f"p{number}"
+        folder.mkdir()
+        voxels = np.random.default_rng(number).integers(0, 99, (8, 8, 8)).astype(np.int16)
+        write_image(folder / "result.mhd", voxels, np.eye(4))
+        cases.append(Case(f"p{number}", (folder / "result.mhd",), None))
+    assert len({case.images[0].read_bytes() for case in cases}) == 1
+    digests, bad = digest_cases(cases, tmp_path / "cache")
+    assert not bad
+    assert len(set(digests.values())) == 2
+    (tmp_path / "p1" / "result.raw").write_bytes((tmp_path / "p0" / "result.raw").read_bytes())
+    again, _ = digest_cases(cases, tmp_path / "cache")
+    assert again["p0"] == again["p1"] == digests["p0"]

@@ -83,7 +83,8 @@ def test_a_good_name_is_itself(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".hidden", "..", "a/b", "a\\b", "a\0b", "ä" * 101, "\udcff", "x" * 201, "a\u00a0b", "a\u200b"]
+    "name",
+    ["", ".hidden", "..", "a/b", "a\\b", "a\0b", "ä" * 101, "\udcff", "x" * 201, "a\u00a0b", "a\u200b", "line\nbreak"],
 )
 def test_a_name_that_leads_elsewhere_or_fits_no_file_is_refused(name):
     with pytest.raises(UserError, match="rename it"):

@@ -16,7 +16,7 @@ from harness.config.request import Execution
 from harness.system.locks import LostLockError
 from harness.system.signals import Interrupted
 from harness.training.checkpoints import read
-from harness.training.loop import StageContext, train
+from harness.training.loop import StageContext, TrainingLoop, train
 from tests.harness.short_stage import stage_plan, training_settings
 
 
@@ -96,7 +96,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(tmp_path):
     assert torch.equal(state["module"]["weight"], module.weight)
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, capsys):
+@pytest.mark.parametrize("every", [1, 5])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(every, tmp_path, capsys, monkeypatch):
+    """On a GPU the losses of several steps are read at once, and the history is written then."""
+    init = TrainingLoop.__init__
+
+    def reading(self, *arguments):
+        init(self, *arguments)
+        self.read_every = every
+
+    monkeypatch.setattr(TrainingLoop, "__init__", reading)
     module, history = Slope(), tmp_path / "history.jsonl"
     with pytest.raises(UserError, match="go on with --on-nonfinite skip"):
         train(stage_plan(), module, Crops(), history, new_accelerator())

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from harness.config.schema import Training
+from harness.system.errors import UserError
 from harness.training.method_preparation import PreparationContext
 from tests.harness.commands import harness, record_of, short_run
 
@@ -134,3 +135,9 @@ def test_transvw_reports_its_discovery(two_phantoms, tmp_path, capsys):
     # Longer pre-training needs no new discovery, and reports what the first one took.
     harness(*words, "--set", "pretrain.steps=3")
     assert "words found in" in capsys.readouterr().err
+
+
+def test_a_training_that_is_not_remembered_is_refused(tmp_path):
+    """Its checkpoints would be those of another run."""
+    with pytest.raises(UserError, match=r"outside preparation\.remember"):
+        context(tmp_path).train(Fit(), [Ones()], size=(4, 6, 2), steps=3, batch_size=3, lr=0.1)

@@ -102,3 +102,12 @@ def test_controls_of_generic_methods_make_no_table_of_their_own(tmp_path):
     runs, _ = records.load_runs([tmp_path])
     tables = tables_of_methods(runs)
     assert [(table.shared("mode"), len(table.groups)) for table in tables] == [("generic", 2), ("task-specific", 1)]
+
+
+def test_what_is_written_has_the_warnings_of_the_tables(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / "runs", "scratch", seed)
+        write_run(tmp_path / "runs", "m", seed, final_soft_dice=0.1)
+    runs, _ = records.load_runs([tmp_path / "runs"])
+    Report("made-v1", tables_of_methods(runs)).write(tmp_path / "report")
+    assert "NOT CONVERGED" in (tmp_path / "report" / "report.md").read_text()
