@@ -60,8 +60,14 @@ class _Guarded:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Log the named values of a step."""
-        if self._tracker is not None:
+        if self._tracker is None:
+            return
+        if self.name != "wandb":
             self._attempt(lambda: self._tracker.log(dict(values), step=step))
+            return
+        # W&B drops values of a step below the last one, and each stage counts from 1: steps are values there.
+        steps = {f"{name.partition('/')[0]}/step": step for name in values}
+        self._attempt(lambda: self._tracker.log({**values, **steps}, step=None))
 
     def finish(self) -> None:
         """Close the tracker."""
@@ -83,6 +89,9 @@ class _Guarded:
             self._tracker = kind("ssl-seg-harness", logging_dir=str(folder.resolve() / "mlflow"), run_name=run_id)
         if hasattr(self._tracker, "start"):
             self._tracker.start()
+        if self.name == "wandb":
+            for stage in ("pretrain", "finetune"):
+                self._tracker.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
         self._tracker.store_init_configuration(_flat(config))
 
     def _attempt(self, do: Callable[[], Any]) -> None:

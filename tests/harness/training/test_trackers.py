@@ -1,7 +1,10 @@
 """Trackers get every step; one that fails never stops a run."""
 
 import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+from harness.compute.processes import Processes
+from harness.training.trackers import tracked
 from tests.harness.commands import FOUR_STEPS, status_of
 from tests.harness.processes import finish, run_words, start
 
@@ -56,3 +59,36 @@ def test_a_tracker_that_is_not_installed_is_known_before_the_run(sixteen_cases, 
     assert status_of(*run_words("simmim", FOUR_STEPS, sixteen_cases, tmp_path, "--tracker", "mlflow")) == 2
     assert "pip install 'ssl-seg-harness[mlflow]'" in capsys.readouterr().err
     assert not tmp_path.joinpath("cache").exists()
+
+
+class Monotonic:
+    """W&B as far as it matters here: values of a step below the last one are dropped."""
+
+    def __init__(self, *given, **named):
+        self.run, self.axes, self.values, self.last = self, {}, [], 0
+
+    def define_metric(self, name, step_metric):
+        self.axes[name] = step_metric
+
+    def store_init_configuration(self, values):
+        pass
+
+    def log(self, values, step):
+        self.last = self.last + 1 if step is None else max(step, self.last)
+        if step is None or step == self.last:
+            self.values.append(values)
+
+    def finish(self):
+        pass
+
+
+def test_wandb_gets_the_steps_of_every_stage(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", lambda *a, **n: made.append(Monotonic()) or made[0])
+    with tracked(["wandb"], "run", {}, tmp_path, Processes()) as log:
+        for stage in ("pretrain", "finetune"):
+            for step in (1, 2, 3):
+                log({f"{stage}/loss": 1.0 / step}, step)
+    (tracker,) = made
+    assert tracker.axes == {"pretrain/*": "pretrain/step", "finetune/*": "finetune/step"}
+    assert [values["finetune/step"] for values in tracker.values if "finetune/loss" in values] == [1, 2, 3]
