@@ -33,7 +33,6 @@ LEFT_OUT = {
     r"sweep mine.toml": "a file of the reader's",
     r"method\.weights|genesis_unet3d|inflate_stem": "needs weights from the internet; `tests/methods/test_official.py`",
     r"--task btcv|data (check|prepare) btcv|Dataset123_Mine": "needs data that nobody may pass on; `tests/tasks`",
-    r"--micro-batches": "a batch of two crops a process; `tests/harness/compute/test_processes.py`",
     r"reproduce RUN_ID": "asks for the same revision; `tests/harness/cli/test_reproduce.py`",
 }
 """Lines that are not run here, and why."""
