@@ -328,13 +328,17 @@ def _averages(frame: pd.DataFrame) -> Iterable[tuple[str, list[str], list[list[s
         yield _heading(key, average), columns, rows
 
 
+ON_AVERAGE = "average"
+"""What the notes of papers' numbers say that are about the average alone."""
+
+
 def _row_key(row: Any) -> tuple[Any, ...]:
     """What the rows of one method have in common over its targets."""
     method, backbone, run_ids, note = (
         "" if pd.isna(row[name]) else str(row[name]) for name in ("method", "backbone", "run_ids", "note")
     )
     # The notes of reported rows tell rows of one name apart, except those on the average alone.
-    return method, backbone, run_ids, "; ".join(part for part in note.split("; ") if "average" not in part)
+    return method, backbone, run_ids, "; ".join(part for part in note.split("; ") if ON_AVERAGE not in part)
 
 
 def _heading(key: Any, average: pd.DataFrame) -> str:

@@ -28,19 +28,19 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-Counts = int | Annotated[list[int], Field(min_length=1)]
-Sizes = int | Annotated[list[int | list[int]], Field(min_length=1)]
+_Counts = int | Annotated[list[int], Field(min_length=1)]
+_Sizes = int | Annotated[list[int | list[int]], Field(min_length=1)]
 
 
 class _Arguments(_Part):
-    """Sizes of the network for each stage, or one for all of them; along several axes in the order (z, y, x)."""
+    """_Sizes of the network for each stage, or one for all of them; along several axes in the order (z, y, x)."""
 
     n_stages: int | None = None
-    features_per_stage: Counts | None = None
-    strides: Sizes | None = None
-    kernel_sizes: Sizes | None = None
-    n_blocks_per_stage: Counts | None = None
-    n_conv_per_stage: Counts | None = None
+    features_per_stage: _Counts | None = None
+    strides: _Sizes | None = None
+    kernel_sizes: _Sizes | None = None
+    n_blocks_per_stage: _Counts | None = None
+    n_conv_per_stage: _Counts | None = None
 
     def per_stage(self, name: str) -> list[Any]:
         """A size for each stage; an empty list where the plan does not state it."""

@@ -28,7 +28,8 @@ def add_parser(commands: Any) -> None:
 
 def estimate(arguments: argparse.Namespace) -> int:
     """Print what runs will take before they start. Returns the exit status."""
-    preset, arguments.preset = arguments.preset, arguments.preset or Request.preset
+    preset = arguments.preset  # of a sweep: replaces those of the file
+    arguments.preset = preset or Request.preset
     if arguments.sweep is None:
         if not arguments.method or not arguments.task:
             raise UserError("estimate needs --method and --task, or --sweep FILE: give them")

@@ -82,8 +82,17 @@ def request_of(arguments: argparse.Namespace) -> Request:
 
 
 def execution_of(arguments: argparse.Namespace) -> Execution:
-    """How a run is carried out, from the options; the defaults where the command lacks an option."""
-    return Execution(**_field_values(arguments, Execution))
+    """How a run is carried out, from the options; the defaults where the command lacks an option.
+
+    Raises:
+        UserError: a tracker's package is not installed.
+    """
+    execution = Execution(**_field_values(arguments, Execution))
+    if execution.trackers:
+        from harness.training.trackers import check_trackers
+
+        check_trackers(execution.trackers)
+    return execution
 
 
 def _field_values(arguments: argparse.Namespace, kind: type[Request] | type[Execution]) -> dict[str, Any]:

@@ -32,10 +32,6 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         _dry_run(request, arguments.json)
         return
-    if request.execution.trackers:
-        from harness.training.trackers import check_trackers
-
-        check_trackers(request.execution.trackers)
     if request.execution.until:
         from harness.runs.execute import pretrain_only
 

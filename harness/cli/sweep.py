@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from harness.cli.estimate import print_estimates
 from harness.cli.options import EXECUTION, add_options, argument, execution_of
 from harness.cli.output import terminal_width
-from harness.config.presets import read_preset
 from harness.config.request import Request, positive
 from harness.system.console import say
 from harness.system.errors import UserError
@@ -64,8 +63,6 @@ def sweep(arguments: argparse.Namespace) -> int:
     from harness.sweeps import cells
     from leaderboards import board, table
 
-    if arguments.preset:
-        read_preset(arguments.preset)
     sweep_cells = cells.read(arguments.file, base_request(arguments), arguments.preset)
     csv = arguments.runs / "sweeps" / f"{arguments.file.stem}.csv"
 
@@ -80,12 +77,8 @@ def sweep(arguments: argparse.Namespace) -> int:
 
 def base_request(arguments: argparse.Namespace) -> Request:
     """What a file of cells leaves to the command line. Raises UserError for a tracker that cannot be used."""
-    execution = execution_of(arguments)
-    if execution.trackers:
-        from harness.training.trackers import check_trackers
-
-        check_trackers(execution.trackers)
-    return Request(data=arguments.data, runs=arguments.runs, plugins=tuple(arguments.plugins), execution=execution)
+    plugins, execution = tuple(arguments.plugins), execution_of(arguments)
+    return Request(data=arguments.data, runs=arguments.runs, plugins=plugins, execution=execution)
 
 
 def run_cells(

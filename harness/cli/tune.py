@@ -37,10 +37,6 @@ def tune(arguments: argparse.Namespace) -> None:
     """Tune each method, then print its trials and the tables."""
     base = request_of(arguments)
     requests = [replace(base, method=method, tune=arguments.grid) for method in dict.fromkeys(arguments.methods)]
-    if base.execution.trackers:
-        from harness.training.trackers import check_trackers
-
-        check_trackers(base.execution.trackers)
     _check_all(requests)
     finished = {request.method: carry_out(request) for request in requests}
     if not is_first_process():

@@ -11,7 +11,7 @@ from harness.api.registry import Registry
 from harness.api.settings import build
 from harness.api.task import Task, Window, ZScore
 from harness.config.grid import canonical_grid, parse_grid
-from harness.config.presets import lineage, settings_of
+from harness.config.presets import lineage, read_preset, settings_of
 from harness.config.request import Request, options
 from harness.config.schema import Evaluate, Finetune, Pretrain, RunConfig, TaskSettings
 from harness.system.errors import UserError, unknown
@@ -106,6 +106,11 @@ def resolve(request: Request, registry: Registry, task: Task) -> RunConfig:
         "evaluate": build(Evaluate, values["evaluate"], "evaluate"),
     }
     return build(RunConfig, run, "run")
+
+
+def shots_of(request: Request) -> int:
+    """The number of labelled cases, from `--shots` or the preset; 0 where `--label-fraction` decides."""
+    return request.shots or (read_preset(request.preset).get("shots", 0) if request.label_fraction == 1 else 0)
 
 
 def resolve_trials(request: Request, registry: Registry, task: Task) -> list[TuningTrial]:

@@ -13,6 +13,7 @@ from harness.system.files import slug, walk
 
 ANY = "**/*"
 NORMALISATION = re.compile(r"(-?\d+(?:\.\d+)?),(-?\d+(?:\.\d+)?)|percentiles|zscore")
+WINDOW = re.compile(r"Window\(low=(-?\d+(?:\.\d+)?), high=(-?\d+(?:\.\d+)?)\)")  # as records state it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,18 @@ def parse_spec(spec: str) -> tuple[str, Normalisation | None]:
             f"--corpus {spec}: the window {how} is empty or too wide: give its lower end first, for instance -1000,400"
         )
     return name, window
+
+
+def with_intensities(spec: str, recorded: str) -> str:
+    """The spec of a corpus with the normalisation that a record states as text, unless it names one, or the text is unknown."""
+    window = WINDOW.fullmatch(recorded)
+    if parse_spec(spec)[1] is not None:
+        return spec
+    if recorded == repr(Percentiles()):
+        return f"{spec}=percentiles"
+    if recorded.startswith(f"{ZScore.__name__}("):
+        return f"{spec}=zscore"
+    return f"{spec}={window[1]},{window[2]}" if window else spec
 
 
 def with_normalisation(corpus: Corpus, normalisation: Normalisation | None) -> Corpus:

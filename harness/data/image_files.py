@@ -2,7 +2,6 @@
 
 import gzip
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from harness.api.task import SPACINGS
 from harness.data.image_names import IMAGE_ENDINGS, ITK, NIFTI
 from harness.system.errors import UserError
-from harness.system.files import digest_file, disguise, file_size
+from harness.system.files import disguise, file_size
 
 Affine = NDArray[np.float64]
 UNITS = {1: "metres", 3: "micrometres"}
@@ -96,13 +95,11 @@ def read_image(path: Path) -> tuple[NDArray[Any], Affine]:
 
 
 def content_files(path: Path) -> list[Path]:
-    """The file of an image, and those that its header names for the voxels. Raises UserError for a header that is not read."""
+    """The file of an image, and those that its header names for the voxels: its content is theirs, too.
+
+    Headers of scans on one grid are equal. Raises UserError for a header that is not read.
+    """
     return [path, *(_itk().voxel_files(path) if path.name.endswith(ITK) else ())]
-
-
-def digest_image(path: Path, digest_of: Callable[[Path], str] = digest_file) -> list[str]:
-    """Digests of all files of an image. Headers of scans on one grid are equal; the files of their voxels are not."""
-    return [digest_of(file) for file in content_files(path)]
 
 
 def unreadable(path: Path, error: Exception) -> UserError:

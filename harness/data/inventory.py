@@ -19,7 +19,7 @@ from harness.api.task import Case, ImageSet
 from harness.data.arrays import load_array, save_array
 from harness.data.cases import case_bytes, load_case, looks_like_labels, num_workers
 from harness.data.duplicates import GRID, Signature, signature
-from harness.data.image_files import digest_image
+from harness.data.image_files import content_files
 from harness.system.console import progress, say
 from harness.system.errors import UserError
 from harness.system.files import digest, digest_file, file_size, read_json, write_atomic
@@ -97,8 +97,8 @@ def digest_cases(cases: Sequence[Case], cache: Path) -> tuple[dict[str, str], di
             if case.id in digests or case.id in bad:
                 raise UserError(f"two cases are named {case.id!r} (one is {case.images[0]}): rename one")
             try:
-                of_images = [digest_image(path, partial(_digest_of_file, cached=cached)) for path in case.files]
-                digests[case.id] = digest([each for of_image in of_images for each in of_image])
+                files = [file for path in case.files for file in content_files(path)]
+                digests[case.id] = digest([_digest_of_file(file, cached) for file in files])
             except UserError as error:
                 bad[case.id] = str(error)
             except OSError as error:

@@ -21,7 +21,7 @@ from harness.api.task import Case, ImageSet
 from harness.data.arrays import cut, load_array, random_origin, save_array
 from harness.data.cases import case_bytes, load_case, num_workers
 from harness.data.geometry import Geometry
-from harness.data.image_files import digest_image, read_header
+from harness.data.image_files import content_files, read_header
 from harness.data.preprocessing import STEPS, label_points, preprocess, quantise, steps_of
 from harness.system.console import progress, say
 from harness.system.errors import UserError
@@ -227,7 +227,7 @@ def space_needed(images: ImageSet, volumes: Sequence[Volume]) -> tuple[int, int]
 def check_unchanged(volume: Volume) -> None:
     """Raises UserError if the files of a case do not have the content any more that its volume is named after."""
     try:
-        now = digest([each for path in volume.case.files for each in digest_image(path)])
+        now = digest([digest_file(file) for path in volume.case.files for file in content_files(path)])
     except OSError as error:
         raise UserError(
             f"{error.filename} cannot be read any more ({error.strerror}): restore it and ask again"

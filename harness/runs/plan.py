@@ -10,9 +10,8 @@ from typing import Any, Literal
 from harness.api.registry import Registry
 from harness.api.task import Case, Task
 from harness.compute.devices import micro_batches
-from harness.config.presets import read_preset
 from harness.config.request import Request
-from harness.config.resolve import TuningTrial, change_task, parse_overrides, resolve, resolve_trials
+from harness.config.resolve import TuningTrial, change_task, parse_overrides, resolve, resolve_trials, shots_of
 from harness.config.schema import Finetune, RunConfig, Training
 from harness.data.corpus import Corpus
 from harness.data.datasets import CorpusData, TaskData, check_overlap, open_corpora, open_task
@@ -336,13 +335,12 @@ def _labelled(request: Request, data: TaskData) -> dict[str, Any]:
     Raises:
         UserError: there are fewer cases.
     """
-    of_preset = read_preset(request.preset).get("shots", 0) if request.label_fraction == 1 else 0
-    shots, number = request.shots or of_preset, len(data.split.train)
+    shots, number = shots_of(request), len(data.split.train)
     if shots > number:
         origin = "--shots" if request.shots else f"preset {request.preset!r} labels"
         raise UserError(f"{origin} {shots}: there are {number} training cases: give --shots {number} or fewer")
     fraction = shots / number if shots else request.label_fraction
-    if of_preset and not request.shots:
+    if shots and not request.shots:
         say_once(f"preset {request.preset!r}: {shots} labelled cases; --shots gives another number")
     # With all labels there is no draw, so that a seed for it changes nothing.
     return {"label_fraction": fraction} | ({"label_seed": None} if fraction == 1 else {})

@@ -4,7 +4,6 @@ It gives the command of the run, lists the differences between its environment a
 of the same run made again.
 """
 
-import re
 import shlex
 import shutil
 import tempfile
@@ -17,11 +16,10 @@ import numpy as np
 import torch
 
 from harness.api.registry import Registry
-from harness.api.task import Percentiles
 from harness.compute import environment
 from harness.config.presets import read_preset
 from harness.config.request import PHANTOM, Request, command, recorded_fields
-from harness.data.corpus import parse_spec
+from harness.data.corpus import with_intensities
 from harness.runs.locate import locate
 from harness.runs.plan import plan
 from harness.system.errors import UserError
@@ -31,7 +29,6 @@ from leaderboards.text import seen_text
 
 ENVIRONMENT = ("python", "platform", "cpu", "threads", "torch", "cuda", "gpu", "harness")
 """Fields of a record's environment that are compared."""
-WINDOW = re.compile(r"Window\(low=(-?\d+(?:\.\d+)?), high=(-?\d+(?:\.\d+)?)\)")
 
 
 @dataclass(frozen=True)
@@ -113,8 +110,8 @@ def _request(
         corpora = named
     if len(corpora) != len(named):
         raise UserError(f"the run was pre-trained on {', '.join(named) or 'no corpus'}: give --corpus for each of them")
-    how = [_intensities(str(corpus.get("normalisation", ""))) for corpus in record["data"].get("corpora", [])]
-    corpora = [spec if parse_spec(spec)[1] else f"{spec}{own}" for spec, own in zip(corpora, how, strict=True)]
+    recorded = [str(corpus.get("normalisation", "")) for corpus in record["data"].get("corpora", [])]
+    corpora = [with_intensities(spec, text) for spec, text in zip(corpora, recorded, strict=True)]
     fields = recorded_fields(record)
     # A preset with a number of labelled cases would label fewer than a run with all labels.
     if fields.get("label_fraction") == 1 and read_preset(str(record["preset"])).get("shots"):
@@ -129,16 +126,6 @@ def _request(
         allow_overlap=bool(record["data"].get("overlap")),
         skip_bad=any(corpus.get("skipped") for corpus in record["data"].get("corpora", [])),
     )
-
-
-def _intensities(normalisation: str) -> str:
-    """What follows a corpus in `--corpus` so that it gets the intensities of a record; empty where these are not known."""
-    if normalisation == repr(Percentiles()):
-        return "=percentiles"
-    if normalisation.startswith("ZScore("):
-        return "=zscore"
-    window = WINDOW.fullmatch(normalisation)
-    return f"={window[1]},{window[2]}" if window else ""
 
 
 def _environment(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -57,9 +57,8 @@ def tune(
     processes.decide(lambda: _take_over(folder / TRIALS / str(chosen + 1), folder))
     record = {"grid": run_plan.config.tune, "trials": results, "chosen": chosen}
     seconds = sum(result["seconds"] for index, result in enumerate(results) if index != chosen)
-    del energies[chosen]
-    known = [joules for joules in energies if joules is not None]
-    joules = sum(known) if len(known) == len(energies) else None
+    others = [joules for index, joules in enumerate(energies) if index != chosen]
+    joules = None if None in others else sum(filter(None, others))
     return Tuning(replace(run_plan, config=run_plan.trials[chosen].config), record, seconds, joules)
 
 

@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from harness.config.presets import read_preset
 from harness.config.request import PHANTOM, Request, options
 from harness.runs.locate import locate
 from harness.runs.plan import RunPlan, plan
@@ -101,8 +102,10 @@ def read(path: Path, base: Request, preset: str = "") -> list[SweepCell]:
         preset: replaces the presets of the file, unless it is empty.
 
     Raises:
-        UserError: not TOML, unknown keys, values of the wrong type, or no method or task.
+        UserError: not TOML, unknown keys, values of the wrong type, no method or task, or an unknown preset.
     """
+    if preset:
+        read_preset(preset)
     try:
         if path.stat().st_size > LARGEST:
             raise UserError(f"{path} is larger than 1 MiB: a sweep file describes cells, it does not list them")

@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness.config.presets import read_preset
 from harness.config.request import PHANTOM, Request, recorded_fields
-from harness.config.resolve import parse_overrides
+from harness.config.resolve import parse_overrides, shots_of
 from harness.config.suites import suite_file
 from harness.sweeps.cells import SweepCell, read
 from harness.system.errors import UserError
@@ -67,7 +66,7 @@ def _answers(record: Mapping[str, Any], request: Request) -> bool:
     recorded = recorded_fields(record)
     fields = {name: recorded.get(name, Request.__dataclass_fields__[name].default) for name in COMPARED}
     data, all_labels = record["data"], recorded.get("label_fraction") == 1
-    shots = request.shots or (read_preset(request.preset).get("shots", 0) if request.label_fraction == 1 else 0)
+    shots = shots_of(request)
     return (
         all(fields[name] == getattr(request, name) for name in COMPARED if name != "label_seed")
         # Where all cases are labelled, none are drawn.

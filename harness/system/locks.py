@@ -113,7 +113,7 @@ def acquire(path: Path, lease: SoftFileLease | None = None) -> tuple[Lock | None
 def held(path: Path, what: str) -> Iterator[Lock]:
     """Context manager: hold the lock at `path`, after waiting for any other process that holds it.
 
-    The user is told once per owner that this owner is computing `what`.
+    The user is told once per owner that this owner is at work on `what`.
     """
     reported_token, lease = None, _lease(_file(path))
     while True:
@@ -121,7 +121,7 @@ def held(path: Path, what: str) -> Iterator[Lock]:
         if lock is not None:
             break
         if owner is not None and owner.token != reported_token:
-            say(f"{what} is being computed by {owner}: waiting for it")
+            say(f"{owner} is at work on {what}: waiting for it")
             reported_token = owner.token
         time.sleep(POLL)
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from leaderboards.table import COLUMNS
+from leaderboards.table import COLUMNS, ON_AVERAGE
 
 TASKS = {"btcv": "btcv", "msd_liver": "msd_liver", "msd_spleen": "msd_spleen", "brats2020": "brats"}
 PAPER = "Xing et al. 2023, HybridMIM"
@@ -28,7 +28,7 @@ def rows(tasks: Iterable[str]) -> pd.DataFrame:
         note = entry["note"]
         key = tuple(entry[name] for name in ("table", "dataset", "method", "backbone", "pretraining", "target"))
         # A note on one number belongs to the row of that number; notes on settings and label fractions make another row.
-        setting = "" if "average" in note else note
+        setting = "" if ON_AVERAGE in note else note
         row = row_of.setdefault((*key, setting), _row(entry, task))
         if entry["metric"] == "dice":
             row["dice"] = round(float(entry["value"]) / 100, 6)

@@ -343,3 +343,10 @@ def test_a_configuration_of_anything_is_no_bug(tmp_path, config):
         tmp_path, config=config, validation={"cases": ["z"], "curve": [[1, 0.5]]}, data={"validation": ["z"]}
     )
     assert all("beyond" not in problem for problem in validate.check_run(folder))
+
+
+def test_a_note_that_ends_like_that_of_older_runs_is_compared(board):
+    frame = pd.read_csv(board / "board.csv", dtype=str, keep_default_na=False)
+    frame.loc[0, "note"] = "well known, as older runs of the same seeds left out"
+    frame.to_csv(board / "board.csv", index=False)
+    assert "note is 'well known" in validate.check_csv(board / "board.csv", loaded(board))[0][0]

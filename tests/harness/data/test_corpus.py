@@ -8,7 +8,8 @@ import pytest
 
 from harness import Percentiles, UserError, Window
 from harness.api.registry import Registry
-from harness.data.corpus import folder_corpus, parse_spec, with_normalisation
+from harness.api.task import ZScore
+from harness.data.corpus import folder_corpus, parse_spec, with_intensities, with_normalisation
 from harness.data.phantom import write_phantom
 from tests.conftest import small
 from tests.harness.commands import harness, record_of, short_run
@@ -138,3 +139,10 @@ def test_a_corpus_beside_the_folder_that_one_is_in_is_found(tmp_path, folder, mo
     monkeypatch.chdir(tmp_path / "data")
     assert corpus.find(tmp_path / "data") == folder
     assert corpus.find(Path()).resolve() == folder
+
+
+@pytest.mark.parametrize("normalisation", [Percentiles(), ZScore(), Window(-1000.0, 400.0), Window(0.5, 3)], ids=repr)
+def test_the_intensities_of_a_record_are_those_of_the_spec(normalisation):
+    assert parse_spec(with_intensities("scans", repr(normalisation)))[1] == normalisation
+    assert with_intensities("scans=0,1", repr(normalisation)) == "scans=0,1"
+    assert with_intensities("scans", "Another()") == "scans"

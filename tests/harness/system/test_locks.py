@@ -179,7 +179,7 @@ def test_who_waits_is_told_for_whom(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(locks.time, "sleep", release)
     with held(tmp_path / "stage", "the stage"):
         pass
-    assert "the stage is being computed by process 1 on another-host: waiting" in capsys.readouterr().err
+    assert "process 1 on another-host is at work on the stage: waiting" in capsys.readouterr().err
 
 
 def test_a_live_lock_is_not_removed_as_dead(tmp_path):
