@@ -91,7 +91,7 @@ class Processes:
 
     def wait(self) -> None:
         """Wait until all processes have called this."""
-        # A broadcast would not do: its source need not wait for the others.
+        # A broadcast waits for all with gloo, but on GPUs nothing promises that its source waits for the others.
         if self.size > 1:
             PartialState().wait_for_everyone()
 
