@@ -54,6 +54,7 @@ def test_the_record_has_the_chosen_setting_in_its_configuration_and_the_asked_ov
         assert record["config"]["finetune"]["layer_decay"] == float(chosen["finetune.layer_decay"])
         assert record["config"]["tune"] == GRID
         assert not {"finetune.lr", "finetune.layer_decay"} & set(record["overrides"])
+        assert (record["energy"]["tune_kwh"] is None) == (record["energy"]["finetune_kwh"] is None)
 
 
 def test_the_chosen_weights_are_those_of_a_plain_run_with_that_setting(tuned, sixteen_cases, tmp_path):

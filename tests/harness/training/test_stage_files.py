@@ -12,7 +12,7 @@ from harness.data.inventory import digest_cases
 from harness.data.volumes import preprocess_cases
 from harness.system.files import digest_file
 from harness.training.checkpoints import Checkpoints
-from harness.training.stage_files import assert_unchanged, final_soft_dice, read_stage, write_weights
+from harness.training.stage_files import PROBE, assert_unchanged, final_soft_dice, read_stage, write_weights
 
 
 @pytest.fixture
@@ -61,6 +61,7 @@ def test_what_was_trained_on_volumes_that_changed_is_dropped(registry, hippocamp
     volumes = preprocess_cases(task, cases, digest_cases(cases, tmp_path)[0], tmp_path / "cache")
     kept = Checkpoints(tmp_path / "run" / "checkpoints", 0)
     kept.save(1, {"step": 1})
+    (tmp_path / "run" / PROBE).write_text("{}")
     assert_unchanged(volumes, tmp_path / "run")
     assert len(kept.all()) == 1
     path = next(volumes[1].stem.parent.glob(f"{volumes[1].stem.name}.image.npy"))
@@ -71,6 +72,7 @@ def test_what_was_trained_on_volumes_that_changed_is_dropped(registry, hippocamp
         assert_unchanged(volumes, tmp_path / "run")
     assert volumes[1].stem.name in str(error.value)
     assert kept.all() == []
+    assert not (tmp_path / "run" / PROBE).exists()
 
 
 def history_of(path, losses):
