@@ -20,9 +20,9 @@ def pairs(first, second):
 
 
 @cache
-def scans(task_name, number=8):
+def scans(task_name):
     task = Registry().task(task_name)
-    return [make_phantom(task, np.random.default_rng(seed))[0][0].astype(np.float32) for seed in range(number)]
+    return [make_phantom(task, np.random.default_rng(seed))[0][0].astype(np.float32) for seed in range(12)]
 
 
 CHANGES = {
@@ -46,7 +46,7 @@ CHANGES = {
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_copy_is_the_same_scan(task, change):
-    volumes = scans(task)
+    volumes = scans(task)[:8]
     known = [signature(volume) for volume in volumes]
     copy = signature(np.asarray(CHANGES[change](volumes[3]), dtype=np.float32))
     assert pairs([copy], known) == [(0, 3)]
@@ -54,7 +54,7 @@ def test_a_changed_copy_is_the_same_scan(task, change):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_different_scans_differ(task):
-    known = [signature(volume) for volume in scans(task, 12)]
+    known = [signature(volume) for volume in scans(task)]
     assert duplicate_pairs([one[None] for one in known]) == []
     assert pairs(known, known) == [(i, i) for i in range(12)]
 
