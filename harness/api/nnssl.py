@@ -33,7 +33,7 @@ _Sizes = int | Annotated[list[int | list[int]], Field(min_length=1)]
 
 
 class _Arguments(_Part):
-    """_Sizes of the network for each stage, or one for all of them; along several axes in the order (z, y, x)."""
+    """Sizes of the network for each stage, or one for all of them; along several axes in the order (z, y, x)."""
 
     n_stages: int | None = None
     features_per_stage: _Counts | None = None

@@ -12,8 +12,9 @@ from harness.system.errors import UserError
 from harness.system.files import slug, walk
 
 ANY = "**/*"
-NORMALISATION = re.compile(r"(-?\d+(?:\.\d+)?),(-?\d+(?:\.\d+)?)|percentiles|zscore")
-WINDOW = re.compile(r"Window\(low=(-?\d+(?:\.\d+)?), high=(-?\d+(?:\.\d+)?)\)")  # as records state it
+NUMBER = r"(-?\d+(?:\.\d+)?)"
+NORMALISATION = re.compile(rf"{NUMBER},{NUMBER}|percentiles|zscore")
+WINDOW = re.compile(rf"Window\(low={NUMBER}, high={NUMBER}\)")  # as records state it
 
 
 @dataclass(frozen=True, kw_only=True)

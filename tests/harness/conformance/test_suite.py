@@ -17,8 +17,8 @@ QUICK = ["finite losses", "gradients", "weights"]
 
 
 # What is left to `-m slow` so that the quick tests stay quick: every check of most methods, and most methods on most networks.
-# A method sees a network through the contract of backbones only. So three methods of different kinds try each network, and
-# most methods try the one whose blocks are not convolutions.
+# A method sees a network through the contract of backbones only. So three methods of different kinds try each network (SparK is
+# refused where a network lacks what it needs), and most methods try one network whose blocks are not convolutions.
 WITH_EVERY_CHECK = ("hybridmim", "scratch", "official")
 LATER = ("dino", "mae", "simclr", "simmim", "supervised", "swinunetr_ssl", "volume_fusion")
 ON_EVERY_NETWORK = ("hybridmim", "spark", "transvw")
